@@ -1,0 +1,64 @@
+"""Faster image generation without retraining.
+
+    import accel
+    handle = accel.accelerate(pipe, accel.TokenMergingConfig(ratio=0.5))    # or a preset: "balanced"
+    image = pipe("a red circle left of a blue square").images[0]
+    print(handle.stats)
+    handle.remove()
+
+Names are imported when they are first used, so that `import accel` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import configs as configs
+    from . import errors as errors
+    from .api import accelerate
+    from .errors import AccelError, AccelWarning
+    from .handle import Handle
+    from .methods.merging import TokenMergingConfig
+    from .stats import Stats
+
+__all__ = [
+    "AccelError",
+    "AccelWarning",
+    "Handle",
+    "Stats",
+    "TokenMergingConfig",
+    "__version__",
+    "accelerate",
+    "configs",
+    "errors",
+]
+
+_HOME = {
+    "AccelError": "accel.errors",
+    "AccelWarning": "accel.errors",
+    "Handle": "accel.handle",
+    "Stats": "accel.stats",
+    "TokenMergingConfig": "accel.methods.merging",
+    "accelerate": "accel.api",
+}
+_SUBPACKAGES = ("configs", "errors", "evaluation", "kernels", "methods", "pipelines")
+
+try:
+    __version__ = version("accel-image")
+except PackageNotFoundError:  # a bare source tree on the path
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"accel.{name}")
+    raise AttributeError(f"module 'accel' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

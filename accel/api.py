@@ -1,0 +1,49 @@
+"""The one verb."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from os import PathLike
+from typing import Any
+
+from . import configs, methods
+from .handle import Handle, make_room
+from .run import Target
+from .stats import Stats
+
+
+def accelerate(
+    pipe: Any, config: Any | str | PathLike | Mapping[str, Any] = "balanced", *, replace: bool = False
+) -> Handle:
+    """Make a diffusers pipeline faster, in place, until the handle is removed.
+
+    Args:
+        pipe: a diffusers pipeline of a known model family.
+        config: a configuration (`TokenMergingConfig(...)`), a preset name, a YAML file or a mapping.
+        replace: if this method is already attached to the model, replace it.
+
+    Returns:
+        A `Handle` with `stats` and `remove()`; also a context manager.
+
+    Raises:
+        UnknownNameError: unknown preset or model class.
+        ConfigError: a setting is out of range.
+        UnsupportedError: this pipeline cannot be accelerated that way.
+        AlreadyAcceleratedError: the method is attached already and `replace` is false.
+
+    >>> handle = accel.accelerate(pipe, accel.TokenMergingConfig(ratio=0.5))    # doctest: +SKIP
+    >>> image = pipe("a red circle left of a blue square").images[0]            # doctest: +SKIP
+    >>> print(handle.stats)                                                     # doctest: +SKIP
+    >>> handle.remove()                                                         # doctest: +SKIP
+    """
+    if isinstance(config, (str, PathLike, Mapping)):
+        config = configs.load(config)
+    name, method = methods.of(config)
+    target = Target.of(pipe)
+    make_room(target.denoiser, name, replace=replace)
+    stats = Stats(name)
+    with ExitStack() as stack:  # if attaching fails half-way, everything is undone
+        run = method.attach(target, config, stats, stack)
+        run.handle = Handle(name, config, target.denoiser, stats, stack.pop_all())
+    return run.handle

@@ -1,0 +1,72 @@
+"""What `accelerate` returns."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import AlreadyAcceleratedError
+from .stats import Stats
+
+#: The handles attached to each denoiser, by method. Weak on both sides: a pipeline that nobody uses must go.
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.WeakValueDictionary[str, Handle]]
+_ATTACHED = weakref.WeakKeyDictionary()
+
+
+class Handle:
+    """An acceleration that is attached to a pipeline; `remove()` gives the exact original back.
+
+    Also a context manager: `with accel.accelerate(pipe, config) as handle: ...` removes on exit.
+
+    Attributes:
+        config: the configuration in use.
+        stats: what was computed, skipped, rebuilt, and how long it took.
+    """
+
+    def __init__(self, method: str, config: Any, denoiser: nn.Module, stats: Stats, undo: ExitStack) -> None:
+        self.method, self.config, self.stats = method, config, stats
+        self._undo = undo
+        self._denoiser = weakref.ref(denoiser)
+        _ATTACHED.setdefault(denoiser, weakref.WeakValueDictionary())[method] = self
+        # A hook attached after a module was compiled and has run would silently be ignored.
+        torch.compiler.reset()
+
+    @property
+    def attached(self) -> bool:
+        denoiser = self._denoiser()
+        return denoiser is not None and _ATTACHED.get(denoiser, {}).get(self.method) is self
+
+    def remove(self) -> None:
+        """Detach. The pipeline is bit-exactly what it was. Calling it twice is fine."""
+        denoiser = self._denoiser()
+        if denoiser is None or not self.attached:
+            return
+        del _ATTACHED[denoiser][self.method]
+        self._undo.close()
+        torch.compiler.reset()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"<accel.Handle {self.config!r}, {'attached' if self.attached else 'removed'}>"
+
+
+def make_room(denoiser: nn.Module, method: str, *, replace: bool) -> None:
+    """Refuse a second handle of one method on one denoiser, or remove the first one if asked to replace it."""
+    handle = _ATTACHED.get(denoiser, {}).get(method)
+    if handle is None:
+        return
+    if not replace:
+        raise AlreadyAcceleratedError(
+            f"{method} is already attached to this model ({handle.config}). Remove that handle first, or pass "
+            "replace=True."
+        )
+    handle.remove()

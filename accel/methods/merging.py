@@ -1,0 +1,348 @@
+"""Cached token merging: similar tokens are computed once, and which ones are similar is decided rarely.
+
+Matching as in ToMe (arXiv:2210.09461) and ToMeSD (arXiv:2303.17604); plans kept over steps as in CA-ToMe
+(arXiv:2501.00946) and over layers as in LiteVGGT; importance as in arXiv:2411.16720. What is added here: the
+span (tokens stay merged from one block to the next), one plan for both halves of guidance, static shapes.
+
+Shapes: B batch, N tokens, C channels, G plan rows.
+"""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from accel.clock import Readback
+from accel.errors import AccelWarning, ConfigError, UnsupportedError
+from accel.plan import TokenPlan
+from accel.run import Run, Target
+from accel.schedule import Schedule, slots
+from accel.span import Span
+from accel.stats import Stats
+
+from . import importance, matching, noise
+from .checks import check, is_number, is_whole, is_wholes
+
+NAME = "token_merging"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenMergingConfig:
+    """Settings of cached token merging. Steps and blocks count from 0.
+
+    Attributes:
+        ratio: share of the image tokens merged away, in [0, 1).
+        threshold: merge only tokens whose cosine similarity reaches this value, in [-1, 1], and at most `ratio`
+            of them. How many that are is read from the device once per plan; it cannot be compiled with
+            fullgraph=True. None: always `ratio`.
+        scope: "span" keeps tokens merged from the first to the last reduced block; "block" merges before and
+            unmerges after every block, which costs more and lets every block see all positions.
+        protect: share of the tokens that are never merged into another, the most important ones.
+        importance: what makes a token important: "guidance" (how much guidance changes its prediction), "detail"
+            (local variance and edges of its features), "auto" (guidance where the last step had it, else detail).
+        destinations: which token of each cell others are merged into: "random", "important", "unimportant".
+        cell: side of the square cells, at least 2; None: the smallest that leaves room for `ratio` and `protect`.
+        merge: "mean" computes the mean of the merged tokens, "pick" only the destination.
+        refresh_every: build a new plan at every n-th reduced step; 0: only at the first one.
+        refresh_at: the steps at which to build a new plan, instead of `refresh_every`.
+        refresh_layers: blocks at which another plan is built from the features there; "all": at each.
+        drift: also rebuild when the merging error has grown by this share since the plan was built (0.2: by
+            20 %), with one step's delay. None: never.
+        dense_steps_first, dense_steps_last: steps at either end that compute all tokens.
+        dense_blocks_first, dense_blocks_last: blocks at either end that compute all tokens.
+        proportional: proportional attention (ToMe, eq. 1): a merged token weighs as many as it stands for. Needs
+            an attention that takes a bias, which rules out the fastest kernels.
+        seed: of the random destinations; the pipeline's own random numbers are not touched.
+
+    Raises:
+        ConfigError: a value is outside its range, or the values leave nothing to merge.
+    """
+
+    ratio: float = 0.5
+    threshold: float | None = None
+    scope: Literal["span", "block"] = "span"
+    protect: float = 0.1
+    importance: Literal["auto", "guidance", "detail"] = "auto"
+    destinations: Literal["random", "important", "unimportant"] = "random"
+    cell: int | None = None
+    merge: Literal["mean", "pick"] = "mean"
+    refresh_every: int = 5
+    refresh_at: tuple[int, ...] = ()
+    refresh_layers: tuple[int, ...] | Literal["all"] = ()
+    drift: float | None = None
+    dense_steps_first: int = 1
+    dense_steps_last: int = 1
+    dense_blocks_first: int = 1
+    dense_blocks_last: int = 0
+    proportional: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("refresh_at", "refresh_layers"):  # YAML has lists
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        check(is_number(self.ratio) and 0 <= self.ratio < 1, "ratio", "in [0, 1)", self.ratio)
+        check(is_number(self.protect) and 0 <= self.protect < 1, "protect", "in [0, 1)", self.protect)
+        if self.threshold is not None:
+            valid = is_number(self.threshold) and -1 <= self.threshold <= 1
+            check(valid, "threshold", "in [-1, 1] or None", self.threshold)
+        if self.drift is not None:
+            check(is_number(self.drift) and self.drift > 0, "drift", "> 0 or None", self.drift)
+        if self.cell is not None:
+            check(is_whole(self.cell) and self.cell >= 2, "cell", "a whole number >= 2 or None", self.cell)
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            check(value in choices, name, f"one of {', '.join(choices)}", value)
+        for name in _COUNTS:
+            value = getattr(self, name)
+            check(is_whole(value) and value >= 0, name, "a whole number >= 0", value)
+        check(is_wholes(self.refresh_at), "refresh_at", "a list of whole numbers >= 0", self.refresh_at)
+        valid = self.refresh_layers == "all" or is_wholes(self.refresh_layers)
+        check(valid, "refresh_layers", 'a list of whole numbers >= 0 or "all"', self.refresh_layers)
+        check(isinstance(self.proportional, bool), "proportional", "true or false", self.proportional)
+        check(is_whole(self.seed), "seed", "a whole number", self.seed)
+        least = self.protect + (1 / self.cell**2 if self.cell else 0)
+        if self.ratio > 0 and self.ratio + least >= 1 + 1e-9:
+            raise ConfigError(
+                f"ratio={self.ratio} leaves {1 - self.ratio:.3g} of the tokens, but protect={self.protect}"
+                + (f" and one destination per {self.cell}x{self.cell} cell keep" if self.cell else " keeps")
+                + f" {least:.3g}. Lower one of them; the largest ratio here is {1 - least:.3g}."
+            )
+
+    @classmethod
+    def tomesd(cls, ratio: float = 0.5) -> TokenMergingConfig:
+        """ToMeSD's scheme, for comparison: one random destination per 2x2 cell, plans from every block's own
+        input at every step, merged and unmerged around each block, nothing protected, nothing cached.
+
+        Two differences: blocks are merged as a whole (ToMeSD's `merge_mlp` and `merge_crossattn` switched on),
+        and the images of a batch that share rotary positions, as well as the halves of guidance, share a plan.
+        """
+        return cls(
+            ratio=ratio,
+            scope="block",
+            protect=0.0,
+            cell=2,
+            refresh_every=1,
+            refresh_layers="all",
+            dense_steps_first=0,
+            dense_steps_last=0,
+            dense_blocks_first=0,
+            dense_blocks_last=0,
+        )
+
+    def schedule(self) -> Schedule:
+        return Schedule(
+            cycle=(1 - self.ratio,),
+            dense_first=self.dense_steps_first,
+            dense_last=self.dense_steps_last,
+            refresh_every=self.refresh_every,
+            refresh_at=self.refresh_at,
+        )
+
+
+_CHOICES = {
+    "scope": ("span", "block"),
+    "importance": ("auto", "guidance", "detail"),
+    "destinations": ("random", "important", "unimportant"),
+    "merge": ("mean", "pick"),
+}
+_COUNTS = (
+    "refresh_every",
+    "dense_steps_first",
+    "dense_steps_last",
+    "dense_blocks_first",
+    "dense_blocks_last",
+)
+
+
+def attach(target: Target, config: TokenMergingConfig, stats: Stats, stack: ExitStack) -> Run:
+    """Attach cached token merging to a pipeline; every undo action goes onto `stack`."""
+    return TokenMerging(target, config, stats).attach(stack)
+
+
+class TokenMerging:
+    """Cached merging at work on one denoiser: a plan per group of layers, and the decision when to rebuild them."""
+
+    def __init__(self, target: Target, config: TokenMergingConfig, stats: Stats) -> None:
+        self.target, self.config = target, config
+        self.sites = list(target.adapter.sites(target.denoiser))
+        first, last = config.dense_blocks_first, len(self.sites) - config.dense_blocks_last
+        if first >= last:
+            raise UnsupportedError(
+                f"nothing to merge: dense_blocks_first={first} and dense_blocks_last={config.dense_blocks_last} "
+                f"leave none of the model's {len(self.sites)} blocks."
+            )
+        if config.proportional and any(site.bias is None for site in self.sites):
+            raise UnsupportedError(
+                f"proportional=True: the attention of {target.adapter.name} takes no bias per key."
+            )
+        if config.ratio == 0:
+            warnings.warn(
+                "ratio=0 merges nothing: the pipeline is not accelerated.", AccelWarning, stacklevel=4
+            )
+        self.groups = [_Group(self, blocks) for blocks in _layer_groups(first, last, config.refresh_layers)]
+        self.run = Run(target, config.schedule(), self, stats, span=config.scope == "span")
+        self.run.keep_outputs = config.protect > 0 and config.importance != "detail"
+        self.forget()
+
+    def attach(self, stack: ExitStack) -> Run:
+        for group in self.groups:
+            for span, blocks in group.spans:
+                sites = [self.sites[i] for i in blocks]
+                span.attach(self.target.denoiser, sites, stack, bias=self.config.proportional)
+        self.run.attach(stack)
+        return self.run
+
+    # Between steps (see accel.run.Method).
+
+    def forget(self) -> None:
+        self.guidance: Tensor | None = None
+        self._drifts: list[Readback] = []
+        # On the device, so that compiled code can number its draws without a new graph for each.
+        device = next(self.target.denoiser.parameters()).device
+        self.draw = torch.zeros((), dtype=torch.int64, device=device)
+        for group in self.groups:
+            group.forget()
+
+    def prepare(self, run: Run) -> None:
+        refresh = run.phase.refresh
+        if self.config.drift is not None:
+            refresh = self._drifted() or refresh
+        if refresh and run.outputs:
+            tokens = tuple(run.target.adapter.output_tokens(run.target.denoiser, o) for o in run.outputs)
+            self.guidance = importance.guidance_magnitude(tokens, run.samples or tokens[0].shape[0])
+        for group in self.groups:
+            group.stale = group.stale or refresh
+            group.built = False
+
+    def _drifted(self) -> bool:
+        limit = 1 + (self.config.drift or 0)
+        drifted = any([drift.read() > limit for drift in self._drifts])
+        current = [g for g in self.groups if g.error is not None and not g.stale and not drifted]
+        self._drifts = [Readback(g.error / g.baseline) for g in current]
+        return drifted
+
+    def account(self, run: Run) -> tuple[int, int, int, int]:
+        assert run.grid is not None
+        tokens = run.grid[0] * run.grid[1]
+        active = [g for g in self.groups if g.plan is not None and not run.phase.dense]
+        saved = sum(len(g.blocks) * (tokens - g.plan.slots) for g in active if g.plan is not None)
+        total = len(self.sites) * tokens
+        built = sum(g.built for g in active)
+        return total - saved, total, built, len(active) - built
+
+    # Inside the denoiser, possibly traced.
+
+    def build(self, x_BNC: Tensor, grid: tuple[int, int]) -> TokenPlan | None:
+        """A plan from the tokens at the entry of a group; None if a threshold finds nothing similar enough."""
+        config, N = self.config, x_BNC.shape[1]
+        if grid[0] * grid[1] != N:
+            raise UnsupportedError(
+                f"{N} image tokens are not the {grid[0]}x{grid[1]} grid the model was told of"
+            )
+        keep, protected, cell = _sizes(config, grid, multiple=16 if x_BNC.is_cuda else 1)
+        # One plan for all, unless the model allows one per image and the number of images is known: before the
+        # first step is over it is not, because the batch may hold both halves of guidance.
+        samples = self.run.samples
+        shared = self.target.adapter.shared_plan or samples is None or x_BNC.shape[0] % samples
+        rows = 1 if shared or samples is None else samples
+        unit_GNC = matching.features(x_BNC, rows)
+
+        score_GN = exempt_GN = None
+        if protected or config.destinations != "random":
+            score_GN = self._importance(x_BNC, grid, rows)
+        if config.destinations == "random" or score_GN is None:
+            self.draw = self.draw.to(x_BNC.device) + 1
+            wish_GN = noise.uniform(N, config.seed, self.draw).expand(rows, -1)
+        else:
+            wish_GN = score_GN if config.destinations == "important" else -score_GN
+        if protected and score_GN is not None:
+            exempt_GN = matching.top_mask(score_GN, protected)
+
+        dst_GD = matching.destinations(wish_GN, grid, cell)
+        best_GN, target_GN = matching.match(unit_GNC, dst_GD, exempt_GN)
+        if config.threshold is not None:
+            # The only wait for the device, once per plan. Rounded so that few different shapes occur.
+            similar = int((best_GN >= config.threshold).sum(1).min())
+            keep = max(keep, slots(N, 1 - similar / N, multiple=16))
+            if keep >= N:
+                return None
+        return matching.merge_plan(best_GN, target_GN, keep).repeat(x_BNC.shape[0] // rows if rows > 1 else 1)
+
+    def _importance(self, x_BNC: Tensor, grid: tuple[int, int], rows: int) -> Tensor:
+        score_BN = self.guidance if self.config.importance != "detail" else None
+        if score_BN is None or score_BN.shape[1] != x_BNC.shape[1]:
+            score_BN = importance.local_detail(x_BNC, grid)
+        return score_BN.unflatten(0, (-1, rows)).mean(0)
+
+
+class _Group:
+    """Consecutive blocks that share a plan, built from the tokens at the entry of the first of them."""
+
+    def __init__(self, method: TokenMerging, blocks: range) -> None:
+        self.method, self.blocks = method, blocks
+        config = method.config
+        stretches = [blocks] if config.scope == "span" else [range(b, b + 1) for b in blocks]
+        observe = self._observe if config.drift is not None else None
+        self.spans = [
+            (Span(self.plan_for, pick=config.merge == "pick", observe=None if i else observe), stretch)
+            for i, stretch in enumerate(stretches)
+        ]
+
+    def forget(self) -> None:
+        self.plan: TokenPlan | None = None
+        self.stale, self.built = True, False
+        self.error: Tensor | None = None
+        self.baseline: Tensor | None = None
+        for span, _ in self.spans:
+            span.clear()
+
+    def plan_for(self, x_BNC: Tensor) -> TokenPlan | None:
+        run = self.method.run
+        if run.phase.dense or run.grid is None or run.phase.budget >= 1:
+            return None
+        if self.stale:
+            with torch.no_grad():
+                self.plan = self.method.build(x_BNC, run.grid)
+            self.stale, self.built = False, True
+        return self.plan
+
+    def _observe(self, x_BNC: Tensor, reduced_BKC: Tensor, plan: TokenPlan) -> None:
+        """Merging error relative to the tokens' size, and its value when the plan was new."""
+        error = (x_BNC - plan.expand(reduced_BKC)).float().square().mean()
+        self.error = error / x_BNC.float().square().mean()
+        if self.built:
+            self.baseline = self.error
+
+
+def _layer_groups(first: int, last: int, refresh: tuple[int, ...] | Literal["all"]) -> list[range]:
+    """Blocks first..last-1 cut where a new plan is due."""
+    inner = range(first + 1, last) if refresh == "all" else sorted({b for b in refresh if first < b < last})
+    cuts = [first, *inner, last]
+    return [range(a, b) for a, b in pairwise(cuts)]
+
+
+def _sizes(config: TokenMergingConfig, grid: tuple[int, int], multiple: int) -> tuple[int, int, int]:
+    """(tokens kept, tokens protected, cell side) for a grid; raises if that leaves nothing to merge."""
+    tokens = grid[0] * grid[1]
+    keep = slots(tokens, 1 - config.ratio, multiple)
+    protected = int(config.protect * tokens)
+    fitting = matching.cell_size(grid, keep - protected)
+    if keep >= tokens or fitting is None:
+        raise UnsupportedError(
+            f"ratio={config.ratio} merges nothing at this size: {grid[0]}x{grid[1]} = {tokens} tokens, of which "
+            f"{keep} would be kept (a multiple of {multiple}), {protected} of them protected. Use a larger image, "
+            "or another ratio."
+        )
+    if config.cell is not None and config.cell < fitting:
+        raise UnsupportedError(
+            f"cell={config.cell} has too many destinations for ratio={config.ratio} and protect={config.protect} "
+            f"on a {grid[0]}x{grid[1]} grid; use cell={fitting} or None."
+        )
+    return keep, protected, config.cell or fitting

@@ -1,0 +1,91 @@
+"""What accel knows about model families: one `Adapter` each, looked up by the denoiser's class name."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .errors import UnknownNameError, UnsupportedError
+from .site import Site
+
+#: Class name -> module whose `ADAPTER` describes it. Names, so that no model is imported to know it.
+_BUILTIN = {
+    "FluxTransformer2DModel": "accel.pipelines.flux",
+    "PixArtTransformer2DModel": "accel.pipelines.pixart",
+}
+_REGISTERED: dict[str, Adapter] = {}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The whole knowledge about one model family.
+
+    Attributes:
+        name: for messages.
+        sites: denoiser -> its blocks in the order in which they run.
+        grid_source: the denoiser's arguments, by name -> a tensor from which the token grid can be told.
+            Called where torch.compile may be tracing: only pick the tensor.
+        grid: (denoiser, that tensor) -> (rows, columns) of the image tokens in their order. Called once per
+            run, outside of compiled code; may wait for the device.
+        output_tokens: (denoiser, prediction) -> the prediction per token (B, N, c), in the order of the tokens.
+        shared_plan: the model can only follow one plan for the whole batch.
+        refuse: called with (denoiser's arguments by name, True if tokens stay reduced between blocks); raises
+            `UnsupportedError` for what cannot work.
+    """
+
+    name: str
+    sites: Callable[[nn.Module], Sequence[Site]]
+    grid_source: Callable[[Mapping[str, Any]], Tensor]
+    grid: Callable[[nn.Module, Tensor], tuple[int, int]]
+    output_tokens: Callable[[nn.Module, Tensor], Tensor]
+    shared_plan: bool
+    refuse: Callable[[Mapping[str, Any], bool], None] = lambda arguments, span: None
+
+
+def register(class_name: str, adapter: Adapter) -> None:
+    """Make denoisers of this class known, for the process; takes precedence over the built-in adapters."""
+    _REGISTERED[class_name] = adapter
+
+
+def known() -> list[str]:
+    """Class names of the denoisers that can be accelerated."""
+    return sorted({*_BUILTIN, *_REGISTERED})
+
+
+def find(denoiser: nn.Module) -> Adapter:
+    """The adapter of a denoiser, by the names of its class and base classes.
+
+    Raises:
+        UnknownNameError: no adapter; names the nearest class and says how to write one.
+    """
+    for cls in type(denoiser).__mro__:
+        if cls.__name__ in _REGISTERED:
+            return _REGISTERED[cls.__name__]
+        if cls.__name__ in _BUILTIN:
+            return importlib.import_module(_BUILTIN[cls.__name__]).ADAPTER
+    raise UnknownNameError(
+        "denoiser class",
+        type(denoiser).__name__,
+        known(),
+        "To support another model, describe its blocks in an accel.registry.Adapter "
+        "(accel/pipelines/pixart.py is a complete example) and call accel.registry.register(class_name, adapter).",
+    )
+
+
+def denoiser_of(pipe: Any) -> nn.Module:
+    """The module that a diffusers pipeline calls at every step; for a torch.compile'd one, the module inside.
+
+    Raises:
+        UnsupportedError: the object has no denoiser or no scheduler.
+    """
+    module = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
+    if not isinstance(module, nn.Module) or getattr(pipe, "scheduler", None) is None:
+        raise UnsupportedError(
+            f"expected a diffusers pipeline with a transformer (or unet) and a scheduler, got {type(pipe).__name__}. "
+            f"Pass the pipeline itself, not one of its parts. Denoisers supported: {', '.join(known())}."
+        )
+    return getattr(module, "_orig_mod", module)

@@ -1,0 +1,159 @@
+"""One method at work on one denoiser: what is common to all methods that reduce tokens.
+
+The rule that keeps torch.compile happy and the device busy: hooks, which may be traced, only read plain flags
+and store tensors. Everything that counts, decides or reads a value happens in the clock's callbacks, between
+two steps.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .clock import Clock, Listener
+from .errors import UnsupportedError
+from .registry import Adapter, denoiser_of, find
+from .schedule import Phase, Schedule
+from .stats import Stats, StepStats
+
+
+@dataclass(frozen=True)
+class Target:
+    """A pipeline taken apart. The pipeline itself is only referred to weakly."""
+
+    pipe: weakref.ref
+    denoiser: nn.Module
+    adapter: Adapter
+    scheduler: Any
+
+    @staticmethod
+    def of(pipe: Any) -> Target:
+        denoiser = denoiser_of(pipe)
+        return Target(weakref.ref(pipe), denoiser, find(denoiser), pipe.scheduler)
+
+
+class Method(Protocol):
+    """What a token-reducing method gives its run. Called between steps, never inside the denoiser."""
+
+    def forget(self) -> None:
+        """Drop all state: a run starts, has ended or has failed."""
+
+    def prepare(self, run: Run) -> None:
+        """The step `run.phase` describes is about to start."""
+
+    def account(self, run: Run) -> tuple[int, int, int, int]:
+        """After a step: (tokens computed, tokens in total, plans built, plans reused)."""
+
+
+class Run(Listener):
+    """Follows the clock for one method and keeps what a method needs to know about the loop.
+
+    Attributes:
+        phase: what the running step does; dense while no loop is running.
+        grid: (rows, columns) of the image tokens, known from the first call of a run; None before.
+        outputs: the predictions of this step's calls, kept if the method asked for them (`keep_outputs`).
+        samples: images per step, known after the first step; None before.
+    """
+
+    def __init__(
+        self, target: Target, schedule: Schedule, method: Method, stats: Stats, *, span: bool
+    ) -> None:
+        self.target, self.schedule, self.method, self.stats, self.span = target, schedule, method, stats, span
+        self.keep_outputs = False
+        # Hooks keep the run alive and the run its handle, so that a handle that nobody kept is still found.
+        self.handle: Any = None
+        self.clock = Clock.of(target.scheduler)
+        signature = inspect.signature(type(target.denoiser).forward)
+        self._names = list(signature.parameters)[1:]
+        self._phases: tuple[Phase, ...] = ()
+        self._idle()
+
+    def attach(self, stack: ExitStack) -> None:
+        denoiser = self.target.denoiser
+        stack.callback(denoiser.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+        stack.callback(denoiser.register_forward_hook(self._leave, always_call=True).remove)
+        stack.callback(self.clock.add(self))
+        stack.callback(self._drop)
+
+    # The clock's side: eager, between steps.
+
+    def begin(self, clock: Clock) -> None:
+        self._drop()
+        self._phases = self.schedule.phases(clock.total)
+        self.stats.runs += 1
+        self.stats.steps.clear()
+
+    def before(self, clock: Clock) -> None:
+        self.phase = self._phases[clock.step]
+        self.samples = clock.samples
+        self.method.prepare(self)
+        self.outputs = ()
+        self._calls = 0
+
+    def after(self, clock: Clock) -> None:
+        if self.grid is None and self.grid_source is not None:
+            self.grid = self.target.adapter.grid(self.target.denoiser, self.grid_source)
+        self.grid_source = None
+        calls = self._calls or None
+        self.stats.record(StepStats(*self.method.account(self), calls))
+
+    def end(self, clock: Clock) -> None:
+        self._drop()
+
+    def _drop(self) -> None:
+        self._idle()
+        self.method.forget()
+
+    def _idle(self) -> None:
+        self.phase = Phase(1.0)
+        self.grid: tuple[int, int] | None = None
+        self.grid_source: Tensor | None = None
+        self.outputs: tuple[Tensor, ...] = ()
+        self.samples: int | None = None
+        self._calls = 0
+
+    # The denoiser's side: possibly traced.
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        if not self.phase.dense:
+            self.target.adapter.refuse(arguments, self.span)
+        if self.grid is None:
+            self.grid_source = self.target.adapter.grid_source(arguments)
+        if torch.compiler.is_compiling():
+            return
+        pipe = self.target.pipe()
+        if pipe is not None and not self.clock.follows(pipe.scheduler):
+            raise UnsupportedError(
+                "the pipeline's scheduler was replaced after accelerate(), so the steps can no longer be followed. "
+                "Call handle.remove() (or accelerate(..., replace=True)) after setting the scheduler."
+            )
+        if self.grid is None and self.grid_source is not None:
+            self.grid = self.target.adapter.grid(module, self.grid_source)
+            self.grid_source = None
+        self.stats.call_starts(_device(arguments))
+
+    def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if output is None:  # always_call: the denoiser raised
+            self.clock.abort()
+            return
+        if self.keep_outputs:
+            self.outputs = (*self.outputs, _prediction(output))
+        if torch.compiler.is_compiling():
+            return
+        self._calls += 1
+        self.stats.call_ends(_prediction(output).device)
+
+
+def _prediction(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output.sample
+
+
+def _device(arguments: dict[str, Any]) -> torch.device:
+    return next(a.device for a in arguments.values() if isinstance(a, Tensor))

@@ -1,0 +1,80 @@
+"""How much to compute at each step. Plain data, decided before the step runs, so that shapes stay static."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What one step does.
+
+    Attributes:
+        budget: share of the tokens to compute, 1 (dense) to 0 (none: forecast only).
+        refresh: state that outlives a step (a plan, a reference) is due to be rebuilt at this step.
+    """
+
+    budget: float
+    refresh: bool = False
+
+    @property
+    def dense(self) -> bool:
+        return self.budget >= 1
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """(step, total) -> Phase.
+
+    `cycle` holds the budgets of the steps between the dense head and the dense tail and is repeated:
+    `(0.5,)` is half of the tokens at every step, `(1, 0, 0.25, 0)` a dense step, a forecast, a partial step, a
+    forecast.
+
+    Attributes:
+        cycle: budgets in [0, 1].
+        dense_first, dense_last: number of dense steps at either end.
+        refresh_every: refresh at every n-th step that is not dense; 0: at the first one only.
+        refresh_at: steps at which to refresh, in place of `refresh_every` (the first reduced step always does).
+    """
+
+    cycle: tuple[float, ...]
+    dense_first: int = 0
+    dense_last: int = 0
+    refresh_every: int = 0
+    refresh_at: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.cycle or not all(0 <= b <= 1 for b in self.cycle):
+            raise ConfigError(f"cycle must hold budgets in [0, 1], got {self.cycle}")
+        for name in ("dense_first", "dense_last", "refresh_every"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise ConfigError(f"{name} must be a whole number >= 0, got {value!r}")
+
+    def phases(self, total: int) -> tuple[Phase, ...]:
+        """The phases of a run of `total` steps."""
+        phases, reduced = [], 0
+        for step in range(total):
+            middle = self.dense_first <= step < total - self.dense_last
+            budget = self.cycle[(step - self.dense_first) % len(self.cycle)] if middle else 1.0
+            if budget >= 1:
+                phases.append(Phase(1.0))
+                continue
+            due = step in self.refresh_at if self.refresh_at else _every(self.refresh_every, reduced)
+            phases.append(Phase(budget, refresh=reduced == 0 or due))
+            reduced += 1
+        return tuple(phases)
+
+
+def _every(n: int, count: int) -> bool:
+    return n > 0 and count % n == 0
+
+
+def slots(tokens: int, budget: float, multiple: int = 1) -> int:
+    """Number of tokens to compute: budget x tokens, rounded up to a multiple (tensor cores like 16)."""
+    # 1e-9: 1 - 0.9 is 0.09999999999999998 and must not cost one token more or less than 0.1.
+    wanted = math.ceil(tokens * budget - 1e-9)
+    return min(tokens, math.ceil(wanted / multiple) * multiple)

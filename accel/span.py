@@ -1,0 +1,95 @@
+"""Run a stretch of consecutive modules on the tokens of a plan: gather once, scatter once.
+
+A block scope is a span of one module, so this is the only place where tokens enter and leave.
+
+Everything here may be traced by torch.compile: it reads plain flags, never counts, never asks the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor, nn
+
+from .plan import TokenPlan
+from .site import Port, Site
+
+
+class Span:
+    """y = x + expand(span(reduce(x)) - reduce(x)): full-resolution detail survives the span.
+
+    Args:
+        plan_for: (B, N, C) tokens at the entry -> the plan for this call, or None to run dense.
+        pick: reduce by taking each slot's own token instead of the mean of its tokens.
+        observe: called with (x, reduced x, plan) at the entry; used to measure how well a cached plan fits.
+    """
+
+    def __init__(
+        self,
+        plan_for: Callable[[Tensor], TokenPlan | None],
+        *,
+        pick: bool = False,
+        observe: Callable[[Tensor, Tensor, TokenPlan], None] | None = None,
+    ) -> None:
+        self.plan_for, self.pick, self.observe = plan_for, pick, observe
+        self.plan: TokenPlan | None = None
+        self.full: Tensor | None = None
+        self.reduced: Tensor | None = None
+
+    def clear(self) -> None:
+        """Forget the tokens of a call that did not reach the end of the span."""
+        self.plan = self.full = self.reduced = None
+
+    def attach(self, denoiser: nn.Module, sites: Sequence[Site], stack: ExitStack, *, bias: bool) -> None:
+        """Hook the modules of `sites`, in order; the undo actions go onto `stack`."""
+        # Blocks of one class share one hook object: with regional compilation every block is guarded on its
+        # hooks, and one object per block would recompile the same graph once per block.
+        ports: dict[tuple, Port] = {}
+        carry: dict[tuple, Callable] = {}
+        modules = [denoiser.get_submodule(site.path) for site in sites]
+        for i, (site, module) in enumerate(zip(sites, modules, strict=True)):
+            key = (type(module), site.tokens, site.output, site.sides, site.bias)
+            port = ports.setdefault(key, Port(site, module, bias=bias))
+            hook = self._enter(port) if i == 0 else carry.setdefault(key, self._carry(port))
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            if i == len(sites) - 1:
+                stack.callback(module.register_forward_hook(self._leave(port)).remove)
+
+    def _enter(self, port: Port) -> Callable:
+        def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            x_BNC = port.get(port.site.tokens, args, kwargs)
+            plan = self.plan_for(x_BNC)
+            self.plan = plan
+            if plan is None:
+                return None
+            reduced_BKC = plan.take(x_BNC) if self.pick else plan.reduce(x_BNC)
+            self.full, self.reduced = x_BNC, reduced_BKC
+            if self.observe is not None:
+                self.observe(x_BNC, reduced_BKC, plan)
+            args, kwargs = port.follow(plan, args, kwargs)
+            return port.put(port.site.tokens, reduced_BKC, args, kwargs)
+
+        return enter
+
+    def _carry(self, port: Port) -> Callable:
+        def carry(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            return None if self.plan is None else port.follow(self.plan, args, kwargs)
+
+        return carry
+
+    def _leave(self, port: Port) -> Callable:
+        def leave(module: nn.Module, args: tuple, output: Any) -> Any:
+            plan, full, reduced = self.plan, self.full, self.reduced
+            if plan is None:
+                return None
+            assert full is not None
+            assert reduced is not None
+            self.clear()
+            y_BKC = port.read(output)
+            if not port.site.residual:
+                return port.write(output, plan.expand(y_BKC))
+            return port.write(output, full + plan.expand(y_BKC - reduced))
+
+        return leave

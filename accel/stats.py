@@ -1,0 +1,120 @@
+"""What an acceleration did: tokens computed, plans rebuilt, time in the denoiser."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass
+class StepStats:
+    """One step of the last run. Tokens are image tokens summed over the denoiser's blocks, for one call.
+
+    Attributes:
+        computed, total: tokens that were computed, and that a plain step would have computed.
+        built, reused: plans that were built at this step, and that were taken over from an earlier one.
+        calls: denoiser calls; None if they ran inside code compiled in place, where nothing can be counted.
+    """
+
+    computed: int
+    total: int
+    built: int
+    reused: int
+    calls: int | None
+
+
+@dataclass
+class Stats:
+    """Totals since `accelerate` (or `reset`), and the steps of the last run.
+
+    `print(stats)` gives a summary, `as_dict()` the same for machines. Reading `seconds` waits for the GPU;
+    nothing before that does.
+    """
+
+    method: str
+    runs: int = 0
+    computed: int = 0
+    total: int = 0
+    plans_built: int = 0
+    plans_reused: int = 0
+    calls: int = 0
+    steps: list[StepStats] = field(default_factory=list)
+    _seconds: float = 0.0
+    _timed: int = 0
+    _events: list[tuple[Any, Any]] = field(default_factory=list)
+    _started: Any = None
+
+    @property
+    def share(self) -> float:
+        """Tokens computed / tokens of the plain pipeline, over all steps and blocks; 1 before the first run."""
+        return self.computed / self.total if self.total else 1.0
+
+    @property
+    def seconds(self) -> float | None:
+        """Time inside the denoiser; None if no call could be timed. CUDA events on GPU, wall clock on CPU."""
+        for start, end in self._events:
+            end.synchronize()
+            self._seconds += start.elapsed_time(end) / 1e3
+        self._events.clear()
+        return self._seconds if self._timed else None
+
+    def reset(self) -> None:
+        """Start counting anew."""
+        self.__init__(self.method)  # type: ignore[misc]
+
+    def as_dict(self) -> dict[str, Any]:
+        public = {k: v for k, v in vars(self).items() if not k.startswith("_")}
+        return {
+            **public,
+            "steps": [asdict(s) for s in self.steps],
+            "share": self.share,
+            "seconds": self.seconds,
+        }
+
+    def __str__(self) -> str:
+        seconds = self.seconds
+        per_step = " ".join(f"{100 * s.computed / s.total:.0f}" for s in self.steps)
+        time_line = "not measured (no call yet, or compiled in place)"
+        if seconds is not None:
+            time_line = f"{seconds:.3f} s in {self._timed} calls"
+        return "\n".join(
+            [
+                f"{self.method}: {self.runs} run{'s' if self.runs != 1 else ''}, "
+                f"{100 * self.share:.1f} % of the image tokens computed",
+                f"  denoiser        {time_line}",
+                f"  plans           {self.plans_built} built, {self.plans_reused} reused",
+                f"  last run, %     {per_step or '-'}",
+            ]
+        )
+
+    def record(self, step: StepStats) -> None:
+        self.steps.append(step)
+        self.computed += step.computed
+        self.total += step.total
+        self.plans_built += step.built
+        self.plans_reused += step.reused
+
+    def call_starts(self, device: torch.device) -> None:
+        self._started = _now(device)
+
+    def call_ends(self, device: torch.device) -> None:
+        started, self._started = self._started, None
+        if started is None:
+            return
+        self.calls += 1
+        self._timed += 1
+        if device.type == "cuda":
+            self._events.append((started, _now(device)))
+        else:
+            self._seconds += time.perf_counter() - started
+
+
+def _now(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event

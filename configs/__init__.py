@@ -1,0 +1,66 @@
+"""Presets: configuration dataclasses as small YAML files, next to this module.
+
+method: token_merging     # which configuration class
+ratio: 0.5                # its fields
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from accel import methods
+from accel.errors import ConfigError, UnknownNameError
+
+_FOLDER = Path(__file__).parent
+
+
+def names() -> list[str]:
+    """Names of the presets."""
+    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+def load(source: str | PathLike | Mapping[str, Any]) -> Any:
+    """A configuration from a preset name, the path of a YAML file, or a mapping.
+
+    Raises:
+        UnknownNameError: unknown preset, method or key; the message lists the valid ones.
+        ConfigError: the file is missing or not YAML, or a value is out of range; the message names the file.
+    """
+    if isinstance(source, Mapping):
+        return _from_mapping(source, "mapping")
+    path = Path(source)
+    if isinstance(source, str) and path.suffix not in (".yaml", ".yml"):
+        if source not in names():
+            raise UnknownNameError("preset", source, names(), "A path to a YAML file works too.")
+        path = _FOLDER / f"{source}.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{path}: expected `method: ...` and its settings, got {type(content).__name__}")
+    return _from_mapping(content, str(path))
+
+
+def _from_mapping(content: Mapping[str, Any], where: str) -> Any:
+    settings = dict(content)
+    method = settings.pop("method", None)
+    if method is None:
+        raise ConfigError(f"{where}: `method` is missing; one of {', '.join(methods.names())}")
+    cls = methods.config_class(str(method))
+    known = [f.name for f in fields(cls)]
+    for key in settings:
+        if key not in known:
+            raise UnknownNameError(f"key in {where}:", str(key), known)
+    try:
+        return cls(**settings)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error

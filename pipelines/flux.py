@@ -1,0 +1,88 @@
+"""FLUX: dual-stream, then single-stream blocks; text and image tokens come in and go out separately.
+
+All blocks share one rotary table, text rows first, broadcast over the batch: so one plan for the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from accel.errors import UnsupportedError
+from accel.plan import TokenPlan
+from accel.registry import Adapter
+from accel.site import Side, Site
+
+Get = Callable[[str], Any]
+
+
+def follow_rotary(get: Get, plan: TokenPlan) -> tuple[Tensor, ...]:
+    """Cosines and sines (text + N, d) -> (text + K, d): all text rows, and the row of each slot's position."""
+    return tuple(_rotary_rows(table, plan) for table in get("image_rotary_emb"))
+
+
+def _rotary_rows(table: Tensor, plan: TokenPlan) -> Tensor:
+    text, image = table.split([table.shape[0] - plan.tokens, plan.tokens])
+    return torch.cat([text, image.index_select(0, plan.dst[0])])
+
+
+def follow_key_bias(get: Get, plan: TokenPlan) -> dict[str, Any]:
+    """Adds log(slot size) to the logits of the image keys and nothing to the text keys: (1, 1, 1, text + K)."""
+    kwargs = get("joint_attention_kwargs") or {}
+    if kwargs.get("attention_mask") is not None:
+        raise UnsupportedError(
+            "proportional attention needs the place of `attention_mask` in joint_attention_kwargs"
+        )
+    text = get("encoder_hidden_states")
+    bias = torch.cat([text.new_zeros(text.shape[1]), plan.size[0].log().to(text.dtype)])
+    return {**kwargs, "attention_mask": bias[None, None, None]}
+
+
+def _sites(denoiser: nn.Module) -> list[Site]:
+    groups = ("transformer_blocks", "single_transformer_blocks")
+    paths = [f"{g}.{name}" for g in groups for name, _ in denoiser.get_submodule(g).named_children()]
+    sides = (Side("image_rotary_emb", follow_rotary),)
+    bias = Side("joint_attention_kwargs", follow_key_bias)
+    return [Site(path, output=1, sides=sides, bias=bias) for path in paths]
+
+
+def _grid(denoiser: nn.Module, img_ids: Tensor) -> tuple[int, int]:
+    ids = (img_ids[0] if img_ids.ndim == 3 else img_ids).cpu().long()
+    row, column = ids[:, 1] - ids[0, 1], ids[:, 2] - ids[0, 2]
+    height, width = int(row[-1]) + 1, int(column[-1]) + 1
+    index = torch.arange(len(ids))
+    if height * width != len(ids) or not (
+        torch.equal(row, index // width) and torch.equal(column, index % width)
+    ):
+        raise UnsupportedError(
+            f"the {len(ids)} image tokens are not one row-major grid (reference-image tokens, as in Kontext, or "
+            "custom img_ids); token reduction needs one"
+        )
+    return height, width
+
+
+def _refuse(arguments: Mapping[str, Any], span: bool) -> None:
+    controlled = [
+        name
+        for name in ("controlnet_block_samples", "controlnet_single_block_samples")
+        if arguments.get(name) is not None
+    ]
+    if span and controlled:
+        raise UnsupportedError(
+            f"{controlled[0]}: ControlNet adds full-size residuals between blocks, where span scope has fewer "
+            "tokens. Use scope='block', or run without ControlNet."
+        )
+
+
+ADAPTER = Adapter(
+    name="FLUX",
+    sites=_sites,
+    grid_source=lambda arguments: arguments["img_ids"],
+    grid=_grid,
+    output_tokens=lambda denoiser, prediction: prediction,
+    shared_plan=True,
+    refuse=_refuse,
+)

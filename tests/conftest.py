@@ -1,0 +1,159 @@
+"""Tiny pipelines with random weights, built from configurations: nothing is downloaded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+)
+
+TEXT_TOKENS, FLUX_DIM, PIXART_DIM = 7, 32, 16
+
+
+def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Weights of a size that makes every block matter: diffusers' initial ones leave gates near zero, and a
+    wrong rotary table would then hide below the tolerance."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            scale = 0.2 if parameter.ndim == 1 else 1.2 / parameter[0].numel() ** 0.5
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return module.eval().requires_grad_(False)
+
+
+def tiny_vae() -> AutoencoderKL:
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+    )
+    return randomise(vae, 1)
+
+
+def make_flux() -> FluxPipeline:
+    """2 dual-stream and 3 single-stream blocks; the VAE halves the size, packing halves it again."""
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=FLUX_DIM,
+        pooled_projection_dim=FLUX_DIM,
+        axes_dims_rope=(4, 6, 6),
+    )
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=tiny_vae(),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=randomise(transformer, 0),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make_pixart() -> PixArtSigmaPipeline:
+    transformer = PixArtTransformer2DModel(
+        in_channels=4,
+        out_channels=8,
+        num_layers=3,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=PIXART_DIM,
+        sample_size=32,
+        patch_size=2,
+        use_additional_conditions=False,
+    )
+    pipe = PixArtSigmaPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=tiny_vae(),
+        transformer=randomise(transformer, 0),
+        scheduler=DDIMScheduler(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def embeds(batch: int, dim: int, seed: int) -> torch.Tensor:
+    return torch.randn(batch, TEXT_TOKENS, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def flux_call(
+    batch: int = 1, height: int = 32, width: int = 48, steps: int = 6, guidance: float = 1.0, **extra
+):
+    """Arguments of a FluxPipeline call: 8 x 12 tokens, guidance > 1 makes two calls a step."""
+    call = {
+        "prompt_embeds": embeds(batch, FLUX_DIM, 2),
+        "pooled_prompt_embeds": embeds(batch, FLUX_DIM, 3)[:, 0],
+        "height": height,
+        "width": width,
+        "num_inference_steps": steps,
+        "output_type": "latent",
+        "true_cfg_scale": guidance,
+        "generator": torch.Generator().manual_seed(5),
+    }
+    if guidance > 1:
+        call["negative_prompt_embeds"] = embeds(batch, FLUX_DIM, 4)
+        call["negative_pooled_prompt_embeds"] = embeds(batch, FLUX_DIM, 6)[:, 0]
+    return {**call, **extra}
+
+
+def pixart_call(
+    batch: int = 1, height: int = 32, width: int = 48, steps: int = 6, guidance: float = 1.0, **extra
+):
+    """Arguments of a PixArtSigmaPipeline call: 8 x 12 tokens, guidance > 1 doubles the batch."""
+    mask = torch.ones(batch, TEXT_TOKENS)
+    return {
+        "prompt": None,
+        "negative_prompt": None,
+        "prompt_embeds": embeds(batch, PIXART_DIM, 2),
+        "prompt_attention_mask": mask,
+        "negative_prompt_embeds": embeds(batch, PIXART_DIM, 4),
+        "negative_prompt_attention_mask": mask,
+        "height": height,
+        "width": width,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "use_resolution_binning": False,
+        "output_type": "latent",
+        "generator": torch.Generator().manual_seed(5),
+        **extra,
+    }
+
+
+class Family:
+    """A model family under test: one line in `FAMILIES` adds it to every adapter test."""
+
+    def __init__(self, make, call) -> None:
+        self.make, self.call = make, call
+
+    def latents(self, pipe, **options) -> torch.Tensor:
+        return pipe(**self.call(**options)).images
+
+
+FAMILIES = {
+    "flux": Family(make_flux, flux_call),
+    "pixart": Family(make_pixart, pixart_call),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> Family:
+    return FAMILIES[request.param]
