@@ -1,22 +1,27 @@
-"""Errors of the evaluation harness. All derive from `AccelError`; those a user causes are also `ValueError`.
+"""Errors of the evaluation harness. A user can cause all of them, so all are `ValueError` too.
 
 AccelError
-└── EvaluationError (ValueError)
+├── WeightsError           (accel.errors) weights missing, unreadable or not the expected file
+└── EvaluationError        something asked of the harness cannot be done honestly
     ├── MetadataError      a prompt file line that is not GenEval's (file, line, reason)
     ├── RecordError        a run folder that does not fit what is asked of it
-    ├── WeightsError       weights missing or not the expected file
-    ├── IncomparableError  samples or statistics that must not be put into one number
+    ├── IncomparableError  samples or features that must not be put into one number
     └── SanityError        the detector does not see what is certainly there
 """
 
 from __future__ import annotations
 
-try:
-    from accel.errors import AccelError
-except ImportError:  # pragma: no cover
+from accel.errors import AccelError, AccelWarning, WeightsError
 
-    class AccelError(Exception):  # type: ignore[no-redef]
-        pass
+__all__ = [
+    "AccelWarning",
+    "EvaluationError",
+    "IncomparableError",
+    "MetadataError",
+    "RecordError",
+    "SanityError",
+    "WeightsError",
+]
 
 
 class EvaluationError(AccelError, ValueError):
@@ -29,10 +34,6 @@ class MetadataError(EvaluationError):
 
 class RecordError(EvaluationError):
     """A run folder does not fit the request: other settings, missing stage, unreadable file."""
-
-
-class WeightsError(EvaluationError):
-    """A weight file is missing or is not the file it should be."""
 
 
 class IncomparableError(EvaluationError):

@@ -1,0 +1,291 @@
+"""`accel evaluate`: generate, score and report, each stage resumable."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+app = typer.Typer(
+    help="Quality against speed: generate with several configurations, score, report.", no_args_is_help=True
+)
+_console = Console(stderr=True)
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+Out = Annotated[Path, typer.Argument(help="Run folder; made if absent, continued if it exists.")]
+Configs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--config",
+        "-c",
+        help="Repeatable: a preset, a YAML file, steps=N, or PRESET,KEY=VALUE; NAME: in front names it. "
+        "The plain pipeline is always run.",
+    ),
+]
+Model = Annotated[str, typer.Option(help="builtin, a diffusers folder, a hub id, or file.py:function.")]
+SuiteName = Annotated[str, typer.Option("--suite", help="scenes, geneval, or a text file of prompts.")]
+MetadataFile = Annotated[Path | None, typer.Option("--metadata", help="GenEval's evaluation_metadata.jsonl.")]
+PerTask = Annotated[int, typer.Option(help="Scenes suite: prompts per task, six tasks.")]
+Limit = Annotated[int | None, typer.Option(help="Only so many prompts, tasks in turn.")]
+Samples = Annotated[int, typer.Option("--samples", help="Images per prompt (GenEval: 4).")]
+Seed = Annotated[int, typer.Option(help="Base seed.")]
+BatchSize = Annotated[int, typer.Option(help="Images per pipeline call.")]
+Steps = Annotated[int | None, typer.Option(help="Steps of all configurations that do not set their own.")]
+Size = Annotated[int | None, typer.Option(help="Height and width in pixels; default: the pipeline's.")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale; default: the pipeline's.")]
+Device = Annotated[str | None, typer.Option(help="cuda, cpu, mps; default: cuda if there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default: the pipeline's.")]
+Warmup = Annotated[int, typer.Option(help="Untimed images per configuration at every start.")]
+Verify = Annotated[bool, typer.Option("--verify", help="Check existing images by hash, not only by length.")]
+Lpips = Annotated[
+    str | None, typer.Option(help="Path of torchvision's alexnet-owt-7be5be79.pth: adds LPIPS.")
+]
+Clip = Annotated[str | None, typer.Option(help="CLIP folder or hub id: adds CLIP score; colours in GenEval.")]
+Extractors = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--extractor",
+        help="Repeatable, adds FID, KID, precision, recall: scenes, inception:PATH, clip:SOURCE (and CMMD), "
+        "dinov2:SOURCE.",
+    ),
+]
+Reference = Annotated[Path | None, typer.Option(help="Folder of reference images for FID and the like.")]
+DetectorSource = Annotated[
+    str | None, typer.Option("--detector", help="GenEval: Mask2Former folder or hub id.")
+]
+SanityImages = Annotated[Path | None, typer.Option("--sanity", help="GenEval: folder of known pictures.")]
+Images = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--images", help="Repeatable NAME=FOLDER: score existing images; the first is the plain one."
+    ),
+]
+Worst = Annotated[int, typer.Option(help="Image triples per configuration in the report.")]
+Json = Annotated[bool, typer.Option("--json", help="Print results as JSON on stdout.")]
+
+
+def _interruptible(command: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Ctrl-C says that nothing is lost; errors are printed by `accel.cli.main`."""
+
+    @functools.wraps(command)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return command(*args, **kwargs)
+        except KeyboardInterrupt:
+            _console.print(
+                "stopped; everything finished is kept, the same command continues", highlight=False
+            )
+            raise typer.Exit(130) from None
+
+    return wrapped
+
+
+@app.command("run")
+@_interruptible
+def run_command(
+    out: Out,
+    config: Configs = None,
+    model: Model = "builtin",
+    suite: SuiteName = "scenes",
+    metadata: MetadataFile = None,
+    per_task: PerTask = 36,
+    limit: Limit = None,
+    samples: Samples = 1,
+    seed: Seed = 0,
+    batch_size: BatchSize = 1,
+    steps: Steps = None,
+    size: Size = None,
+    guidance: Guidance = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    warmup: Warmup = 1,
+    verify: Verify = False,
+) -> None:
+    """Generate the images that are missing, with times. Under `accelerate launch` the work is shared."""
+    import torch
+
+    from accel.evaluation import configurations, models, suites
+    from accel.evaluation.errors import EvaluationError
+    from accel.evaluation.run import run
+
+    resolved = configurations.resolve(config or [])
+    prompts = suites.load(suite, metadata=metadata, per_task=per_task)
+    torch_dtype = None
+    if dtype is not None:
+        torch_dtype = getattr(torch, dtype, None)
+        if torch_dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise EvaluationError(f"dtype {dtype!r}: expected float32, bfloat16 or float16")
+    call = {"num_inference_steps": steps, "height": size, "width": size, "guidance_scale": guidance}
+    pipe = models.load_pipeline(model, device=_device(device), dtype=torch_dtype)
+    if hasattr(pipe, "set_progress_bar_config"):
+        pipe.set_progress_bar_config(disable=True)
+    with _progress("generating") as update:
+        run(
+            out,
+            prompts,
+            pipe,
+            resolved,
+            model=model,
+            samples_per_prompt=samples,
+            limit=limit,
+            base_seed=seed,
+            batch_size=batch_size,
+            call={name: value for name, value in call.items() if value is not None},
+            warmup=warmup,
+            verify=verify,
+            progress=lambda p: update(p.done, p.total),
+        )
+
+
+@app.command("score")
+@_interruptible
+def score_command(
+    out: Out,
+    images: Images = None,
+    lpips: Lpips = None,
+    clip: Clip = None,
+    extractor: Extractors = None,
+    reference: Reference = None,
+    detector: DetectorSource = None,
+    sanity: SanityImages = None,
+    device: Device = None,
+    batch_size: BatchSize = 16,
+) -> None:
+    """Score the images of a run folder, or existing image folders, that are not scored yet."""
+    from accel.evaluation import extractors, importing, judges, scorers
+    from accel.evaluation.errors import EvaluationError
+    from accel.evaluation.folder import RunFolder
+    from accel.evaluation.score import score
+
+    where = _device(device)
+    if images:
+        pairs = [text.partition("=")[::2] for text in images]
+        if any(not name or not folder for name, folder in pairs):
+            raise EvaluationError("--images takes NAME=FOLDER")
+        importing.import_images(out, dict(pairs))
+    suite = RunFolder(out).settings["suite"]["name"]
+    loaded = [extractors.load(spec, device=where) for spec in extractor or []]
+    wanted: list[scorers.Scorer] = []
+    bounds = None
+    if suite == "scenes":
+        judge = judges.scenes_judge()
+        wanted, bounds = [judge.scorer], judge.bounds
+    elif suite == "geneval" and detector and clip:
+        wanted = [judges.geneval_judge(detector, clip, sanity_images=sanity, device=where).scorer]
+    elif suite == "geneval":
+        _console.print(
+            "no GenEval score without --detector (Mask2Former) and --clip (ViT-L/14); "
+            f"the images are in GenEval's own layout under {out / 'images'}",
+            style="yellow",
+            highlight=False,
+        )
+    wanted += scorers.pixel_scorers()
+    if lpips:
+        wanted.append(scorers.lpips_scorer(lpips, device=where))
+    if clip:
+        embedder = next((e for e in loaded if isinstance(e, extractors.ClipExtractor)), None)
+        wanted.append(scorers.ClipScorer(embedder or extractors.ClipExtractor(clip, device=where)))
+    with _progress("scoring") as update:
+        score(out, wanted, loaded, reference=reference, bounds=bounds, batch_size=batch_size, progress=update)
+
+
+@app.command("report")
+@_interruptible
+def report_command(out: Out, worst: Worst = 6, as_json: Json = False) -> None:
+    """Write report/index.html (self-contained), report.md, report.json and report.csv."""
+    from accel.evaluation.records import rank_and_world
+    from accel.evaluation.report import report
+
+    if rank_and_world()[0]:
+        return
+    page = report(out, worst=worst)
+    if as_json:
+        typer.echo(page.with_name("report.json").read_text())
+    else:
+        typer.echo(page.with_name("report.md").read_text())
+        _console.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
+@app.command("all")
+@_interruptible
+def all_command(
+    out: Out,
+    config: Configs = None,
+    model: Model = "builtin",
+    suite: SuiteName = "scenes",
+    metadata: MetadataFile = None,
+    per_task: PerTask = 36,
+    limit: Limit = None,
+    samples: Samples = 1,
+    seed: Seed = 0,
+    batch_size: BatchSize = 1,
+    steps: Steps = None,
+    size: Size = None,
+    guidance: Guidance = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    warmup: Warmup = 1,
+    lpips: Lpips = None,
+    clip: Clip = None,
+    extractor: Extractors = None,
+    reference: Reference = None,
+    detector: DetectorSource = None,
+    sanity: SanityImages = None,
+    worst: Worst = 6,
+    as_json: Json = False,
+) -> None:
+    """Run, score and report in one go, in one process."""
+    from accel.evaluation.errors import EvaluationError
+    from accel.evaluation.records import rank_and_world
+
+    if rank_and_world()[1] > 1:
+        raise EvaluationError("`all` is for one process; launch `run`, then `score`, then `report`")
+    run_command(
+        out, config, model, suite, metadata, per_task, limit, samples, seed, batch_size, steps, size,
+        guidance, device, dtype, warmup,
+    )  # fmt: skip
+    score_command(out, None, lpips, clip, extractor, reference, detector, sanity, device)
+    report_command(out, worst, as_json)
+
+
+@app.command("official")
+@_interruptible
+def official_command(
+    results: Annotated[Path, typer.Argument(help="Results file (jsonl) of the official GenEval tool.")],
+) -> None:
+    """Scores with intervals from the official GenEval tool's results file, as JSON."""
+    from accel.evaluation.geneval import aggregate
+    from accel.evaluation.importing import official_results
+
+    typer.echo(json.dumps(aggregate(official_results(results)).to_dict(), indent=2))
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    from accel.evaluation.records import rank_and_world
+
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and rank_and_world()[1] > 1:
+        return f"cuda:{rank_and_world()[2] % torch.cuda.device_count()}"
+    return name
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], Any]]:
+    """A bar on stderr with the remaining time, of the first process only."""
+    from accel.evaluation.records import rank_and_world
+
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_console, disable=rank_and_world()[0] > 0) as bars:
+        task = bars.add_task(title, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)

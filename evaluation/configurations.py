@@ -1,0 +1,135 @@
+"""What is compared: the plain pipeline, fewer steps, and accelerated pipelines, each with a name."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from accel.evaluation.errors import EvaluationError
+
+PLAIN = "plain"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One row of the comparison.
+
+    `method` is a config dataclass for `accel.accelerate` (None: the pipeline as it is), `steps` the
+    number of denoising steps (None: the run's or the pipeline's default).
+    """
+
+    name: str
+    method: Any = None
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise EvaluationError(f"configuration name {self.name!r}: letters, digits and . _ = , + - only")
+        if self.steps is not None and self.steps < 1:
+            raise EvaluationError(f"configuration {self.name!r}: steps must be at least 1, not {self.steps}")
+
+    @property
+    def is_plain(self) -> bool:
+        return self.method is None and self.steps is None
+
+    def describe(self) -> dict[str, Any]:
+        """What makes this configuration, as plain data; the hash is taken over it."""
+        method = None
+        if self.method is not None:
+            method = {"type": type(self.method).__name__, **dataclasses.asdict(self.method)}
+        return {"method": method, "steps": self.steps}
+
+    @property
+    def hash(self) -> str:
+        text = json.dumps(self.describe(), sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def attach(self, pipe: Any) -> AbstractContextManager[Any]:
+        """Accelerate `pipe` for the duration of a `with` block; the plain pipeline is left alone."""
+        if self.method is None:
+            return nullcontext()
+        import accel
+
+        return accel.accelerate(pipe, self.method)
+
+
+def parse(spec: str) -> Configuration:
+    """Parse `[NAME:]PART[,KEY=VALUE...]`.
+
+    PART is `plain`, a preset, a YAML file or `steps=N`; `steps=N` may follow a preset, and any other
+    KEY=VALUE replaces a setting of it: `plain`, `steps=8`, `balanced`, `half:balanced,ratio=0.5`,
+    `mine.yaml,steps=12`.
+    """
+    match = re.match(r"([A-Za-z0-9][\w.+-]*):(?=.)", spec)
+    name, rest = (match[1], spec[match.end() :]) if match else (None, spec)
+    source: str | None = None
+    settings: dict[str, Any] = {}
+    for index, part in enumerate(rest.split(",")):
+        key, equals, value = part.partition("=")
+        if equals and key in settings:
+            raise EvaluationError(f"configuration {spec!r}: {key} is given twice")
+        if equals:
+            settings[key] = yaml.safe_load(value)
+        elif index == 0 and part:
+            source = None if part == PLAIN else part
+        else:
+            raise EvaluationError(f"configuration {spec!r}: {part!r} is not KEY=VALUE")
+    steps = settings.pop("steps", None)
+    if steps is not None and not isinstance(steps, int):
+        raise EvaluationError(f"configuration {spec!r}: steps must be an integer, not {steps!r}")
+    method = None
+    if source is not None:
+        method = _load(source, settings, spec)
+    elif settings:
+        raise EvaluationError(
+            f"configuration {spec!r}: {next(iter(settings))!r} needs a preset or file before it"
+        )
+    return Configuration(
+        name or re.sub(r"[^A-Za-z0-9._=,+-]", "_", _stem(rest)).lstrip("._-=,+"), method, steps
+    )
+
+
+def resolve(configurations: Iterable[Configuration | str]) -> list[Configuration]:
+    """Parse what is text, put the plain pipeline first (adding it if absent), refuse doubles.
+
+    The plain pipeline is always run: without it in the same run there is no ratio and no pair.
+    """
+    parsed = [parse(item) if isinstance(item, str) else item for item in configurations]
+    plain = [item for item in parsed if item.is_plain] or [Configuration(PLAIN)]
+    ordered = plain + [item for item in parsed if not item.is_plain]
+    for attribute in ("name", "hash"):
+        seen: dict[str, str] = {}
+        for item in ordered:
+            value = getattr(item, attribute)
+            if value in seen:
+                raise EvaluationError(
+                    f"configurations {seen[value]!r} and {item.name!r} have the same {attribute}"
+                )
+            seen[value] = item.name
+    return ordered
+
+
+def _load(source: str, settings: dict[str, Any], spec: str) -> Any:
+    from accel import configs
+
+    method = configs.load(source)
+    if not settings:
+        return method
+    valid = [field.name for field in dataclasses.fields(method)]
+    if unknown := [key for key in settings if key not in valid]:
+        raise EvaluationError(f"configuration {spec!r}: no setting {unknown[0]!r}; valid: {', '.join(valid)}")
+    return dataclasses.replace(method, **settings)
+
+
+def _stem(text: str) -> str:
+    first, *others = text.split(",")
+    return ",".join([re.sub(r"\.ya?ml$", "", first).rsplit("/", 1)[-1], *others])

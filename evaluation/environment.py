@@ -1,0 +1,62 @@
+"""What a run was made with: versions, device, source revision."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("accel-image", "torch", "diffusers", "transformers", "accelerate", "triton", "numpy", "pillow")
+
+
+def environment() -> dict[str, Any]:
+    """Versions of what computes, the device, and the git revision if this is a checkout."""
+    versions: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "git": _revision(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "command": sys.argv,
+    }
+
+
+def _revision() -> str | None:
+    def git(*arguments: str) -> str:
+        folder = Path(__file__).resolve().parent
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        # Installed into an environment inside somebody else's checkout, its revision says nothing about us.
+        if not git("ls-files", Path(__file__).name):
+            return None
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,118 @@
+"""Score images that exist already: folders in GenEval's layout, or flat folders of pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from accel.evaluation.configurations import Configuration
+from accel.evaluation.errors import MetadataError, RecordError
+from accel.evaluation.folder import RunFolder, sample_key
+from accel.evaluation.geneval.metadata import parse_line
+from accel.evaluation.geneval.scorer import Verdict
+from accel.evaluation.records import Appender
+from accel.evaluation.suites import Prompt, Suite
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+
+
+def import_images(path: str | Path, folders: Mapping[str, str | Path]) -> RunFolder:
+    """Make (or extend) run folder `path` from existing images, which stay where they are.
+
+    `folders` maps configuration names to image folders; the first is the reference the others are
+    paired with. GenEval's layout (`<id>/metadata.jsonl`, `<id>/samples/*.png`) brings prompts along
+    and can be judged by a detector; a flat folder is paired by file name. Imported images have no
+    timings, so the report shows no speed for them.
+    """
+    listings = {name: list(_listing(Path(source))) for name, source in folders.items()}
+    first = next(iter(listings.values()))
+    suite = Suite(
+        "geneval" if first[0][0].metadata else "prompts",
+        list({prompt.id: prompt for prompt, _, _ in first}.values()),
+        {"imported": True},
+    )
+    known = {prompt.id: prompt for prompt in suite.prompts}
+    for name, listing in listings.items():
+        for prompt, _, file in listing:
+            if known.get(prompt.id) != prompt:
+                raise RecordError(
+                    f"{file}: configuration {name!r} has another prompt here than {next(iter(listings))!r}"
+                )
+    configurations = [
+        Configuration(name, method=None if number == 0 else Imported(str(folders[name])))
+        for number, name in enumerate(listings)
+    ]
+    folder = RunFolder(path)
+    folder.prepare(suite, {"model": "imported images"}, configurations)
+    done = {sample_key(record) for record in folder.samples()}
+    with Appender(folder.path / "samples" / "rank-00000.jsonl") as records:
+        for configuration in configurations:
+            for prompt, sample, file in listings[configuration.name]:
+                if (configuration.name, prompt.id, sample) in done:
+                    continue
+                content = file.read_bytes()
+                records.write(
+                    {
+                        "prompt_id": prompt.id,
+                        "sample": sample,
+                        "prompt": prompt.text,
+                        "seed": None,
+                        "image": str(file.resolve()),
+                        "image_sha256": hashlib.sha256(content).hexdigest(),
+                        "image_bytes": len(content),
+                        "configuration": configuration.name,
+                        "configuration_hash": configuration.hash,
+                        "session": None,
+                    }
+                )
+    return folder
+
+
+def _listing(folder: Path) -> Iterator[tuple[Prompt, int, Path]]:
+    if not folder.is_dir():
+        raise RecordError(f"{folder}: no such image folder")
+    in_layout = sorted(folder.glob("*/metadata.jsonl"))
+    found = False
+    for number, metadata in enumerate(in_layout):
+        text = metadata.read_text(encoding="utf-8").strip()
+        prompt_id = int(metadata.parent.name) if metadata.parent.name.isdigit() else number
+        parsed = parse_line(text, str(metadata), 1)
+        for sample, file in enumerate(_pictures(metadata.parent / "samples")):
+            found = True
+            yield Prompt(prompt_id, parsed.prompt, parsed), sample, file
+    if not in_layout:
+        for number, file in enumerate(_pictures(folder)):
+            found = True
+            yield Prompt(number, file.stem), 0, file
+    if not found:
+        raise RecordError(f"{folder}: no images, neither directly nor as <id>/samples/*.png")
+
+
+def _pictures(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in _SUFFIXES)
+
+
+@dataclass(frozen=True)
+class Imported:
+    """Stands for "whatever made these images" where a method's config would be."""
+
+    folder: str
+
+
+def official_results(path: str | Path) -> Iterator[Verdict]:
+    """Stream the verdicts in the official GenEval tool's results file (one JSON object per image)."""
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                verdict = Verdict(bool(row["correct"]), row.get("reason", ""), row["tag"], row["prompt"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise MetadataError(
+                    f"{path}, line {number}: not a line of GenEval's results: {error!r}"
+                ) from None
+            yield verdict

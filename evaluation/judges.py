@@ -1,0 +1,144 @@
+"""Which detector judges which suite, with its ceiling and floor, and the check that it sees at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from accel.evaluation.errors import EvaluationError, SanityError
+from accel.evaluation.geneval.metadata import Metadata, ObjectSpec, parse_line
+from accel.evaluation.geneval.scorer import Verdict, aggregate, score
+from accel.evaluation.score import load_image
+from accel.evaluation.scorers import DetectionScorer, Detector
+from accel.evaluation.suites import Prompt
+
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A suite's scorer and, where the suite can draw its own ground truth, ceiling and floor."""
+
+    scorer: DetectionScorer
+    bounds: Callable[[Sequence[Prompt]], dict[str, Any]] | None = None
+
+
+def scenes_judge(size: int = 256) -> Judge:
+    """The built-in detector, checked on pictures drawn from the prompts before anything is judged."""
+    from accel.evaluation import scenes
+
+    def detect(images: torch.Tensor, metadata: Sequence[Metadata]) -> list:
+        return scenes.detect(images)
+
+    def draw(metadata: Sequence[Metadata]) -> torch.Tensor:
+        drawn = scenes.render(scenes.sample_scenes(list(metadata), np.random.default_rng(0)), size)
+        return (drawn * 255).round().to(torch.uint8)
+
+    def bounds(prompts: Sequence[Prompt]) -> dict[str, Any]:
+        return ceiling_and_floor([p.metadata for p in prompts if p.metadata], draw, detect)
+
+    check = scenes.prompts("test", 1, 0)
+    sanity(detect, list(zip(draw(check), check, strict=True)))
+    return Judge(DetectionScorer("scenes", detect), bounds)
+
+
+def geneval_judge(
+    detector: str, clip: str, *, sanity_images: str | Path | None = None, device: str | torch.device = "cpu"
+) -> Judge:
+    """GenEval (transformers port): Mask2Former at `detector`, CLIP ViT-L/14 at `clip` (folders or hub ids).
+
+    Checked first on `sanity_images` (a folder in GenEval's layout whose pictures are known to be
+    right) or, without one, on the photographs that scikit-image brings along.
+    """
+    from accel.evaluation.geneval.detector import Mask2FormerDetector
+
+    detect = Mask2FormerDetector(detector, clip, device=device)
+    sanity(detect, _known_pictures(sanity_images))
+    return Judge(DetectionScorer("geneval (transformers port)", detect))
+
+
+def sanity(detect: Detector, known: Sequence[tuple[torch.Tensor, Metadata]]) -> float:
+    """Share of known pictures judged correct. `SanityError` if the detector sees none of the objects
+    that are certainly there: a detector that is loaded wrongly gives a silent zero for every image."""
+    right, seen = 0, []
+    for image, metadata in known:
+        detections = detect(image[None], [metadata])[0]
+        verdict = score(detections, metadata)
+        right += verdict.correct
+        seen += [f"{metadata.prompt!r}: {', '.join(d.label for d in verdict.counted) or 'nothing'}"]
+    if not right:
+        raise SanityError(
+            f"the detector is right about none of {len(known)} pictures with known content "
+            f"(it saw {'; '.join(seen)}); check its weights and labels before believing any score"
+        )
+    return right / len(known)
+
+
+def ceiling_and_floor(
+    metadata: Sequence[Metadata],
+    draw: Callable[[Sequence[Metadata]], torch.Tensor],
+    detect: Detector,
+) -> dict[str, Any]:
+    """Ceiling: ground-truth pictures judged by their prompts. Floor: the same pictures judged by
+    another prompt of the same task that asks for something else."""
+    right: list[Verdict] = []
+    wrong: list[Verdict] = []
+    others = mismatched(metadata)
+    for start in range(0, len(metadata), _BATCH):
+        own = metadata[start : start + _BATCH]
+        for line, other, detections in zip(
+            own, others[start : start + _BATCH], detect(draw(own), own), strict=True
+        ):
+            right.append(score(detections, line))
+            if other is not None:
+                wrong.append(score(detections, other))
+    bounds = {"ceiling": aggregate(right).to_dict()}
+    return bounds | ({"floor": aggregate(wrong).to_dict()} if wrong else {"floor": None})
+
+
+def mismatched(metadata: Sequence[Metadata]) -> list[Metadata | None]:
+    """For each prompt the next one of its task that asks for something else; None if all ask the same."""
+    tasks: dict[str, list[int]] = {}
+    for number, line in enumerate(metadata):
+        tasks.setdefault(line.tag, []).append(number)
+    result: list[Metadata | None] = [None] * len(metadata)
+    for members in tasks.values():
+        for place, number in enumerate(members):
+            following = members[place + 1 :] + members[:place]
+            result[number] = next(
+                (metadata[i] for i in following if metadata[i].include != metadata[number].include), None
+            )
+    return result
+
+
+def _known_pictures(folder: str | Path | None) -> list[tuple[torch.Tensor, Metadata]]:
+    if folder is not None:
+        known = [
+            (load_image(file), parse_line(path.read_text(encoding="utf-8").strip(), str(path)))
+            for path in sorted(Path(folder).glob("*/metadata.jsonl"))
+            for file in sorted((path.parent / "samples").glob("*.png"))
+        ]
+        if not known:
+            raise EvaluationError(f"{folder}: no sanity images (<id>/metadata.jsonl, <id>/samples/*.png)")
+        return known
+    try:
+        from skimage import data
+    except ImportError as error:
+        raise EvaluationError(
+            "no sanity images: give a folder of known pictures in GenEval's layout, or "
+            "pip install scikit-image, which brings some photographs"
+        ) from error
+    # Shipped inside scikit-image's wheel; nothing is downloaded.
+    pictures = {"person": data.astronaut(), "cat": data.chelsea(), "cup": data.coffee()}
+    return [
+        (
+            torch.from_numpy(np.array(picture)).permute(2, 0, 1),
+            Metadata("single_object", (ObjectSpec(label),), f"a photo of a {label}"),
+        )
+        for label, picture in pictures.items()
+    ]

@@ -1,0 +1,145 @@
+"""Append-only records on disk that survive `kill -9`, and the rank that writes them.
+
+One JSON object per line, one file per process. A record is written with a single `write` and synced
+before the next sample starts, so at most the last line of a file can be incomplete; it is cut off at
+the next start and its sample redone. A later record replaces an earlier one of the same key.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from accel.evaluation.errors import AccelWarning, RecordError
+
+Record = dict[str, Any]
+
+# (rank, world size, local rank) as set by torchrun and `accelerate launch`, Open MPI, Intel MPI/MPICH.
+_RANK_VARIABLES = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+)
+
+
+def rank_and_world() -> tuple[int, int, int]:
+    """This process's (rank, number of processes, rank on this machine); (0, 1, 0) when not launched.
+
+    Read from the environment only: the stages need no process group, so a rank that dies does not
+    make the others wait, and can be started again alone.
+    """
+    for rank, world, local in _RANK_VARIABLES:
+        if rank in os.environ and world in os.environ:
+            return int(os.environ[rank]), int(os.environ[world]), int(os.environ.get(local, 0))
+    return 0, 1, 0
+
+
+class Appender:
+    """Appends records to one file, which it locks against a second process."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._fd)
+            raise RecordError(f"{path}: another process is writing here") from None
+        _cut_incomplete_line(self._fd, path)
+
+    def write(self, *records: Record) -> None:
+        """Append records together: one write, then a sync."""
+        data = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode()
+        while data:  # a short write is completed; if we are killed in between, the rest is cut off
+            data = data[os.write(self._fd, data) :]
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def __enter__(self) -> Appender:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """Stream a file's records; an unreadable line is named in a warning and left out."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if not line.endswith(b"\n"):
+                    raise ValueError("the line is cut off")
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise ValueError("not a JSON object")
+            except ValueError as error:
+                warnings.warn(
+                    f"{path}, line {number}: unreadable record ({error}); its sample counts as not done",
+                    AccelWarning,
+                    stacklevel=2,
+                )
+                continue
+            yield record
+
+
+def latest_records(paths: Iterable[Path], key: Callable[[Record], Hashable]) -> Iterator[Record]:
+    """Stream the records of several files, of each key only the last.
+
+    Two passes: what is kept in memory per record is its key and its place, not the record.
+    """
+    files = sorted(paths)
+    place: dict[Hashable, tuple[int, int]] = {}
+    for number, path in enumerate(files):
+        for line, record in enumerate(read_records(path)):
+            place[key(record)] = (number, line)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AccelWarning)  # the first pass has said it
+        for number, path in enumerate(files):
+            for line, record in enumerate(read_records(path)):
+                if place.get(key(record)) == (number, line):
+                    yield record
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Write a whole file so that it is either the old one or the complete new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = data.encode() if isinstance(data, str) else data
+    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _cut_incomplete_line(fd: int, path: Path) -> None:
+    size = os.fstat(fd).st_size
+    end = size
+    while end > 0:
+        start = max(0, end - 65536)
+        newline = os.pread(fd, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            end = start + newline + 1
+            break
+        end = start
+    if end < size:
+        warnings.warn(
+            f"{path}: the last record was cut off when its writer stopped; its sample is redone",
+            AccelWarning,
+            stacklevel=3,
+        )
+        os.ftruncate(fd, end)

@@ -1,0 +1,231 @@
+"""Records -> one dictionary that holds every number of the report, with interval, n and extractor.
+
+Kept in memory per image: its times and its metric values, nothing else.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from accel.evaluation.bootstrap import mean_interval
+from accel.evaluation.errors import EvaluationError, IncomparableError
+from accel.evaluation.features import FeatureSet, distances
+from accel.evaluation.folder import RunFolder
+from accel.evaluation.geneval.scorer import Verdict, aggregate
+from accel.evaluation.score import REFERENCE
+
+Key = tuple[int, int]  # prompt id, sample
+
+
+@dataclass
+class _Column:
+    """One metric of one configuration: value (None: cannot be given) per image."""
+
+    higher_is_better: bool
+    values: dict[Key, float | None] = field(default_factory=dict)
+    tags: dict[Key, str] = field(default_factory=dict)
+    identical: int = 0
+
+
+def summarise(folder: RunFolder, *, worst: int = 6) -> dict[str, Any]:
+    """All numbers of a run folder, JSON-ready."""
+    settings = folder.settings
+    prompts = folder.prompts()
+    times: dict[str, dict[Key, dict[str, Any]]] = {name: {} for name in folder.configurations}
+    hashes: dict[str, set[str]] = defaultdict(set)
+    for record in folder.samples():
+        own = times.setdefault(record["configuration"], {})
+        own[record["prompt_id"], record["sample"]] = {
+            name: record.get(name)
+            for name in ("seconds", "denoiser_seconds", "peak_bytes", "peak_kind", "session")
+        }
+        hashes[record["configuration"]].add(record["configuration_hash"])
+    for name, found in hashes.items():
+        if len(found) > 1:
+            raise IncomparableError(
+                f"{folder.path}: images of {name!r} were made with {len(found)} configurations"
+            )
+    notes = []
+    for name in [name for name, own in times.items() if not own]:
+        notes.append(f"Configuration {name} has no images yet and is left out.")
+        del times[name]
+    if not times:
+        raise EvaluationError(f"{folder.path}: no images yet; run `accel evaluate run` first")
+    keys = set.intersection(*(set(own) for own in times.values()))
+    most = max(map(len, times.values()))
+    if len(keys) < most:
+        notes.append(
+            f"Only the {len(keys)} images that every configuration has are compared; up to {most} exist: "
+            "the run is not finished."
+        )
+    if not keys:
+        raise EvaluationError(f"{folder.path}: no prompt has an image of every configuration yet")
+
+    columns = _columns(folder, keys)
+    plain = folder.plain
+    rows = []
+    described = {row["name"]: row for row in settings["configurations"]}
+    for name, own in times.items():
+        rows.append(
+            {
+                "name": name,
+                "settings": {key: described[name][key] for key in ("method", "steps")},
+                "hash": described[name]["hash"],
+                "images": len(keys),
+                "speed": _speed({k: own[k] for k in keys}, {k: times[plain][k] for k in keys}),
+                "metrics": _metrics(columns[name], columns[plain], prompts),
+                "worst": _worst(columns[name], worst),
+            }
+        )
+    suite_metric = next((m for m, column in columns[plain].items() if column.tags), None)
+    bounds = folder.path / "scores" / "bounds.json"
+    return {
+        "run": {key: settings[key] for key in settings if key != "configurations"},
+        "plain": plain,
+        "images": len(keys),
+        "prompts": len({prompt for prompt, _ in keys}),
+        "suite_metric": suite_metric,
+        "bounds": json.loads(bounds.read_text()) if bounds.exists() else None,
+        "configurations": rows,
+        "distances": _distances(folder, list(times), keys, plain),
+        "sessions": list(folder.sessions()),
+        "notes": notes,
+    }
+
+
+def _columns(folder: RunFolder, keys: set[Key]) -> dict[str, dict[str, _Column]]:
+    columns: dict[str, dict[str, _Column]] = defaultdict(dict)
+    for record in folder.scores():
+        key = record["prompt_id"], record["sample"]
+        if key not in keys:
+            continue
+        column = columns[record["configuration"]].setdefault(
+            record["metric"], _Column(record["higher_is_better"])
+        )
+        column.values[key] = record["value"]
+        column.identical += record["reason"] == "identical"
+        if "tag" in record:
+            column.tags[key] = record["tag"]
+    return columns
+
+
+def _metrics(own: dict[str, _Column], plain: dict[str, _Column], prompts: dict) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for metric, column in own.items():
+        known = {key: value for key, value in column.values.items() if value is not None}
+        entry: dict[str, Any] = {
+            "higher_is_better": column.higher_is_better,
+            "identical": column.identical,
+            "missing": len(column.values) - len(known) - column.identical,
+        }
+        if known and column.tags:
+            verdicts = [Verdict(v == 1, "", column.tags[k], prompts[k[0]].text) for k, v in known.items()]
+            whole = aggregate(verdicts)
+            entry |= {"mean": whole.overall.to_dict(), "missing_tasks": list(whole.missing)}
+            entry["tasks"] = {task: interval.to_dict() for task, interval in whole.tasks.items()}
+        elif known:
+            entry["mean"] = _mean(known, prompts).to_dict()
+            entry["p10"], entry["p90"] = np.quantile(list(known.values()), [0.1, 0.9]).tolist()
+        other = plain.get(metric)
+        if other is not None and other is not column:
+            pairs = {
+                k: v - other.values[k]  # type: ignore[operator]
+                for k, v in known.items()
+                if other.values.get(k) is not None
+            }
+            if pairs:
+                tags = [column.tags[k] for k in pairs] if column.tags else None
+                entry["difference"] = _mean(pairs, prompts, tags).to_dict()
+        result[metric] = entry
+    return result
+
+
+def _mean(values: dict[Key, float], prompts: dict, strata: Sequence[str] | None = None) -> Any:
+    return mean_interval(list(values.values()), [prompts[key[0]].text for key in values], strata)
+
+
+def _speed(own: dict[Key, dict[str, Any]], plain: dict[Key, dict[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for part, column in (("pipeline", "seconds"), ("denoiser", "denoiser_seconds")):
+        seconds = [times[column] for times in own.values() if times[column] is not None]
+        if not seconds:
+            result[part] = None
+            continue
+        p10, median, p90 = np.quantile(seconds, [0.1, 0.5, 0.9]).tolist()
+        result[part] = {"median": median, "p10": p10, "p90": p90, "n": len(seconds)}
+        result[part]["images_per_second"] = len(seconds) / sum(seconds)
+        # Only neighbours in time are divided: the same prompt and sample in the same process start.
+        ratios = [
+            plain[key][column] / times[column]
+            for key, times in own.items()
+            if times[column] and plain[key][column] and times["session"] == plain[key]["session"]
+        ]
+        result[part]["speedup"] = median_interval(ratios)
+    peaks = [(times["peak_bytes"], times["peak_kind"]) for times in own.values() if times["peak_bytes"]]
+    result["peak_bytes"], result["peak_kind"] = max(peaks) if peaks else (None, None)
+    return result
+
+
+def median_interval(values: Sequence[float], level: float = 0.95) -> dict[str, Any] | None:
+    """Median with its distribution-free interval from order statistics (binomial).
+
+    `low` and `high` are None where n is too small for the level (below 6 at 95 %).
+    """
+    if not values:
+        return None
+    ordered, n = sorted(values), len(values)
+    result: dict[str, Any] = {"value": float(np.median(ordered)), "low": None, "high": None, "n": n}
+    log_half = -n * math.log(2)
+    tail, below = 0.0, -1  # largest count of values that may be cut off each side
+    for i in range(n // 2):
+        tail += math.exp(math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) + log_half)
+        if tail > (1 - level) / 2:
+            break
+        below = i
+    if below >= 0:
+        result["low"], result["high"] = ordered[below], ordered[n - 1 - below]
+    return result
+
+
+def _worst(columns: dict[str, _Column], count: int) -> list[dict[str, Any]]:
+    """Keys of the images furthest from their plain pair, furthest first."""
+    metric = next((m for m in columns if m.startswith("lpips")), "psnr")
+    if metric not in columns:
+        return []
+    column = columns[metric]
+    sign = 1 if column.higher_is_better else -1
+    known = ((sign * v, key) for key, v in column.values.items() if v is not None)
+    chosen: Iterable[tuple[float, Key]] = heapq.nsmallest(count, known)
+    return [{"prompt_id": k[0], "sample": k[1], "metric": metric, "value": sign * v} for v, k in chosen]
+
+
+def _distances(folder: RunFolder, names: list[str], keys: set[Key], plain: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for store in sorted(p for p in (folder.path / "features").glob("*") if (p / "extractor.json").exists()):
+        with TemporaryDirectory(dir=folder.path) as scratch:
+            sets = {name: FeatureSet(store, name, keys) for name in names}
+            references = {plain: sets[plain]}
+            if FeatureSet(store, REFERENCE).n:
+                # Cut to the same n: these distances depend on it.
+                references[REFERENCE] = FeatureSet(store, REFERENCE, {(i, 0) for i in range(len(keys))})
+            for to, reference in references.items():
+                for name in names:
+                    if name == to:
+                        continue
+                    row: dict[str, Any] = {"configuration": name, "to": to, "extractor": reference.extractor}
+                    try:
+                        row |= distances(reference, sets[name], Path(scratch))
+                    except EvaluationError as error:
+                        row["reason"] = str(error)
+                    rows.append(row)
+    return rows

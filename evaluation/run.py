@@ -1,0 +1,230 @@
+"""Stage `run`: generate prompts x samples x configurations, measure, and record. Resumable.
+
+For every batch of prompts all configurations are run one after another in rotating order, so that
+what slows the machine down meets all of them alike, and a speed ratio is taken between neighbours.
+Processes share the batches out among themselves; all configurations of one batch stay on one device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+
+from accel.evaluation.configurations import Configuration, resolve
+from accel.evaluation.environment import environment
+from accel.evaluation.errors import EvaluationError
+from accel.evaluation.folder import RunFolder, sample_key
+from accel.evaluation.records import (
+    Appender,
+    Record,
+    rank_and_world,
+    read_records,
+    write_atomically,
+)
+from accel.evaluation.suites import Prompt, Suite, take
+from accel.evaluation.timing import is_compiled, measure
+
+# Prompts of one sample number differ in seed, samples of one prompt too; a prime keeps them apart
+# for every suite below a million prompts.
+_SEED_STRIDE = 1_000_003
+
+
+class Progress(NamedTuple):
+    """Passed to `progress` after every image batch: images done and to do, in this process."""
+
+    done: int
+    total: int
+    configuration: str
+
+
+class Unit(NamedTuple):
+    prompt: Prompt
+    sample: int
+
+
+def run(
+    path: str | Path,
+    suite: Suite,
+    pipe: Any,
+    configurations: Sequence[Configuration | str],
+    *,
+    model: str | None = None,
+    samples_per_prompt: int = 1,
+    limit: int | None = None,
+    base_seed: int = 0,
+    batch_size: int = 1,
+    call: dict[str, Any] | None = None,
+    warmup: int = 1,
+    verify: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> RunFolder:
+    """Generate what is missing in run folder `path`, which is made if absent.
+
+    Args:
+        suite: prompts, from `accel.evaluation.suites`.
+        pipe: a diffusers text-to-image pipeline, or anything called like one
+            (`pipe(prompts, generator=[...], output_type="pil").images`).
+        configurations: `Configuration`s or specs (`accel.evaluation.configurations.parse`). The plain
+            pipeline is added if it is not among them.
+        model: name for the record; default the pipeline's class.
+        limit: number of prompts, tasks in turn.
+        base_seed: image `k` of prompt `i` starts from seed `base_seed + 1000003 k + i` in every
+            configuration: pairs have the same initial noise.
+        call: further arguments of every pipeline call (height, guidance_scale, ...).
+        warmup: untimed images per configuration and start of the process.
+        verify: compare the hashes of the images that exist, not only their lengths.
+
+    Raises:
+        RecordError: the folder was started with other settings, or another process writes there.
+    """
+    if samples_per_prompt < 1 or batch_size < 1 or warmup < 0:
+        raise EvaluationError("samples_per_prompt and batch_size must be at least 1, warmup at least 0")
+    resolved = resolve(configurations)
+    folder = RunFolder(path)
+    settings = {
+        "model": model or type(pipe).__name__,
+        "limit": limit,
+        "samples_per_prompt": samples_per_prompt,
+        "base_seed": base_seed,
+        "batch_size": batch_size,
+        "call": call or {},
+    }
+    folder.prepare(suite, settings, resolved)
+    rank, world, _ = rank_and_world()
+    done = _done(folder, verify)
+    todo = [
+        (number, batch, [c for c in _rotated(resolved, number) if not done.issuperset(_keys(c, batch))])
+        for number, batch in enumerate(_batches(take(suite.prompts, limit), samples_per_prompt, batch_size))
+        if number % world == rank
+    ]
+    total = sum(len(batch) * len(missing) for _, batch, missing in todo)
+    if not total:
+        return folder
+
+    with (
+        Appender(folder.path / "sessions" / f"rank-{rank:05d}.jsonl") as sessions,
+        Appender(folder.path / "samples" / f"rank-{rank:05d}.jsonl") as records,
+    ):
+        session = f"{rank}.{sum(1 for _ in read_records(sessions.path))}"
+        sessions.write({"session": session, "rank": rank, "world": world, "time": _now(), **environment()})
+        runner = _Runner(folder, pipe, call or {}, base_seed, session, warmup)
+        finished = 0
+        for _, batch, missing in todo:
+            for configuration in missing:
+                new = runner.generate(configuration, batch)
+                # A batch is always generated whole (pictures may depend on what shares their batch),
+                # but nothing is recorded twice.
+                records.write(*(record for record in new if sample_key(record) not in done))
+                finished += len(batch)
+                if progress:
+                    progress(Progress(finished, total, configuration.name))
+    return folder
+
+
+class _Runner:
+    def __init__(
+        self,
+        folder: RunFolder,
+        pipe: Any,
+        call: dict[str, Any],
+        base_seed: int,
+        session: str,
+        warmup: int,
+    ) -> None:
+        self.folder, self.pipe, self.call = folder, pipe, call
+        self.base_seed, self.session, self.warmup = base_seed, session, warmup
+        self._warm: set[str] = set()
+        # Attaching to a compiled pipeline makes it compile anew, so then every attachment is warmed.
+        self._always_warm = is_compiled(pipe)
+
+    def generate(self, configuration: Configuration, batch: Sequence[Unit]) -> list[Record]:
+        with configuration.attach(self.pipe):
+            if self._always_warm or configuration.name not in self._warm:
+                for _ in range(max(self.warmup, int(self._always_warm))):
+                    self._call(configuration, batch)
+                self._warm.add(configuration.name)
+            with measure(self.pipe) as measured:
+                images = self._call(configuration, batch)
+        if len(images) != len(batch):
+            raise EvaluationError(f"the pipeline returned {len(images)} images for {len(batch)} prompts")
+        common = {
+            "configuration": configuration.name,
+            "configuration_hash": configuration.hash,
+            "seconds": measured.seconds / len(batch),
+            "denoiser_seconds": measured.denoiser_seconds and measured.denoiser_seconds / len(batch),
+            "peak_bytes": measured.peak_bytes,
+            "peak_kind": measured.peak_kind,
+            "batch": len(batch),
+            "session": self.session,
+            "time": _now(),
+        }
+        return [self._save(unit, image, common) for unit, image in zip(batch, images, strict=True)]
+
+    def _call(self, configuration: Configuration, batch: Sequence[Unit]) -> list[Image.Image]:
+        steps = {} if configuration.steps is None else {"num_inference_steps": configuration.steps}
+        # Generators on the CPU: the same noise on every device.
+        generators = [torch.Generator("cpu").manual_seed(self._seed(unit)) for unit in batch]
+        prompts = [unit.prompt.text for unit in batch]
+        output = self.pipe(prompts, generator=generators, output_type="pil", **{**self.call, **steps})
+        return list(output.images)
+
+    def _seed(self, unit: Unit) -> int:
+        return self.base_seed + _SEED_STRIDE * unit.sample + unit.prompt.id
+
+    def _save(self, unit: Unit, image: Image.Image, common: Record) -> Record:
+        place = self.folder.image_folder(common["configuration"], unit.prompt.id)
+        metadata = place / "metadata.jsonl"
+        if unit.prompt.metadata and not metadata.exists():
+            write_atomically(metadata, unit.prompt.metadata.to_json() + "\n")
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "png", compress_level=1)
+        file = place / "samples" / f"{unit.sample:04d}.png"
+        write_atomically(file, buffer.getvalue())
+        return {
+            "prompt_id": unit.prompt.id,
+            "sample": unit.sample,
+            "prompt": unit.prompt.text,
+            "seed": self._seed(unit),
+            "image": file.relative_to(self.folder.path).as_posix(),
+            "image_sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
+            "image_bytes": len(buffer.getvalue()),
+            **common,
+        }
+
+
+def _done(folder: RunFolder, verify: bool) -> set[tuple[str, int, int]]:
+    done = set()
+    for record in folder.samples():
+        if verify:
+            content = (folder.path / record["image"]).read_bytes()
+            if hashlib.sha256(content).hexdigest() != record["image_sha256"]:
+                continue
+        done.add(sample_key(record))
+    return done
+
+
+def _batches(prompts: Sequence[Prompt], samples: int, size: int) -> Iterator[list[Unit]]:
+    """Batches that do not change when the run is extended by prompts or samples of a full batch."""
+    for sample in range(samples):
+        for start in range(0, len(prompts), size):
+            yield [Unit(prompt, sample) for prompt in prompts[start : start + size]]
+
+
+def _rotated(configurations: list[Configuration], by: int) -> list[Configuration]:
+    shift = by % len(configurations)
+    return configurations[shift:] + configurations[:shift]
+
+
+def _keys(configuration: Configuration, batch: Sequence[Unit]) -> set[tuple[str, int, int]]:
+    return {(configuration.name, unit.prompt.id, unit.sample) for unit in batch}
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

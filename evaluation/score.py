@@ -1,0 +1,245 @@
+"""Stage `score`: judge every recorded image, append value and reason per image. Resumable.
+
+A score is tied to the hashes of the images it was taken from: an image that was made again is
+scored again, everything else is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from accel.evaluation.errors import AccelWarning, RecordError
+from accel.evaluation.extractors import Extractor
+from accel.evaluation.features import FeatureWriter, index_records, store_path
+from accel.evaluation.folder import RunFolder, sample_key
+from accel.evaluation.records import Appender, Record, rank_and_world, write_atomically
+from accel.evaluation.scorers import Scorer
+from accel.evaluation.suites import Prompt
+
+REFERENCE = "reference"  # stands where a configuration's name would: the images of a reference folder
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+
+
+def score(
+    path: str | Path,
+    scorers: Sequence[Scorer],
+    extractors: Sequence[Extractor] = (),
+    *,
+    reference: str | Path | None = None,
+    bounds: Callable[[Sequence[Prompt]], dict[str, Any]] | None = None,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> RunFolder:
+    """Score what is not scored yet in run folder `path`.
+
+    Args:
+        scorers: per-image metrics (`accel.evaluation.scorers`).
+        extractors: features for FID, KID, CMMD, precision and recall.
+        reference: folder of reference images for those distances, besides the plain configuration.
+        bounds: gives ceiling and floor of the suite's score for the run's prompts.
+        progress: called with (images done, images to do) of this process.
+    """
+    folder = RunFolder(path)
+    prompts = folder.prompts()
+    rank, world, _ = rank_and_world()
+    if not (folder.path / "samples").is_dir():
+        raise RecordError(f"{folder.path}: nothing to score yet; `accel evaluate run` comes first")
+    if bounds and rank == 0:
+        write_bounds(folder, bounds)
+    plain_images = {
+        (record["prompt_id"], record["sample"]): (record["image"], record["image_sha256"])
+        for record in folder.samples()
+        if record["configuration"] == folder.plain
+    }
+    done = {(*sample_key(r), r["metric"]): (r["image_sha256"], r.get("against")) for r in folder.scores()}
+    total = sum(1 for _ in folder.samples())
+    with Appender(folder.path / "scores" / f"rank-{rank:05d}.jsonl") as scores:
+        writers = [_Features(folder.path, extractor, rank) for extractor in extractors]
+        try:
+            seen = 0
+            for batch in _batches(folder, rank, world, batch_size):
+                todo = [_missing(batch, scorer, folder.plain, plain_images, done) for scorer in scorers]
+                _score_batch(folder, batch, todo, scorers, writers, prompts, plain_images, scores)
+                seen += len(batch)
+                if progress:
+                    progress(seen, -(-total // world))
+            if reference is not None:
+                for writer in writers:
+                    writer.add_reference(Path(reference), rank, world, batch_size)
+        finally:
+            for writer in writers:
+                writer.close()
+    return folder
+
+
+def write_bounds(folder: RunFolder, bounds: Callable[[Sequence[Prompt]], dict[str, Any]]) -> None:
+    """Ceiling and floor over the prompts that were run, kept as long as those stay the same."""
+    used = {record["prompt_id"] for record in folder.samples()}
+    prompts = [prompt for number, prompt in sorted(folder.prompts().items()) if number in used]
+    identity = hashlib.sha256("".join(prompt.to_json() for prompt in prompts).encode()).hexdigest()
+    file = folder.path / "scores" / "bounds.json"
+    if file.exists() and json.loads(file.read_text()).get("prompts_sha256") == identity:
+        return
+    write_atomically(file, json.dumps({**bounds(prompts), "prompts_sha256": identity}, indent=2) + "\n")
+
+
+def load_image(file: Path, sha256: str | None = None) -> torch.Tensor:
+    """Image file as (3, H, W) uint8. `RecordError` if its hash is not `sha256` or it cannot be decoded."""
+    try:
+        content = file.read_bytes()
+        if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+            raise RecordError(f"{file}: content differs from what was recorded")
+        array = np.array(Image.open(io.BytesIO(content)).convert("RGB"))
+    except (OSError, SyntaxError) as error:
+        raise RecordError(f"{file}: cannot be decoded: {error}") from error
+    return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def _batches(folder: RunFolder, rank: int, world: int, size: int) -> Iterator[list[Record]]:
+    batch: list[Record] = []
+    for number, record in enumerate(folder.samples()):
+        if number // size % world == rank:
+            batch.append(record)
+        if batch and (number + 1) % size == 0:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _missing(
+    batch: Sequence[Record], scorer: Scorer, plain: str, plain_images: dict, done: dict
+) -> set[tuple[str, int, int]]:
+    """Keys of the batch that `scorer` has still to judge."""
+    missing = set()
+    for record in batch:
+        against = plain_images.get((record["prompt_id"], record["sample"]), (None, None))[1]
+        if scorer.paired and (record["configuration"] == plain or against is None):
+            continue
+        expected = (record["image_sha256"], against if scorer.paired else None)
+        if done.get((*sample_key(record), scorer.metric)) != expected:
+            missing.add(sample_key(record))
+    return missing
+
+
+def _score_batch(
+    folder: RunFolder,
+    batch: Sequence[Record],
+    todo: Sequence[set[tuple[str, int, int]]],
+    scorers: Sequence[Scorer],
+    writers: Sequence[_Features],
+    prompts: dict[int, Prompt],
+    plain_images: dict[tuple[int, int], tuple[str, str]],
+    scores: Appender,
+) -> None:
+    wanted = [
+        r for r in batch if any(sample_key(r) in keys for keys in todo) or any(w.wants(r) for w in writers)
+    ]
+    images: dict[tuple[str, int, int], torch.Tensor] = {}
+    for record in wanted:
+        image = _image_or_warning(folder.path / record["image"], record["image_sha256"])
+        if image is not None:
+            images[sample_key(record)] = image
+    for scorer, keys in zip(scorers, todo, strict=True):
+        groups: dict[tuple[int, ...], list[tuple[Record, torch.Tensor | None]]] = {}
+        for record in wanted:
+            if sample_key(record) not in keys or sample_key(record) not in images:
+                continue
+            plain = None
+            if scorer.paired:
+                file, sha256 = plain_images[record["prompt_id"], record["sample"]]
+                plain = _image_or_warning(folder.path / file, sha256)
+                if plain is None:
+                    continue
+            shape = (*images[sample_key(record)].shape, *(plain.shape if plain is not None else ()))
+            groups.setdefault(shape, []).append((record, plain))
+        for members in groups.values():
+            stacked = torch.stack([images[sample_key(record)] for record, _ in members])
+            plains = [plain for _, plain in members if plain is not None]
+            texts = [prompts[record["prompt_id"]] for record, _ in members]
+            parts = scorer(stacked, torch.stack(plains) if scorer.paired else None, texts)
+            scores.write(
+                *(
+                    _score_record(r, scorer, part, plain_images)
+                    for (r, _), part in zip(members, parts, strict=True)
+                )
+            )
+    for writer in writers:
+        writer.add([record for record in wanted if writer.wants(record)], images)
+
+
+def _score_record(record: Record, scorer: Scorer, part: dict[str, Any], plain_images: dict) -> Record:
+    names = ("configuration", "configuration_hash", "prompt_id", "sample", "prompt", "image_sha256")
+    against = {}
+    if scorer.paired:
+        against = {"against": plain_images[record["prompt_id"], record["sample"]][1]}
+    direction = {"higher_is_better": scorer.higher_is_better}
+    return {**{name: record[name] for name in names}, "metric": scorer.metric, **direction, **against, **part}
+
+
+def _image_or_warning(file: Path, sha256: str) -> torch.Tensor | None:
+    try:
+        return load_image(file, sha256)
+    except RecordError as error:
+        warnings.warn(
+            f"{error}; left out, `accel evaluate run --verify` makes it again", AccelWarning, stacklevel=2
+        )
+        return None
+
+
+class _Features:
+    """One extractor's missing rows of this process."""
+
+    def __init__(self, folder: Path, extractor: Extractor, rank: int) -> None:
+        self._extractor = extractor
+        store = store_path(folder, extractor.name)
+        self._done = {(*sample_key(r), r["image_sha256"]) for r in index_records(store)}
+        self._writer = FeatureWriter(folder, extractor.name, extractor.dim, rank)
+
+    def wants(self, record: Record) -> bool:
+        return (*sample_key(record), record["image_sha256"]) not in self._done
+
+    def add(self, records: Sequence[Record], images: dict[tuple[str, int, int], torch.Tensor]) -> None:
+        by_shape: dict[tuple[int, ...], list[Record]] = {}
+        for record in records:
+            if sample_key(record) in images:
+                by_shape.setdefault(images[sample_key(record)].shape, []).append(record)
+        names = ("configuration", "configuration_hash", "prompt_id", "sample", "image_sha256")
+        for members in by_shape.values():
+            features = self._extractor(torch.stack([images[sample_key(record)] for record in members]))
+            self._writer.write([{name: record[name] for name in names} for record in members], features)
+
+    def add_reference(self, source: Path, rank: int, world: int, batch_size: int) -> None:
+        files = (
+            sorted(f for f in source.rglob("*") if f.suffix.lower() in _SUFFIXES) if source.is_dir() else []
+        )
+        if not files:
+            raise RecordError(f"{source}: no reference images")
+        mine = [(number, file) for number, file in enumerate(files) if number % world == rank]
+        for start in range(0, len(mine), batch_size):
+            records, images = [], {}
+            for number, file in mine[start : start + batch_size]:
+                record = {
+                    "configuration": REFERENCE,
+                    "configuration_hash": hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:12],
+                    "prompt_id": number,
+                    "sample": 0,
+                    "image_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+                }
+                if self.wants(record):
+                    records.append(record)
+                    images[sample_key(record)] = load_image(file)
+            self.add(records, images)
+
+    def close(self) -> None:
+        self._writer.close()

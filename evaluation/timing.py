@@ -1,0 +1,145 @@
+"""Time and memory of one pipeline call: device-synchronised, denoiser apart, peak of that call only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Measurement:
+    """`seconds` of the whole call, `denoiser_seconds` of it in the denoiser (None: not measurable),
+    `peak_bytes` of `peak_kind` memory ("device": allocated by torch; "host": resident set)."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.denoiser_seconds: float | None = None
+        self.peak_bytes: int | None = None
+        self.peak_kind: str | None = None
+
+
+@contextmanager
+def measure(pipe: Any) -> Iterator[Measurement]:
+    """Measure what runs inside the `with` block. Enter it after accelerating `pipe`.
+
+    The denoiser's clock runs from before the first to after the last hook that is on it at that
+    moment, so an acceleration's own work counts as denoiser time.
+    """
+    device = _device(pipe)
+    result = Measurement()
+    denoiser = _denoiser(pipe)
+    laps = _Laps(device)
+    handles = []
+    if denoiser is not None:
+        handles = [
+            denoiser.register_forward_pre_hook(laps.start, prepend=True),
+            denoiser.register_forward_hook(laps.stop),
+        ]
+    peak_is_ours = _reset_peak(device)
+    try:
+        _synchronise(device)
+        start = time.perf_counter()
+        yield result
+        _synchronise(device)
+        result.seconds = time.perf_counter() - start
+    finally:
+        for handle in handles:
+            handle.remove()
+    result.denoiser_seconds = laps.total() if denoiser is not None else None
+    if peak_is_ours:
+        result.peak_bytes, result.peak_kind = _peak(device)
+
+
+class _Laps:
+    """Sums forward passes. On CUDA with events, which cost no synchronisation inside the loop."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[Any] = []
+        self._device = device
+
+    def start(self, *_: Any) -> None:
+        self._mark()
+
+    def stop(self, *_: Any) -> None:
+        self._mark()
+
+    def total(self) -> float | None:
+        pairs = list(zip(self._marks[::2], self._marks[1::2], strict=False))
+        if not pairs:
+            return None
+        if self._cuda:
+            return sum(a.elapsed_time(b) for a, b in pairs) / 1000
+        return sum(b - a for a, b in pairs)
+
+    def _mark(self) -> None:
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self._device))
+            self._marks.append(event)
+        else:
+            _synchronise(self._device)
+            self._marks.append(time.perf_counter())
+
+
+def is_compiled(pipe: Any) -> bool:
+    """Whether some part of the pipeline runs through torch.compile."""
+    components = getattr(pipe, "components", None) or vars(pipe)
+    return any(
+        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+        for component in components.values()
+        if isinstance(component, torch.nn.Module)
+        for module in component.modules()
+    )
+
+
+def _denoiser(pipe: Any) -> torch.nn.Module | None:
+    for name in ("transformer", "unet"):
+        module = getattr(pipe, name, None)
+        if isinstance(module, torch.nn.Module):
+            # A hook on a compiled module would be compiled along and break its graph.
+            compiled = getattr(module, "_compiled_call_impl", None) is not None or hasattr(
+                module, "_orig_mod"
+            )
+            return None if compiled else module
+    return None
+
+
+def _device(pipe: Any) -> torch.device:
+    device = getattr(pipe, "_execution_device", None) or getattr(pipe, "device", None) or "cpu"
+    return torch.device(device)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _reset_peak(device: torch.device) -> bool:
+    """False where the peak cannot be reset: it would be the process's, not this call's."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, Linux >= 4.0
+    except OSError:
+        return False
+    return True
+
+
+def _peak(device: torch.device) -> tuple[int | None, str | None]:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), "device"
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024, "host"
+    except OSError:
+        pass
+    return None, None

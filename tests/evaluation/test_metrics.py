@@ -1,0 +1,222 @@
+"""Every metric against an independent oracle: another library, a closed form or brute force."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from accel.evaluation import metrics
+from accel.evaluation.errors import EvaluationError
+
+
+def features(n, d, seed, shift=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(d, d, generator=generator, dtype=torch.float64)
+    return torch.randn(n, d, generator=generator, dtype=torch.float64) @ mixing + shift
+
+
+def moments(x, batch=100):
+    streamed = metrics.Moments()
+    for part in x.split(batch):
+        streamed.update(part)
+    return streamed
+
+
+def frechet(a, b):
+    metric = metrics.FrechetDistance()
+    metric.update(a, reference=True)
+    metric.update(b, reference=False)
+    return metric.compute()
+
+
+def test_frechet_equals_closed_form_for_commuting_covariances():
+    mean_a, mean_b = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([1.0, -1.0, 2.5])
+    var_a, var_b = torch.tensor([1.0, 4.0, 0.25]), torch.tensor([9.0, 1.0, 0.0])
+    expected = float((mean_a - mean_b).square().sum() + (var_a.sqrt() - var_b.sqrt()).square().sum())
+    value = metrics.frechet_distance(mean_a, torch.diag(var_a), mean_b, torch.diag(var_b))
+    assert value == pytest.approx(expected, rel=1e-12)
+
+
+def test_frechet_equals_torchmetrics():
+    fid = pytest.importorskip("torchmetrics.image.fid", reason="needs the eval extra")
+
+    class Identity(torch.nn.Module):
+        num_features = 48
+
+        def forward(self, x):
+            return x.flatten(1)
+
+    a, b = features(300, 48, 0), features(280, 48, 1, shift=0.3)
+    oracle = fid.FrechetInceptionDistance(feature=Identity(), normalize=True, input_img_size=(3, 4, 4))
+    oracle.set_dtype(torch.float64)
+    oracle.update(a.view(-1, 3, 4, 4), real=True)
+    oracle.update(b.view(-1, 3, 4, 4), real=False)
+    assert frechet(a, b) == pytest.approx(float(oracle.compute()), rel=1e-4)
+
+
+def test_frechet_equals_scipy_sqrtm():
+    linalg = pytest.importorskip("scipy.linalg", reason="needs scipy")
+    a, b = features(200, 20, 2).numpy(), features(200, 20, 3, shift=1.0).numpy()
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = linalg.sqrtm(cov_a @ cov_b).real
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a + cov_b - 2 * root)
+    assert frechet(torch.from_numpy(a), torch.from_numpy(b)) == pytest.approx(expected, rel=1e-8)
+
+
+def test_moments_do_not_depend_on_batches_and_merge_across_processes():
+    # A mean far from zero is what a naive sum of squares loses its digits on.
+    x = features(500, 8, 4, shift=1e6)
+    whole, parts = moments(x, 500), moments(x[:200], 7)
+    parts.merge(moments(x[200:], 64))
+    assert parts.n == 500
+    torch.testing.assert_close(parts.mean, x.mean(0), rtol=1e-14, atol=0)
+    torch.testing.assert_close(parts.covariance, torch.cov(x.T), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(whole.covariance, parts.covariance, rtol=1e-8, atol=1e-8)
+
+
+def test_too_few_images_for_a_covariance_is_said_instead_of_a_number():
+    with pytest.raises(EvaluationError, match=r"n = 20 images are too few.*at least 21"):
+        frechet(features(20, 20, 0), features(50, 20, 1))
+
+
+def test_nan_features_are_refused():
+    with pytest.raises(ValueError, match="NaN"):
+        metrics.Moments().update(torch.full((3, 2), torch.nan))
+
+
+def test_kid_equals_brute_force_and_is_unbiased():
+    a, b = features(30, 6, 5).numpy(), features(25, 6, 6, shift=0.5).numpy()
+
+    def kernel(x, y):
+        return (x @ y / 6 + 1) ** 3
+
+    aa = np.mean([kernel(a[i], a[j]) for i in range(30) for j in range(30) if i != j])
+    bb = np.mean([kernel(b[i], b[j]) for i in range(25) for j in range(25) if i != j])
+    ab = np.mean([kernel(x, y) for x in a for y in b])
+    assert metrics.kernel_inception_distance(a, b).value == pytest.approx(aa + bb - 2 * ab, rel=1e-10)
+    # Two samples of one distribution: scattered around zero, not above it.
+    rng = np.random.default_rng(0)
+    same = [metrics.kernel_inception_distance(*rng.standard_normal((2, 40, 6))).value for _ in range(60)]
+    assert abs(np.mean(same)) < 3 * np.std(same) / math.sqrt(60)
+
+
+def test_kid_subsets_agree_with_torchmetrics():
+    kid = pytest.importorskip("torchmetrics.image.kid", reason="needs the eval extra")
+    a, b = features(120, 16, 7), features(150, 16, 8, shift=0.5)
+    value, std = metrics.kernel_inception_distance(a.numpy(), b.numpy(), subsets=200, subset_size=60)
+    oracle = [
+        float(kid.poly_mmd(a[torch.randperm(120)[:60]], b[torch.randperm(150)[:60]])) for _ in range(200)
+    ]
+    spread = math.hypot(std, np.std(oracle)) / math.sqrt(200)
+    assert abs(value - np.mean(oracle)) < 4 * spread
+
+
+def test_cmmd_equals_brute_force_across_block_borders():
+    a, b = features(1100, 5, 9).numpy(), features(40, 5, 10).numpy()
+    a /= np.linalg.norm(a, axis=1, keepdims=True)
+    b /= np.linalg.norm(b, axis=1, keepdims=True)
+
+    def mean_kernel(x, y):
+        return np.exp(-((x[:, None] - y[None]) ** 2).sum(-1) / 200).mean()
+
+    expected = 1000 * (mean_kernel(a, a) + mean_kernel(b, b) - 2 * mean_kernel(a, b))
+    assert metrics.cmmd(7 * a, b) == pytest.approx(expected, rel=1e-9)  # length must not matter
+
+
+def test_precision_recall_equals_brute_force():
+    a, b = features(1030, 4, 11).numpy(), features(900, 4, 11, shift=0.3).numpy()
+
+    def covered(queries, centres):
+        own = np.linalg.norm(centres[:, None] - centres[None], axis=-1)
+        radii = np.sort(own, axis=1)[:, 3]
+        distances = np.linalg.norm(queries[:, None] - centres[None], axis=-1)
+        return (distances <= radii).any(1).mean()
+
+    result = metrics.precision_recall(a, b)
+    assert result == pytest.approx((covered(b, a), covered(a, b)))
+    assert 0.05 < result.precision < 0.999  # the case is not trivial
+    assert metrics.precision_recall(a, a) == (1.0, 1.0)
+
+
+def pictures(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randint(0, 256, (3, 3, 40, 33), generator=generator, dtype=torch.uint8)
+    noise = torch.randint(-20, 21, a.shape, generator=generator)
+    return a, (a + noise).clamp(0, 255).to(torch.uint8)
+
+
+def test_psnr_and_ssim_equal_scikit_image():
+    skimage = pytest.importorskip("skimage.metrics", reason="needs scikit-image")
+    a, b = pictures()
+    own_psnr, own_ssim = metrics.psnr(a, b), metrics.ssim(a, b)
+    for i in range(3):
+        x, y = (t[i].permute(1, 2, 0).numpy() for t in (a, b))
+        assert float(own_psnr[i]) == pytest.approx(skimage.peak_signal_noise_ratio(x, y), abs=1e-9)
+        expected = skimage.structural_similarity(
+            x,
+            y,
+            channel_axis=2,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+            data_range=255,
+        )
+        assert float(own_ssim[i]) == pytest.approx(expected, abs=1e-9)
+
+
+def test_identical_images():
+    a, _ = pictures()
+    assert torch.isinf(metrics.psnr(a, a)).all()
+    torch.testing.assert_close(metrics.ssim(a, a), torch.ones(3, dtype=torch.float64))
+
+
+def test_update_compute_is_the_mean_over_all_pairs():
+    a, b = pictures()
+    metric = metrics.PSNR()
+    metric.update(a[:1], b[:1])
+    metric.update(a[1:], b[1:])
+    assert metric.compute() == pytest.approx(float(metrics.psnr(a, b).mean()))
+
+
+@pytest.mark.filterwarnings("ignore:.*since 0.13.*:UserWarning:torchvision")  # lpips' way of asking
+def test_lpips_equals_the_reference_package(tmp_path):
+    """Same random trunk, same published heads: the packages must agree layer by layer."""
+    reference = pytest.importorskip("lpips", reason="needs the lpips package (and torchvision)")
+    pytest.importorskip("torchmetrics", reason="needs the eval extra")
+    torch.manual_seed(0)
+    oracle = reference.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    trunk = {}
+    for part in ("slice1", "slice2", "slice3", "slice4", "slice5"):
+        for name, tensor in getattr(oracle.net, part).state_dict().items():
+            trunk[f"features.{name}"] = tensor
+    torch.save(trunk, tmp_path / "alexnet-owt-7be5be79.pth")
+    from accel.evaluation.weights import file_sha256
+
+    model = metrics.LPIPS.load(tmp_path, sha256=file_sha256(tmp_path / "alexnet-owt-7be5be79.pth"))
+    a, b = (torch.rand(2, 3, 64, 64) for _ in range(2))
+    expected = oracle(a, b, normalize=True).flatten()
+    torch.testing.assert_close(model(a, b), expected, rtol=1e-4, atol=1e-6)
+    assert float(model(a, a).abs().max()) == 0.0
+
+
+def test_clip_score_is_cosine_in_percent_and_never_negative():
+    x = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
+    y = torch.tensor([[4.0, 3.0], [-1.0, 0.0]])
+    torch.testing.assert_close(metrics.clip_score(x, y), torch.tensor([96.0, 0.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        metrics.FrechetDistance,
+        metrics.KID,
+        metrics.CMMD,
+        metrics.PSNR,
+        metrics.SSIM,
+        metrics.PrecisionRecallMetric,
+    ],
+)
+def test_every_metric_declares_name_and_direction(metric):
+    assert isinstance(metric.name, str)
+    assert isinstance(metric.higher_is_better, bool)
