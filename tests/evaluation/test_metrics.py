@@ -206,17 +206,13 @@ def test_clip_score_is_cosine_in_percent_and_never_negative():
     torch.testing.assert_close(metrics.clip_score(x, y), torch.tensor([96.0, 0.0], dtype=torch.float64))
 
 
-@pytest.mark.parametrize(
-    "metric",
-    [
-        metrics.FrechetDistance,
-        metrics.KID,
-        metrics.CMMD,
-        metrics.PSNR,
-        metrics.SSIM,
-        metrics.PrecisionRecallMetric,
-    ],
+METRICS = (
+    *(metrics.FrechetDistance, metrics.KID, metrics.CMMD, metrics.PrecisionRecallMetric),
+    *(metrics.PSNR, metrics.SSIM, metrics.LPIPSMetric, metrics.CLIPScore),
 )
+
+
+@pytest.mark.parametrize("metric", METRICS)
 def test_every_metric_declares_name_and_direction(metric):
     assert isinstance(metric.name, str)
     assert isinstance(metric.higher_is_better, bool)
