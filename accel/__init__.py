@@ -44,7 +44,7 @@ _HOME = {
     "TokenMergingConfig": "accel.methods.merging",
     "accelerate": "accel.api",
 }
-_SUBPACKAGES = ("configs", "errors", "evaluation", "kernels", "methods", "pipelines")
+_SUBMODULES = ("configs", "errors", "evaluation", "kernels", "methods", "pipelines", "plan", "registry")
 
 try:
     __version__ = version("accel-image")
@@ -55,7 +55,7 @@ except PackageNotFoundError:  # a bare source tree on the path
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
-    if name in _SUBPACKAGES:
+    if name in _SUBMODULES:
         return importlib.import_module(f"accel.{name}")
     raise AttributeError(f"module 'accel' has no attribute {name!r}")
 

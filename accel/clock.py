@@ -39,8 +39,8 @@ class Clock:
         step: index of the step that is running, from 0 also when the loop starts in the middle.
         total: number of steps of this run.
         running: a loop has been started and has not ended.
-        samples: batch of the latents seen by the last `step`, None before the first. The denoiser's batch is a
-            multiple of it when guidance is batched.
+        samples: batch of the latents seen by the last `step`, None before the first. The denoiser's batch is
+            a multiple of it when guidance is batched.
     """
 
     def __init__(self, scheduler: Any) -> None:
@@ -53,7 +53,7 @@ class Clock:
 
     @classmethod
     def of(cls, scheduler: Any) -> Clock:
-        """The clock of this scheduler: one, however many methods follow it, so that they can leave in any order."""
+        """The clock of this scheduler; one for all methods, so that they can leave in any order."""
         # Found through its own wrapper: a table of clocks would keep pipelines alive that nobody uses.
         return getattr(vars(scheduler).get("step"), "accel_clock", None) or cls(scheduler)
 
@@ -61,7 +61,8 @@ class Clock:
         return self._scheduler() is scheduler
 
     def add(self, listener: Listener) -> Callable[[], None]:
-        """Start telling `listener`; returns the undo action. The first one wraps the scheduler, the last unwraps."""
+        """Tell `listener` from now on; returns the undo action. The first wraps the scheduler, the last
+        unwraps it."""
         if not self._listeners:
             self._wrap()
         self._listeners.append(listener)

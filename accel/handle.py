@@ -38,7 +38,7 @@ class Handle:
     @property
     def attached(self) -> bool:
         denoiser = self._denoiser()
-        return denoiser is not None and _ATTACHED.get(denoiser, {}).get(self.method) is self
+        return denoiser is not None and _attached(denoiser, self.method) is self
 
     def remove(self) -> None:
         """Detach. The pipeline is bit-exactly what it was. Calling it twice is fine."""
@@ -60,13 +60,18 @@ class Handle:
 
 
 def make_room(denoiser: nn.Module, method: str, *, replace: bool) -> None:
-    """Refuse a second handle of one method on one denoiser, or remove the first one if asked to replace it."""
-    handle = _ATTACHED.get(denoiser, {}).get(method)
+    """Refuse a second handle of one method on one denoiser, or remove the first if asked to replace it."""
+    handle = _attached(denoiser, method)
     if handle is None:
         return
     if not replace:
         raise AlreadyAcceleratedError(
-            f"{method} is already attached to this model ({handle.config}). Remove that handle first, or pass "
-            "replace=True."
+            f"{method} is already attached to this model ({handle.config}). Remove that handle first, or "
+            "pass replace=True."
         )
     handle.remove()
+
+
+def _attached(denoiser: nn.Module, method: str) -> Handle | None:
+    handles = _ATTACHED.get(denoiser)
+    return None if handles is None else handles.get(method)

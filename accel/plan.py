@@ -69,7 +69,8 @@ class TokenPlan:
         """The plan for `times` copies of the batch laid one after the other (the halves of guidance)."""
         if times == 1:
             return self
-        return TokenPlan(*(t.repeat(times, 1) for t in (self.dst, self.owner, self.size)), self.complete)
+        dst, owner, size = (t.repeat(times, 1) for t in (self.dst, self.owner, self.size))
+        return TokenPlan(dst, owner, size, self.complete)
 
 
 def _rows(x_BN: Tensor, index_PK: Tensor) -> Tensor:
@@ -83,8 +84,8 @@ def _rows(x_BN: Tensor, index_PK: Tensor) -> Tensor:
 def _segment_sum(x_BNC: Tensor, owner_PN: Tensor, slots: int) -> Tensor:
     """Sum of the rows of each slot in float32; rows with owner -1 go to an extra slot that is dropped.
 
-    `index_put_(accumulate=True)` sorts its indices on CUDA and adds in a fixed order; `index_add_` uses atomics
-    there, so two equal runs would differ in their last bits.
+    `index_put_(accumulate=True)` sorts its indices on CUDA and adds in a fixed order; `index_add_` uses
+    atomics there, so two equal runs would differ in their last bits.
     """
     B, _, C = x_BNC.shape
     owner_PN = torch.where(owner_PN < 0, slots, owner_PN)

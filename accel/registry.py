@@ -31,7 +31,7 @@ class Adapter:
             Called where torch.compile may be tracing: only pick the tensor.
         grid: (denoiser, that tensor) -> (rows, columns) of the image tokens in their order. Called once per
             run, outside of compiled code; may wait for the device.
-        output_tokens: (denoiser, prediction) -> the prediction per token (B, N, c), in the order of the tokens.
+        output_tokens: (denoiser, prediction) -> the prediction per token (B, N, c), in the tokens' order.
         shared_plan: the model can only follow one plan for the whole batch.
         refuse: called with (denoiser's arguments by name, True if tokens stay reduced between blocks); raises
             `UnsupportedError` for what cannot work.
@@ -72,20 +72,26 @@ def find(denoiser: nn.Module) -> Adapter:
         type(denoiser).__name__,
         known(),
         "To support another model, describe its blocks in an accel.registry.Adapter "
-        "(accel/pipelines/pixart.py is a complete example) and call accel.registry.register(class_name, adapter).",
+        "(accel/pipelines/pixart.py is a complete example) and call "
+        "accel.registry.register(class_name, adapter).",
     )
 
 
-def denoiser_of(pipe: Any) -> nn.Module:
-    """The module that a diffusers pipeline calls at every step; for a torch.compile'd one, the module inside.
+def denoiser_of(pipe: Any) -> tuple[nn.Module, nn.Module]:
+    """The module that a diffusers pipeline calls at every step, and the denoiser itself.
+
+    They differ if the pipeline's module is torch.compile's wrapper.
 
     Raises:
         UnsupportedError: the object has no denoiser or no scheduler.
     """
-    module = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
+    # Not `a or b`: a compiled module has a __len__ that raises.
+    candidates = [getattr(pipe, name, None) for name in ("transformer", "unet")]
+    module = next((m for m in candidates if m is not None), None)
     if not isinstance(module, nn.Module) or getattr(pipe, "scheduler", None) is None:
         raise UnsupportedError(
-            f"expected a diffusers pipeline with a transformer (or unet) and a scheduler, got {type(pipe).__name__}. "
-            f"Pass the pipeline itself, not one of its parts. Denoisers supported: {', '.join(known())}."
+            "expected a diffusers pipeline with a transformer (or unet) and a scheduler, got "
+            f"{type(pipe).__name__}. Pass the pipeline itself, not one of its parts. "
+            f"Denoisers supported: {', '.join(known())}."
         )
-    return getattr(module, "_orig_mod", module)
+    return module, getattr(module, "_orig_mod", module)

@@ -8,6 +8,7 @@ two steps.
 from __future__ import annotations
 
 import inspect
+import warnings
 import weakref
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .clock import Clock, Listener
-from .errors import UnsupportedError
+from .errors import AccelWarning, UnsupportedError
 from .registry import Adapter, denoiser_of, find
 from .schedule import Phase, Schedule
 from .stats import Stats, StepStats
@@ -28,14 +29,15 @@ class Target:
     """A pipeline taken apart. The pipeline itself is only referred to weakly."""
 
     pipe: weakref.ref
+    outer: nn.Module  # what the pipeline calls: the denoiser, or torch.compile's wrapper around it
     denoiser: nn.Module
     adapter: Adapter
     scheduler: Any
 
     @staticmethod
     def of(pipe: Any) -> Target:
-        denoiser = denoiser_of(pipe)
-        return Target(weakref.ref(pipe), denoiser, find(denoiser), pipe.scheduler)
+        outer, denoiser = denoiser_of(pipe)
+        return Target(weakref.ref(pipe), outer, denoiser, find(denoiser), pipe.scheduler)
 
 
 class Method(Protocol):
@@ -72,12 +74,19 @@ class Run(Listener):
         signature = inspect.signature(type(target.denoiser).forward)
         self._names = list(signature.parameters)[1:]
         self._phases: tuple[Phase, ...] = ()
+        self.phase: Phase
+        self.grid: tuple[int, int] | None
+        self.grid_source: Tensor | None
+        self.outputs: tuple[Tensor, ...]
+        self.samples: int | None
         self._idle()
 
     def attach(self, stack: ExitStack) -> None:
-        denoiser = self.target.denoiser
+        denoiser, outer = self.target.denoiser, self.target.outer
+        stack.callback(outer.register_forward_pre_hook(self._call_starts, with_kwargs=True).remove)
         stack.callback(denoiser.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
         stack.callback(denoiser.register_forward_hook(self._leave, always_call=True).remove)
+        stack.callback(outer.register_forward_hook(self._call_ends).remove)
         stack.callback(self.clock.add(self))
         stack.callback(self._drop)
 
@@ -86,6 +95,13 @@ class Run(Listener):
     def begin(self, clock: Clock) -> None:
         self._drop()
         self._phases = self.schedule.phases(clock.total)
+        if self.schedule.reduces and all(phase.dense for phase in self._phases):
+            warnings.warn(
+                f"all {clock.total} steps are dense: the schedule's dense first and last steps leave none to "
+                "reduce, so this run is not accelerated.",
+                AccelWarning,
+                stacklevel=2,
+            )
         self.stats.runs += 1
         self.stats.steps.clear()
 
@@ -112,10 +128,8 @@ class Run(Listener):
 
     def _idle(self) -> None:
         self.phase = Phase(1.0)
-        self.grid: tuple[int, int] | None = None
-        self.grid_source: Tensor | None = None
-        self.outputs: tuple[Tensor, ...] = ()
-        self.samples: int | None = None
+        self.grid = self.grid_source = self.samples = None
+        self.outputs = ()
         self._calls = 0
 
     # The denoiser's side: possibly traced.
@@ -131,13 +145,19 @@ class Run(Listener):
         pipe = self.target.pipe()
         if pipe is not None and not self.clock.follows(pipe.scheduler):
             raise UnsupportedError(
-                "the pipeline's scheduler was replaced after accelerate(), so the steps can no longer be followed. "
+                "the pipeline's scheduler was replaced after accelerate(), so its steps cannot be followed. "
                 "Call handle.remove() (or accelerate(..., replace=True)) after setting the scheduler."
+            )
+        if not self.clock.running:
+            warnings.warn(
+                "the denoiser was called outside of a denoising loop (no scheduler.set_timesteps before it, "
+                "or all steps done): it computes all tokens.",
+                AccelWarning,
+                stacklevel=2,
             )
         if self.grid is None and self.grid_source is not None:
             self.grid = self.target.adapter.grid(module, self.grid_source)
             self.grid_source = None
-        self.stats.call_starts(_device(arguments))
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         if output is None:  # always_call: the denoiser raised
@@ -145,15 +165,18 @@ class Run(Listener):
             return
         if self.keep_outputs:
             self.outputs = (*self.outputs, _prediction(output))
-        if torch.compiler.is_compiling():
-            return
-        self._calls += 1
-        self.stats.call_ends(_prediction(output).device)
+
+    # Around the denoiser: not traced, unless it was compiled in place (`module.compile()`).
+
+    def _call_starts(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not torch.compiler.is_compiling():
+            self.stats.call_starts(next(a.device for a in (*args, *kwargs.values()) if isinstance(a, Tensor)))
+
+    def _call_ends(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._calls += 1
+            self.stats.call_ends(_prediction(output).device)
 
 
 def _prediction(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output.sample
-
-
-def _device(arguments: dict[str, Any]) -> torch.device:
-    return next(a.device for a in arguments.values() if isinstance(a, Tensor))

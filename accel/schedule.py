@@ -30,14 +30,14 @@ class Schedule:
     """(step, total) -> Phase.
 
     `cycle` holds the budgets of the steps between the dense head and the dense tail and is repeated:
-    `(0.5,)` is half of the tokens at every step, `(1, 0, 0.25, 0)` a dense step, a forecast, a partial step, a
-    forecast.
+    `(0.5,)` is half of the tokens at every step, `(1, 0, 0.25, 0)` a dense step, a forecast, a partial step,
+    a forecast.
 
     Attributes:
         cycle: budgets in [0, 1].
         dense_first, dense_last: number of dense steps at either end.
         refresh_every: refresh at every n-th step that is not dense; 0: at the first one only.
-        refresh_at: steps at which to refresh, in place of `refresh_every` (the first reduced step always does).
+        refresh_at: steps at which to refresh, not `refresh_every`; the first reduced step always does.
     """
 
     cycle: tuple[float, ...]
@@ -53,6 +53,11 @@ class Schedule:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
                 raise ConfigError(f"{name} must be a whole number >= 0, got {value!r}")
+
+    @property
+    def reduces(self) -> bool:
+        """Whether any step computes less than everything."""
+        return min(self.cycle) < 1
 
     def phases(self, total: int) -> tuple[Phase, ...]:
         """The phases of a run of `total` steps."""

@@ -49,7 +49,7 @@ class Stats:
 
     @property
     def share(self) -> float:
-        """Tokens computed / tokens of the plain pipeline, over all steps and blocks; 1 before the first run."""
+        """Tokens computed / tokens of the plain pipeline, over all steps and blocks; 1 before a run."""
         return self.computed / self.total if self.total else 1.0
 
     @property

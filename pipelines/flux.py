@@ -20,7 +20,7 @@ Get = Callable[[str], Any]
 
 
 def follow_rotary(get: Get, plan: TokenPlan) -> tuple[Tensor, ...]:
-    """Cosines and sines (text + N, d) -> (text + K, d): all text rows, and the row of each slot's position."""
+    """Cosines, sines (text + N, d) -> (text + K, d): all text rows, the row of each slot's position."""
     return tuple(_rotary_rows(table, plan) for table in get("image_rotary_emb"))
 
 
@@ -30,7 +30,7 @@ def _rotary_rows(table: Tensor, plan: TokenPlan) -> Tensor:
 
 
 def follow_key_bias(get: Get, plan: TokenPlan) -> dict[str, Any]:
-    """Adds log(slot size) to the logits of the image keys and nothing to the text keys: (1, 1, 1, text + K)."""
+    """A bias of log(slot size) on the image keys, 0 on the text keys: (1, 1, 1, text + K)."""
     kwargs = get("joint_attention_kwargs") or {}
     if kwargs.get("attention_mask") is not None:
         raise UnsupportedError(
@@ -58,8 +58,8 @@ def _grid(denoiser: nn.Module, img_ids: Tensor) -> tuple[int, int]:
         torch.equal(row, index // width) and torch.equal(column, index % width)
     ):
         raise UnsupportedError(
-            f"the {len(ids)} image tokens are not one row-major grid (reference-image tokens, as in Kontext, or "
-            "custom img_ids); token reduction needs one"
+            f"the {len(ids)} image tokens are not one row-major grid (reference-image tokens, as in "
+            "Kontext, or custom img_ids); token reduction needs one"
         )
     return height, width
 
@@ -72,8 +72,8 @@ def _refuse(arguments: Mapping[str, Any], span: bool) -> None:
     ]
     if span and controlled:
         raise UnsupportedError(
-            f"{controlled[0]}: ControlNet adds full-size residuals between blocks, where span scope has fewer "
-            "tokens. Use scope='block', or run without ControlNet."
+            f"{controlled[0]}: ControlNet adds full-size residuals between blocks, where span scope has "
+            "fewer tokens. Use scope='block', or run without ControlNet."
         )
 
 

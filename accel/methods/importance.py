@@ -14,7 +14,7 @@ def guidance_magnitude(outputs: tuple[Tensor, ...], samples: int) -> Tensor | No
     """|v_cond - v_uncond| per token: Importance-based Token Merging (arXiv:2411.16720), section 4.
 
     Args:
-        outputs: the predictions (B, N, C) of one step's calls: two calls, or one with both halves of guidance.
+        outputs: predictions (B, N, C) of one step: two calls, or one with both halves of guidance.
         samples: images per step.
 
     Returns:

@@ -15,8 +15,10 @@ from accel.plan import TokenPlan
 
 
 def features(x_BNC: Tensor, rows: int) -> Tensor:
-    """(B, N, C) -> unit features (rows, N, B/rows * C) whose inner product is the mean cosine similarity over the
-    members of a row. The batch is laid out as B/rows copies (guidance halves) of `rows` images, or rows is 1."""
+    """(B, N, C) -> (rows, N, B/rows * C), whose inner product is the mean cosine similarity in a row.
+
+    The batch is B/rows copies (the halves of guidance) of `rows` images, or rows is 1.
+    """
     x = F.normalize(x_BNC.float(), dim=-1)
     copies = x.shape[0] // rows
     x = x.unflatten(0, (copies, rows)).permute(1, 2, 0, 3).flatten(2)
@@ -24,7 +26,7 @@ def features(x_BNC: Tensor, rows: int) -> Tensor:
 
 
 def cell_size(grid: tuple[int, int], room: int) -> int | None:
-    """Side of the smallest square cell, at least 2, whose destinations number at most `room`; None if none does."""
+    """Side of the smallest square cell, at least 2, with at most `room` destinations; None if none has."""
     height, width = grid
     for cell in range(2, max(height, width) + 1):
         if math.ceil(height / cell) * math.ceil(width / cell) <= room:
@@ -33,7 +35,7 @@ def cell_size(grid: tuple[int, int], room: int) -> int | None:
 
 
 def destinations(score_GN: Tensor, grid: tuple[int, int], cell: int) -> Tensor:
-    """(G, D): the position with the highest score in each cell x cell square of the grid; edge cells may be cut.
+    """(G, D): the position with the highest score in each square cell; cells at the edge may be cut.
 
     With uniform noise as the score: one random destination per cell, a jittered grid.
     """

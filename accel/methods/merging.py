@@ -38,16 +38,17 @@ class TokenMergingConfig:
 
     Attributes:
         ratio: share of the image tokens merged away, in [0, 1).
-        threshold: merge only tokens whose cosine similarity reaches this value, in [-1, 1], and at most `ratio`
-            of them. How many that are is read from the device once per plan; it cannot be compiled with
-            fullgraph=True. None: always `ratio`.
+        threshold: merge only tokens whose cosine similarity reaches this value, in [-1, 1], and at most
+            `ratio` of them. How many that are is read from the device once per plan; it cannot be compiled
+            with fullgraph=True. None: always `ratio`.
         scope: "span" keeps tokens merged from the first to the last reduced block; "block" merges before and
             unmerges after every block, which costs more and lets every block see all positions.
         protect: share of the tokens that are never merged into another, the most important ones.
-        importance: what makes a token important: "guidance" (how much guidance changes its prediction), "detail"
-            (local variance and edges of its features), "auto" (guidance where the last step had it, else detail).
+        importance: what makes a token important: "guidance" (how much guidance changes its prediction),
+            "detail" (local variance and edges of its features), "auto" (guidance where the last step had it,
+            else detail).
         destinations: which token of each cell others are merged into: "random", "important", "unimportant".
-        cell: side of the square cells, at least 2; None: the smallest that leaves room for `ratio` and `protect`.
+        cell: side of the cells, at least 2; None: the smallest that leaves room for `ratio` and `protect`.
         merge: "mean" computes the mean of the merged tokens, "pick" only the destination.
         refresh_every: build a new plan at every n-th reduced step; 0: only at the first one.
         refresh_at: the steps at which to build a new plan, instead of `refresh_every`.
@@ -56,8 +57,8 @@ class TokenMergingConfig:
             20 %), with one step's delay. None: never.
         dense_steps_first, dense_steps_last: steps at either end that compute all tokens.
         dense_blocks_first, dense_blocks_last: blocks at either end that compute all tokens.
-        proportional: proportional attention (ToMe, eq. 1): a merged token weighs as many as it stands for. Needs
-            an attention that takes a bias, which rules out the fastest kernels.
+        proportional: proportional attention (ToMe, eq. 1): a merged token weighs as many as it stands for.
+            Needs an attention that takes a bias, which rules out the fastest kernels.
         seed: of the random destinations; the pipeline's own random numbers are not touched.
 
     Raises:
@@ -120,8 +121,8 @@ class TokenMergingConfig:
         """ToMeSD's scheme, for comparison: one random destination per 2x2 cell, plans from every block's own
         input at every step, merged and unmerged around each block, nothing protected, nothing cached.
 
-        Two differences: blocks are merged as a whole (ToMeSD's `merge_mlp` and `merge_crossattn` switched on),
-        and the images of a batch that share rotary positions, as well as the halves of guidance, share a plan.
+        Two differences: blocks are merged as a whole (as with ToMeSD's `merge_mlp`, `merge_crossattn`), and
+        the halves of guidance, and images that share a rotary table, share a plan.
         """
         return cls(
             ratio=ratio,
@@ -167,7 +168,7 @@ def attach(target: Target, config: TokenMergingConfig, stats: Stats, stack: Exit
 
 
 class TokenMerging:
-    """Cached merging at work on one denoiser: a plan per group of layers, and the decision when to rebuild them."""
+    """Cached merging at work on one denoiser: a plan per group of layers, and when to rebuild them."""
 
     def __init__(self, target: Target, config: TokenMergingConfig, stats: Stats) -> None:
         self.target, self.config = target, config
@@ -175,8 +176,9 @@ class TokenMerging:
         first, last = config.dense_blocks_first, len(self.sites) - config.dense_blocks_last
         if first >= last:
             raise UnsupportedError(
-                f"nothing to merge: dense_blocks_first={first} and dense_blocks_last={config.dense_blocks_last} "
-                f"leave none of the model's {len(self.sites)} blocks."
+                f"nothing to merge: dense_blocks_first={first} and "
+                f"dense_blocks_last={config.dense_blocks_last} leave none of the model's "
+                f"{len(self.sites)} blocks."
             )
         if config.proportional and any(site.bias is None for site in self.sites):
             raise UnsupportedError(
@@ -203,7 +205,7 @@ class TokenMerging:
 
     def forget(self) -> None:
         self.guidance: Tensor | None = None
-        self._drifts: list[Readback] = []
+        self._growths: list[Readback] = []
         # On the device, so that compiled code can number its draws without a new graph for each.
         device = next(self.target.denoiser.parameters()).device
         self.draw = torch.zeros((), dtype=torch.int64, device=device)
@@ -223,9 +225,9 @@ class TokenMerging:
 
     def _drifted(self) -> bool:
         limit = 1 + (self.config.drift or 0)
-        drifted = any([drift.read() > limit for drift in self._drifts])
-        current = [g for g in self.groups if g.error is not None and not g.stale and not drifted]
-        self._drifts = [Readback(g.error / g.baseline) for g in current]
+        drifted = any(growth.read() > limit for growth in self._growths)
+        current = [] if drifted else [g.growth for g in self.groups if g.growth is not None]
+        self._growths = [Readback(growth) for growth in current]
         return drifted
 
     def account(self, run: Run) -> tuple[int, int, int, int]:
@@ -240,15 +242,15 @@ class TokenMerging:
     # Inside the denoiser, possibly traced.
 
     def build(self, x_BNC: Tensor, grid: tuple[int, int]) -> TokenPlan | None:
-        """A plan from the tokens at the entry of a group; None if a threshold finds nothing similar enough."""
+        """A plan from the tokens at a group's entry; None if a threshold finds nothing similar enough."""
         config, N = self.config, x_BNC.shape[1]
         if grid[0] * grid[1] != N:
             raise UnsupportedError(
                 f"{N} image tokens are not the {grid[0]}x{grid[1]} grid the model was told of"
             )
         keep, protected, cell = _sizes(config, grid, multiple=16 if x_BNC.is_cuda else 1)
-        # One plan for all, unless the model allows one per image and the number of images is known: before the
-        # first step is over it is not, because the batch may hold both halves of guidance.
+        # One plan for all, unless the model allows one per image and the number of images is known: before
+        # the first step is over it is not, because the batch may hold both halves of guidance.
         samples = self.run.samples
         shared = self.target.adapter.shared_plan or samples is None or x_BNC.shape[0] % samples
         rows = 1 if shared or samples is None else samples
@@ -298,8 +300,8 @@ class _Group:
     def forget(self) -> None:
         self.plan: TokenPlan | None = None
         self.stale, self.built = True, False
-        self.error: Tensor | None = None
-        self.baseline: Tensor | None = None
+        self.baseline: Tensor | None = None  # merging error when the plan was new
+        self.growth: Tensor | None = None  # merging error / baseline
         for span, _ in self.spans:
             span.clear()
 
@@ -314,11 +316,11 @@ class _Group:
         return self.plan
 
     def _observe(self, x_BNC: Tensor, reduced_BKC: Tensor, plan: TokenPlan) -> None:
-        """Merging error relative to the tokens' size, and its value when the plan was new."""
-        error = (x_BNC - plan.expand(reduced_BKC)).float().square().mean()
-        self.error = error / x_BNC.float().square().mean()
-        if self.built:
-            self.baseline = self.error
+        """How much worse the plan fits than when it was new: merging error relative to the tokens' size."""
+        error = (x_BNC - plan.expand(reduced_BKC)).float().square().mean() / x_BNC.float().square().mean()
+        if self.built or self.baseline is None:
+            self.baseline = error
+        self.growth = error / self.baseline
 
 
 def _layer_groups(first: int, last: int, refresh: tuple[int, ...] | Literal["all"]) -> list[range]:
@@ -336,13 +338,13 @@ def _sizes(config: TokenMergingConfig, grid: tuple[int, int], multiple: int) -> 
     fitting = matching.cell_size(grid, keep - protected)
     if keep >= tokens or fitting is None:
         raise UnsupportedError(
-            f"ratio={config.ratio} merges nothing at this size: {grid[0]}x{grid[1]} = {tokens} tokens, of which "
-            f"{keep} would be kept (a multiple of {multiple}), {protected} of them protected. Use a larger image, "
-            "or another ratio."
+            f"ratio={config.ratio} merges nothing at this size: of {grid[0]}x{grid[1]} = {tokens} tokens "
+            f"{keep} would be kept (a multiple of {multiple}), {protected} of them protected. Use a larger "
+            "image, or another ratio."
         )
     if config.cell is not None and config.cell < fitting:
         raise UnsupportedError(
-            f"cell={config.cell} has too many destinations for ratio={config.ratio} and protect={config.protect} "
-            f"on a {grid[0]}x{grid[1]} grid; use cell={fitting} or None."
+            f"cell={config.cell} has too many destinations for ratio={config.ratio} and "
+            f"protect={config.protect} on a {grid[0]}x{grid[1]} grid; use cell={fitting} or None."
         )
     return keep, protected, config.cell or fitting

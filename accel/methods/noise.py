@@ -1,7 +1,7 @@
 """Random numbers for choosing tokens, from a counter and no generator.
 
-A hash of (seed, draw, position) touches neither the pipeline's nor the global generator, gives the same numbers
-on every device, and can be traced by torch.compile, which a `torch.Generator` cannot.
+A hash of (seed, draw, position) touches neither the pipeline's nor the global generator, gives the same
+numbers on every device, and can be traced by torch.compile, which a `torch.Generator` cannot.
 """
 
 from __future__ import annotations

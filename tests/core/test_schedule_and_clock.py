@@ -1,0 +1,145 @@
+import gc
+import weakref
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
+
+from accel.clock import Clock, Listener, Readback
+from accel.errors import ConfigError
+from accel.schedule import Schedule, slots
+
+
+def budgets(schedule, total):
+    return [p.budget for p in schedule.phases(total)]
+
+
+def refreshes(schedule, total):
+    return [i for i, p in enumerate(schedule.phases(total)) if p.refresh]
+
+
+def test_dense_ends_and_cycle():
+    assert budgets(Schedule((0.5,), dense_first=2, dense_last=1), 6) == [1, 1, 0.5, 0.5, 0.5, 1]
+    assert budgets(Schedule((1, 0, 0.25, 0), dense_first=1), 7) == [1, 1, 0, 0.25, 0, 1, 0]
+
+
+def test_refresh_points():
+    assert refreshes(Schedule((0.5,), dense_first=1, refresh_every=3), 9) == [1, 4, 7]
+    assert refreshes(Schedule((0.5,), dense_first=2), 9) == [2]
+    # The first reduced step builds the plan even if it is not listed; a listed dense step has none to build.
+    assert refreshes(Schedule((0.5,), dense_first=2, refresh_at=(0, 4, 5)), 9) == [2, 4, 5]
+
+
+def test_slots_round_up_to_multiples():
+    assert slots(100, 1 - 0.9) == 10  # 1 - 0.9 is 0.0999...: not 9, and not 11 for 0.1000...1
+    assert slots(100, 0.5, 16) == 64
+    assert slots(100, 0.99, 16) == 100
+
+
+@pytest.mark.parametrize("bad", [{"cycle": ()}, {"cycle": (1.2,)}, {"cycle": (1,), "dense_first": -1}])
+def test_schedule_refuses(bad):
+    with pytest.raises(ConfigError):
+        Schedule(**bad)
+
+
+class Log(Listener):
+    def __init__(self):
+        self.events = []
+
+    def begin(self, clock):
+        self.events.append(("begin", clock.total))
+
+    def before(self, clock):
+        self.events.append(("before", clock.step))
+
+    def after(self, clock):
+        self.events.append(("after", clock.step, clock.samples))
+
+    def end(self, clock):
+        self.events.append(("end", clock.step))
+
+
+def loop(scheduler, steps=2, begin=None):
+    scheduler.set_timesteps(steps)
+    if begin is not None:
+        scheduler.set_begin_index(begin)
+    sample = torch.zeros(3, 1, 4, 4)
+    for t in scheduler.timesteps[begin or 0 :]:
+        sample = scheduler.step(torch.ones_like(sample), t, sample).prev_sample
+
+
+@pytest.mark.parametrize("make", [DDIMScheduler, FlowMatchEulerDiscreteScheduler])
+def test_clock_follows_and_unwraps(make):
+    scheduler, log = make(), Log()
+    before = dict(vars(scheduler))
+    undo = Clock.of(scheduler).add(log)
+    loop(scheduler)
+    assert log.events == [
+        ("begin", 2),
+        ("before", 0),
+        ("after", 0, 3),
+        ("before", 1),
+        ("after", 1, 3),
+        ("end", 2),
+    ]
+    undo()
+    after = vars(scheduler)
+    assert set(after) - set(before) <= {"num_inference_steps", "timesteps", "sigmas"}  # the loop's own
+    assert "step" not in after
+    loop(scheduler)
+    assert len(log.events) == 6
+
+
+# numpy 2 on torch tensors, inside the scheduler's set_timesteps
+@pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)
+def test_clock_counts_every_call_of_a_second_order_scheduler():
+    scheduler, log = HeunDiscreteScheduler(), Log()
+    Clock.of(scheduler).add(log)
+    loop(scheduler, steps=3)
+    assert log.events[0] == ("begin", 5)
+    assert [e[1] for e in log.events if e[0] == "before"] == [0, 1, 2, 3, 4]
+
+
+def test_starting_in_the_middle_shortens_the_run():
+    # Image-to-image: set_timesteps(6), then set_begin_index(4): two steps are left, counted from 0.
+    scheduler, log = FlowMatchEulerDiscreteScheduler(), Log()
+    Clock.of(scheduler).add(log)
+    loop(scheduler, steps=6, begin=4)
+    assert [e for e in log.events if e[0] == "begin"] == [("begin", 6), ("begin", 2)]
+    assert log.events[-1] == ("end", 2)
+
+
+def test_an_error_in_the_scheduler_ends_the_run():
+    scheduler, log = DDIMScheduler(), Log()
+    Clock.of(scheduler).add(log)
+    scheduler.set_timesteps(2)
+    with pytest.raises(TypeError):
+        scheduler.step(None, 1, None)
+    assert log.events[-1] == ("end", 0)
+
+
+def test_two_listeners_leave_in_any_order():
+    scheduler, first, second = DDIMScheduler(), Log(), Log()
+    leave_first = Clock.of(scheduler).add(first)
+    leave_second = Clock.of(scheduler).add(second)
+    leave_first()
+    loop(scheduler)
+    assert not first.events
+    assert len(second.events) == 6
+    leave_second()
+    assert "step" not in vars(scheduler)
+
+
+def test_a_clock_does_not_keep_its_scheduler():
+    scheduler = DDIMScheduler()
+    Clock.of(scheduler).add(Log())
+    gone = weakref.ref(scheduler)
+    del scheduler
+    gc.collect()
+    assert gone() is None
+
+
+def test_readback():
+    assert Readback(torch.tensor(1.5)).read() == 1.5
