@@ -23,6 +23,7 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
+    versions["torch"] = str(torch.__version__)  # with the build, e.g. +cu130, which metadata leaves out
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -71,8 +71,8 @@ class Appender:
         self.close()
 
 
-def read_records(path: Path) -> Iterator[Record]:
-    """Stream a file's records; an unreadable line is named in a warning and left out."""
+def read_records(path: Path, *, quiet: bool = False) -> Iterator[Record]:
+    """Stream a file's records; an unreadable line is named in a warning (unless `quiet`) and left out."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -82,11 +82,12 @@ def read_records(path: Path) -> Iterator[Record]:
                 if not isinstance(record, dict):
                     raise ValueError("not a JSON object")
             except ValueError as error:
-                warnings.warn(
-                    f"{path}, line {number}: unreadable record ({error}); its sample counts as not done",
-                    AccelWarning,
-                    stacklevel=2,
-                )
+                if not quiet:
+                    warnings.warn(
+                        f"{path}, line {number}: unreadable record ({error}); its sample counts as not done",
+                        AccelWarning,
+                        stacklevel=2,
+                    )
                 continue
             yield record
 
@@ -101,12 +102,10 @@ def latest_records(paths: Iterable[Path], key: Callable[[Record], Hashable]) -> 
     for number, path in enumerate(files):
         for line, record in enumerate(read_records(path)):
             place[key(record)] = (number, line)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", AccelWarning)  # the first pass has said it
-        for number, path in enumerate(files):
-            for line, record in enumerate(read_records(path)):
-                if place.get(key(record)) == (number, line):
-                    yield record
+    for number, path in enumerate(files):
+        for line, record in enumerate(read_records(path, quiet=True)):  # the first pass has named them
+            if place.get(key(record)) == (number, line):
+                yield record
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:

@@ -50,7 +50,7 @@ def score(
         progress: called with (images done, images to do) of this process.
     """
     folder = RunFolder(path)
-    prompts = folder.prompts()
+    plain, prompts = folder.plain, folder.prompts()
     rank, world, _ = rank_and_world()
     if not (folder.path / "samples").is_dir():
         raise RecordError(f"{folder.path}: nothing to score yet; `accel evaluate run` comes first")
@@ -59,7 +59,7 @@ def score(
     plain_images = {
         (record["prompt_id"], record["sample"]): (record["image"], record["image_sha256"])
         for record in folder.samples()
-        if record["configuration"] == folder.plain
+        if record["configuration"] == plain
     }
     done = {(*sample_key(r), r["metric"]): (r["image_sha256"], r.get("against")) for r in folder.scores()}
     total = sum(1 for _ in folder.samples())
@@ -68,7 +68,7 @@ def score(
         try:
             seen = 0
             for batch in _batches(folder, rank, world, batch_size):
-                todo = [_missing(batch, scorer, folder.plain, plain_images, done) for scorer in scorers]
+                todo = [_missing(batch, scorer, plain, plain_images, done) for scorer in scorers]
                 _score_batch(folder, batch, todo, scorers, writers, prompts, plain_images, scores)
                 seen += len(batch)
                 if progress:
