@@ -1,0 +1,56 @@
+"""The command line: `accel demo`, `generate`, `evaluate`, `info`.
+
+Errors a user can mend are printed as one line and exit with 2; `--debug` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from . import __version__, cli_evaluate, cli_generate, cli_info
+from .errors import AccelError
+
+app = typer.Typer(
+    name="accel",
+    help="Faster image generation without retraining. Start with: accel demo",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.command()(cli_generate.demo)
+app.command()(cli_generate.generate)
+app.command()(cli_info.info)
+app.add_typer(cli_evaluate.app, name="evaluate")
+
+_debug = False
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+) -> None:
+    global _debug
+    _debug = debug
+
+
+def main() -> None:
+    try:
+        app()
+    except (AccelError, OSError) as error:
+        if _debug:
+            raise
+        Console(stderr=True).print(
+            f"[bold red]error:[/] {error}", markup=True, highlight=False, soft_wrap=True
+        )
+        sys.exit(2)

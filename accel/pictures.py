@@ -1,0 +1,61 @@
+"""Side-by-side pictures: what people look at before they look at numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+_MARGIN, _TEXT = 12, 15
+_INK, _FAINT, _PAPER = (28, 28, 30), (110, 110, 115), (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the picture: its title ("plain"), a line under it ("5.2 s per image"), its images."""
+
+    title: str
+    note: str
+    images: torch.Tensor
+
+
+def to_pil(image: torch.Tensor) -> Image.Image:
+    """(3, H, W) float in [0, 1] → PIL."""
+    return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def _fit(
+    draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
+) -> str:
+    if draw.textlength(text, font) <= width:
+        return text
+    while text and draw.textlength(text + "…", font) > width:
+        text = text[:-1]
+    return text.rstrip() + "…"
+
+
+def side_by_side(prompts: Sequence[str], columns: Sequence[Column], path: Path) -> None:
+    """One row per prompt, one column per way of generating it; the prompt stands above its row."""
+    height, width = columns[0].images.shape[-2:]
+    font, small = ImageFont.load_default(_TEXT), ImageFont.load_default(_TEXT - 2)
+    line = _TEXT + 7
+    top = _MARGIN + 2 * line + 4
+    row_height = line + height + _MARGIN
+    total = _MARGIN + len(columns) * (width + _MARGIN)
+    sheet = Image.new("RGB", (total, top + len(prompts) * row_height), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for index, column in enumerate(columns):
+        x = _MARGIN + index * (width + _MARGIN)
+        draw.text((x, _MARGIN), _fit(draw, column.title, font, width), _INK, font)
+        draw.text((x, _MARGIN + line), _fit(draw, column.note, small, width), _FAINT, small)
+        for row in range(len(prompts)):
+            sheet.paste(to_pil(column.images[row]), (x, top + row * row_height + line))
+    for row, prompt in enumerate(prompts):
+        draw.text(
+            (_MARGIN, top + row * row_height), _fit(draw, prompt, small, total - 2 * _MARGIN), _INK, small
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
