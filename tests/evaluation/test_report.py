@@ -1,0 +1,254 @@
+"""The report: its numbers, its page in a real browser, and prompts that try to be code."""
+
+import csv
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from accel.evaluation.errors import EvaluationError
+from accel.evaluation.folder import RunFolder
+from accel.evaluation.geneval import Detection, Metadata, ObjectSpec, aggregate
+from accel.evaluation.geneval import score as judge
+from accel.evaluation.report import report, summarise
+from accel.evaluation.report.plot import Point, layout, pareto_front
+from accel.evaluation.run import run
+from accel.evaluation.score import score
+from accel.evaluation.scorers import DetectionScorer, pixel_scorers
+from accel.evaluation.suites import Prompt, Suite
+
+sys.path.insert(0, str(Path(__file__).parent))
+from browser import CHROMIUM, DRIVER, Browser
+
+EVIL = (
+    '</p><script>window.pwned = 1</script><img src=x onerror="window.pwned = 2" alt=\'"><svg onload=pwned()>\'>'
+    ' {{ 7 * 7 }} &lt;b&gt; <a href="javascript:window.pwned = 3">click</a> | `md` **bold**'
+)
+
+
+def detect(images, metadata):
+    return [[Detection("cat", 0.9, (0, 0, 5, 5))] if image.float().mean() > 110 else [] for image in images]
+
+
+class Flat:
+    """A four-number extractor, enough for a covariance of a few images."""
+
+    name, dim = "flat:test@0", 4
+
+    def __call__(self, images):
+        return torch.stack(
+            [images.float().mean((1, 2, 3)), *(images[:, c, 3, 5].float() for c in range(3))], 1
+        )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location(
+        "fake_pipeline", Path(__file__).with_name("fake_pipeline.py")
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    texts = [EVIL, *(f"a photo of a cat {i}" for i in range(7))]
+    tags = ["single_object", "colors"] * 4
+    prompts = [
+        Prompt(i, text, Metadata(tag, (ObjectSpec("cat"),), text))
+        for i, (text, tag) in enumerate(zip(texts, tags, strict=True))
+    ]
+    path = tmp_path_factory.mktemp("report") / "r"
+    run(
+        path,
+        Suite("geneval", prompts),
+        module.make(),
+        ["few:steps=4", "steps=12", "same:steps=20"],
+        model=EVIL,
+    )
+    scorers = [DetectionScorer("geneval (transformers port)", detect), *pixel_scorers()]
+    score(path, scorers, [Flat()], reference=path / "images/plain")
+    report(path, worst=8)
+    return RunFolder(path)
+
+
+@pytest.fixture(scope="module")
+def summary(folder):
+    return json.loads((folder.path / "report/report.json").read_text())
+
+
+def row(summary, name):
+    return next(r for r in summary["configurations"] if r["name"] == name)
+
+
+def test_the_summary_is_what_the_records_say(folder, summary):
+    records = list(folder.samples())
+    seconds = {(r["configuration"], r["prompt_id"]): r["seconds"] for r in records}
+    few = row(summary, "few")
+    ratios = [seconds["plain", i] / seconds["few", i] for i in range(8)]
+    assert few["speed"]["pipeline"]["speedup"]["value"] == pytest.approx(np.median(ratios))
+    assert few["speed"]["pipeline"]["median"] == pytest.approx(
+        np.median([seconds["few", i] for i in range(8)])
+    )
+    values = [r["value"] for r in folder.scores() if r["configuration"] == "few" and r["metric"] == "psnr"]
+    assert few["metrics"]["psnr"]["mean"]["value"] == pytest.approx(np.mean(values))
+    assert few["metrics"]["psnr"]["mean"]["n"] == 8
+    worst = [w["value"] for w in few["worst"]]
+    assert worst == sorted(values)
+    assert row(summary, "same")["metrics"]["psnr"]["identical"] == 8
+    assert "mean" not in row(summary, "same")["metrics"]["psnr"]
+
+
+def test_the_suite_score_is_genevals_aggregate(folder, summary):
+    metric = "geneval (transformers port)"
+    assert summary["suite_metric"] == metric
+    prompts = folder.prompts()
+    verdicts = []
+    for record in folder.scores():
+        if record["metric"] == metric and record["configuration"] == "plain":
+            seen = [Detection.from_dict(d) for d in record["seen"]]
+            verdicts.append(judge(seen, prompts[record["prompt_id"]].metadata))
+    expected = aggregate(verdicts)
+    own = row(summary, "plain")["metrics"][metric]
+    assert own["mean"] == expected.overall.to_dict()
+    assert own["missing_tasks"] == ["single_object", "two_object", "counting", "position", "color_attr"][1:]
+    assert "difference" in row(summary, "few")["metrics"][metric]
+
+
+def test_distances_name_extractor_n_and_reference(summary):
+    found = {(d["configuration"], d["to"]): d for d in summary["distances"]}
+    assert set(found) == {(n, "plain") for n in ("few", "steps=12", "same")} | {
+        (n, "reference") for n in ("plain", "few", "steps=12", "same")
+    }
+    assert all((d["extractor"], d["n"]) == ("flat:test@0", 8) for d in found.values())
+    assert found["same", "plain"]["fid"] == pytest.approx(0, abs=1e-6)
+    assert found["plain", "reference"]["fid"] == pytest.approx(0, abs=1e-6)
+    assert found["few", "plain"]["fid"] > 1
+
+
+def test_csv_and_markdown(folder, summary):
+    rows = list(csv.DictReader(io.StringIO((folder.path / "report/report.csv").read_text())))
+    assert [r["configuration"] for r in rows] == ["plain", "few", "steps=12", "same"]
+    assert float(rows[1]["psnr"]) == pytest.approx(row(summary, "few")["metrics"]["psnr"]["mean"]["value"])
+    text = (folder.path / "report/report.md").read_text()
+    tables = re.findall(r"^\| configuration .*\n\|( --- \|)+\n(\|.*\n)+", text, re.M)
+    assert len(tables) == 3
+    assert "<script" not in text.replace("\\<", "")
+
+
+def test_the_page_is_self_contained(folder):
+    page = (folder.path / "report/index.html").read_text()
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!data:)""", re.sub(r"&[#\w]+;", "", page))
+    assert "@import" not in page
+    assert "url(" not in page
+    assert page.count("<script>") == 1
+
+
+def test_an_unfinished_run_says_what_it_compares(folder, tmp_path, suite, fake):
+    unfinished = run(tmp_path / "r", suite, fake, ["steps=4"])
+    file = tmp_path / "r/samples/rank-00000.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines[:-3]) + "\n")
+    summary = summarise(unfinished)
+    assert summary["images"] == 4
+    assert "Only the 4 images that every configuration has" in summary["notes"][0]
+    file.write_text("")
+    with pytest.raises(EvaluationError, match="no images yet"):
+        summarise(unfinished)
+
+
+def test_only_neighbours_of_one_start_make_a_ratio(tmp_path, suite, fake):
+    started = run(tmp_path / "r", suite, fake, ["steps=4"])
+    file = tmp_path / "r/samples/rank-00000.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines:
+        if line["configuration"] == "plain" and line["prompt_id"] < 4:
+            line |= {"session": "0.9", "seconds": 1000.0}  # another, slower start
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    speed = row(summarise(started), "steps=4")["speed"]["pipeline"]
+    assert speed["speedup"]["n"] == 2
+    assert speed["speedup"]["value"] < 100
+
+
+def test_pareto_front_and_reversed_axis():
+    a, b, c, d = (
+        Point(n, x, y, None, None, "") for n, x, y in [("a", 1, 9), ("b", 2, 8), ("c", 2, 7), ("d", 3, 8)]
+    )
+    assert [p.name for p in pareto_front([a, b, c, d], higher_is_better=True)] == ["a", "d"]
+    assert [p.name for p in pareto_front([a, b, c, d], higher_is_better=False)] == ["c", "d"]
+    for higher in (True, False):
+        drawn = {p["name"]: p for p in layout([a, c], label="m", higher_is_better=higher)["points"]}
+        assert (drawn["a"]["y"] < drawn["c"]["y"]) is higher  # better is up, y grows downwards
+    layout([a], label="m", higher_is_better=True)  # one point: no division by its zero spread
+
+
+# --- in the browser ------------------------------------------------------------------------------
+
+needs_browser = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER),
+    reason="needs chromium and chromedriver (apt-get install chromium chromium-driver)",
+)
+
+
+@pytest.fixture(params=[1280, 400], ids=["1280px", "400px"])
+def browser(request, tmp_path):
+    browser = Browser(tmp_path / "profile", width=request.param)
+    yield browser
+    browser.close()
+
+
+@needs_browser
+def test_the_page_in_a_browser(browser, folder):
+    browser.get(folder.path / "report/index.html")
+    # The injected prompt and model name are text, in every place they appear, and never ran.
+    assert browser.js("return window.pwned === undefined && document.title.includes('window.pwned')")
+    assert browser.js("return document.querySelectorAll('script').length") == 1
+    assert (
+        browser.js("return document.querySelectorAll('a, svg[onload], img:not([src^=\"data:\"])').length")
+        == 0
+    )
+    assert EVIL in browser.js("return [...document.querySelectorAll('.prompt')].map(p => p.textContent)")
+    # Every picture is there, nothing is wider than the window, nothing was fetched, nothing complained.
+    assert browser.js("return [...document.images].every(i => i.complete && i.naturalWidth > 0)")
+    assert browser.js("return document.images.length") == 3 * 8 * 2
+    assert browser.js("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    assert [url for url in browser.requests() if not url.startswith(("file:", "data:"))] == []
+    assert browser.log("browser") == []
+
+
+@needs_browser
+def test_hover_names_the_configuration(browser, folder):
+    browser.get(folder.path / "report/index.html")
+    assert browser.js("return document.getElementById('tip').hidden")
+    browser.hover(".point[data-name='few'] circle")
+    assert browser.js("return document.getElementById('tip').textContent").startswith("few · ")
+    box = browser.js(
+        "const b = document.getElementById('tip').getBoundingClientRect(); return [b.left, b.right]"
+    )
+    assert box[0] >= 0
+    assert box[1] <= browser.js("return document.documentElement.clientWidth")
+    browser.hover("h1")
+    assert browser.js("return document.getElementById('tip').hidden")
+
+
+@needs_browser
+def test_the_content_policy_alone_would_stop_a_script(tmp_path, folder):
+    """The negative control: with escaping broken, the policy still lets nothing run."""
+    page = (folder.path / "report/index.html").read_text()
+    (tmp_path / "broken.html").write_text(page.replace("</body>", "<script>window.pwned = 1</script></body>"))
+    (tmp_path / "open.html").write_text(
+        re.sub(r"<meta http-equiv[^>]*>", "", page).replace(
+            "</body>", "<script>window.pwned = 1</script></body>"
+        )
+    )
+    browser = Browser(tmp_path / "profile")
+    try:
+        browser.get(tmp_path / "broken.html")
+        assert browser.js("return window.pwned === undefined")
+        browser.get(tmp_path / "open.html")
+        assert browser.js("return window.pwned") == 1
+    finally:
+        browser.close()
