@@ -102,8 +102,6 @@ class Run(Listener):
                 AccelWarning,
                 stacklevel=2,
             )
-        self.stats.runs += 1
-        self.stats.steps.clear()
 
     def before(self, clock: Clock) -> None:
         self.phase = self._phases[clock.step]
@@ -116,6 +114,9 @@ class Run(Listener):
         if self.grid is None and self.grid_source is not None:
             self.grid = self.target.adapter.grid(self.target.denoiser, self.grid_source)
         self.grid_source = None
+        if clock.step == 0:  # not in `begin`, which image-to-image brings about twice
+            self.stats.runs += 1
+            self.stats.steps.clear()
         calls = self._calls or None
         self.stats.record(StepStats(*self.method.account(self), calls))
 

@@ -55,10 +55,9 @@ class Stats:
     @property
     def seconds(self) -> float | None:
         """Time inside the denoiser; None if no call could be timed. CUDA events on GPU, wall clock on CPU."""
-        for start, end in self._events:
-            end.synchronize()
-            self._seconds += start.elapsed_time(end) / 1e3
-        self._events.clear()
+        if self._events:
+            self._events[-1][1].synchronize()
+        self._collect()
         return self._seconds if self._timed else None
 
     def reset(self) -> None:
@@ -97,6 +96,12 @@ class Stats:
         self.plans_built += step.built
         self.plans_reused += step.reused
 
+    def _collect(self) -> None:
+        """Add up the timings that the device is done with."""
+        while self._events and self._events[0][1].query():
+            start, end = self._events.pop(0)
+            self._seconds += start.elapsed_time(end) / 1e3
+
     def call_starts(self, device: torch.device) -> None:
         self._started = _now(device)
 
@@ -108,6 +113,8 @@ class Stats:
         self._timed += 1
         if device.type == "cuda":
             self._events.append((started, _now(device)))
+            if len(self._events) >= 256:  # nobody reads: keep the list short, without waiting
+                self._collect()
         else:
             self._seconds += time.perf_counter() - started
 

@@ -307,7 +307,7 @@ class _Group:
 
     def plan_for(self, x_BNC: Tensor) -> TokenPlan | None:
         run = self.method.run
-        if run.phase.dense or run.grid is None or run.phase.budget >= 1:
+        if run.phase.dense or run.grid is None:
             return None
         if self.stale:
             with torch.no_grad():

@@ -75,6 +75,28 @@ def test_stats_count_tokens_and_time(family):
         assert stats.share == 1
 
 
+def test_starting_in_the_middle_is_one_run():
+    """Image-to-image: set_timesteps, then set_begin_index. The dense last step must be the last one left."""
+    pipe = make_flux()
+    call = FAMILIES["flux"].call(steps=6)
+    with accel.accelerate(pipe, Config()) as handle:
+        scheduler, latents = pipe.scheduler, torch.randn(1, 96, 16)
+        scheduler.set_timesteps(6)
+        scheduler.set_begin_index(2)
+        for t in scheduler.timesteps[2:]:
+            velocity = pipe.transformer(
+                hidden_states=latents,
+                timestep=t[None] / 1000,
+                encoder_hidden_states=call["prompt_embeds"],
+                pooled_projections=call["pooled_prompt_embeds"],
+                txt_ids=torch.zeros(7, 3),
+                img_ids=pipe._prepare_latent_image_ids(1, 8, 12, "cpu", torch.float32),
+            ).sample
+            latents = scheduler.step(velocity, t, latents).prev_sample
+        assert handle.stats.runs == 1
+        assert [s.computed < s.total for s in handle.stats.steps] == [False, True, True, False]
+
+
 def test_blocks_really_get_half_of_the_tokens(family):
     pipe = family.make()
     seen = []
