@@ -1,0 +1,43 @@
+"""The examples run as their docstrings say."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(script, *args, cwd):
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / script), *args], cwd=cwd, check=True, capture_output=True, text=True
+    )
+
+
+def test_generate_from_script(tmp_path):
+    out = run("generate_from_script.py", "--num", "2", "--steps", "6", "--out", str(tmp_path), cwd=tmp_path)
+    assert "PSNR" in out.stdout
+    assert (tmp_path / "batch-0.png").is_file()
+
+
+@pytest.mark.slow
+def test_wrap_your_pipeline(tmp_path):
+    out = run("wrap_your_pipeline.py", cwd=tmp_path)
+    assert "token_merging" in out.stdout
+    assert (tmp_path / "accelerated.png").read_bytes() != (tmp_path / "plain.png").read_bytes()
+
+
+@pytest.mark.slow
+def test_training_writes_a_pipeline_that_loads(tmp_path):
+    """A few steps of every stage, then a second start that finds everything done."""
+    arguments = ["--out", str(tmp_path), "--plan", "64:128", "--vae-samples", "64", "--text-steps", "3"]
+    run("train_scenes_diffusion.py", *arguments, cwd=tmp_path)
+    from diffusers import FluxPipeline
+
+    pipe = FluxPipeline.from_pretrained(tmp_path / "pipeline")
+    image = pipe(
+        "a photo of a star", height=64, width=64, num_inference_steps=1, max_sequence_length=16
+    ).images
+    assert image[0].size == (64, 64)
+    assert "resumed" in run("train_scenes_diffusion.py", *arguments, cwd=tmp_path).stdout
