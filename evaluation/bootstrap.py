@@ -39,6 +39,7 @@ def mean_interval(
     clusters: Sequence[Hashable],
     strata: Sequence[Hashable] | None = None,
     *,
+    bounds: tuple[float, float] | None = None,
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
@@ -47,6 +48,10 @@ def mean_interval(
 
     With `strata` (n labels; a cluster lies in one stratum) the statistic is the unweighted mean of
     the strata's means, resampled within each. `resamples` draws come from a generator of their own.
+
+    Values that are all equal would give an interval without width, as if 4 of 4 were certainty. With
+    `bounds`, which no value can leave, such an interval is drawn from what n prompts can exclude (the
+    binomial "rule of three"): another value in at most 1 - ((1 - level) / 2)^(1/n) of all prompts.
     """
     values = np.asarray(values, dtype=np.float64)
     if not len(values):
@@ -68,6 +73,10 @@ def mean_interval(
     value = float(np.mean([sums[group].sum() / counts[group].sum() for group in groups]))
     if min(len(group) for group in groups) < 2:
         return Interval(value, None, None, len(values), len(position), level)
+    if bounds is not None and np.ptp(values) == 0:
+        share = 1 - ((1 - level) / 2) ** (1 / len(position))
+        low, high = value - share * (value - bounds[0]), value + share * (bounds[1] - value)
+        return Interval(value, float(low), float(high), len(values), len(position), level)
     rng = np.random.default_rng(seed)
     draws = np.mean([_resampled(sums[group], counts[group], resamples, rng) for group in groups], axis=0)
     low, high = np.quantile(draws, _tails(level, min(len(group) for group in groups)))

@@ -66,7 +66,8 @@ class Mask2FormerDetector:
             ) from error
         self._model.eval().to(device)
         self._device = device
-        self.labels = {number: geneval_label(name) for number, name in self._model.config.id2label.items()}
+        names = self._model.config.id2label or {}
+        self.labels = {int(number): geneval_label(name) for number, name in names.items()}
         self._colors = ColorClassifier(ClipExtractor(clip, device=device))
 
     @torch.inference_mode()

@@ -141,7 +141,7 @@ def aggregate(verdicts: Iterable[Verdict], *, level: float = 0.95, resamples: in
     rows = [(verdict.tag, verdict.prompt, float(verdict.correct)) for verdict in verdicts]
     if not rows:
         raise ValueError("no verdicts to aggregate")
-    options: dict[str, Any] = {"level": level, "resamples": resamples}
+    options: dict[str, Any] = {"level": level, "resamples": resamples, "bounds": (0, 1)}
     present = [task for task in TASKS if any(row[0] == task for row in rows)]
     tasks = {}
     for task in present:

@@ -28,6 +28,9 @@ _SCALE = (0.458, 0.448, 0.450)
 class LPIPS(nn.Module):
     """Perceptual distance of image pairs; 0 for identical ones, lower is closer."""
 
+    shift: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         pool = nn.MaxPool2d(3, 2)
@@ -59,7 +62,7 @@ class LPIPS(nn.Module):
         linear = load_pickle_free(Path(heads))
         model = cls()
         for stage, index in zip(model.stages, (0, 3, 6, 8, 10), strict=True):
-            convolution = next(layer for layer in stage if isinstance(layer, nn.Conv2d))  # type: ignore[union-attr]
+            convolution = next(layer for layer in stage.modules() if isinstance(layer, nn.Conv2d))
             convolution.load_state_dict(
                 {key: convolutions[f"features.{index}.{key}"] for key in ("weight", "bias")}
             )

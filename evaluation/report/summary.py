@@ -151,7 +151,11 @@ def _metrics(own: dict[str, _Column], plain: dict[str, _Column], prompts: dict) 
 
 
 def _mean(values: dict[Key, float], prompts: dict, strata: Sequence[str] | None = None) -> Any:
-    return mean_interval(list(values.values()), [prompts[key[0]].text for key in values], strata)
+    # With tags the values are differences of verdicts, which are 0 or 1.
+    bounds = (-1, 1) if strata else None
+    return mean_interval(
+        list(values.values()), [prompts[key[0]].text for key in values], strata, bounds=bounds
+    )
 
 
 def _speed(own: dict[Key, dict[str, Any]], plain: dict[Key, dict[str, Any]]) -> dict[str, Any]:

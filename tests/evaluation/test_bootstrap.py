@@ -50,6 +50,18 @@ def test_one_prompt_gives_no_interval():
     assert interval.high is None
 
 
+def test_all_equal_is_not_certainty():
+    perfect = mean_interval([1.0] * 4, list("abcd"), bounds=(0, 1))
+    assert perfect.high == 1.0
+    assert perfect.low == pytest.approx(0.025**0.25)  # Clopper-Pearson for 4 of 4: 0.398
+    no_flips = mean_interval([0.0] * 100, list(range(100)), bounds=(-1, 1))
+    assert (no_flips.low, no_flips.high) == (
+        pytest.approx(-0.0362, abs=1e-4),
+        pytest.approx(0.0362, abs=1e-4),
+    )
+    assert mean_interval([1.0] * 4, list("abcd")).low == 1.0  # without bounds nothing is known
+
+
 def test_many_prompts_stay_within_memory_and_match_theory():
     rng = np.random.default_rng(0)
     values = rng.standard_normal(30_000)
