@@ -11,6 +11,10 @@ from types import SimpleNamespace
 import torch
 from PIL import Image
 
+from accel.evaluation.suites import Prompt, Suite
+
+SUITE = Suite("prompts", [Prompt(i, f"prompt {i}") for i in range(6)])
+
 
 class Denoiser(torch.nn.Module):
     def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fake_pipeline import SUITE, FakePipeline
 
 from accel.evaluation.folder import RunFolder, sample_key
 from accel.evaluation.run import run
@@ -37,7 +38,7 @@ def stable(records):
 
 
 @pytest.mark.skipif(not (ACCELERATE and ACCEL), reason="the commands accelerate and accel are not installed")
-def test_two_processes_give_the_records_of_one(tmp_path, fake, monkeypatch):
+def test_two_processes_give_the_records_of_one(tmp_path, monkeypatch):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"prompt {i}\n" for i in range(7)))
     model = f"{HERE / 'fake_pipeline.py'}:make"
@@ -51,7 +52,7 @@ def test_two_processes_give_the_records_of_one(tmp_path, fake, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.delenv("RANK")
 
-    one = run(tmp_path / "one", load(str(prompts)), fake, ["steps=4"], model=model)
+    one = run(tmp_path / "one", load(str(prompts)), FakePipeline(), ["steps=4"], model=model)
     score(one.path, pixel_scorers())
     two = RunFolder(tmp_path / "two")
     files = sorted(file.name for file in (two.path / "samples").iterdir())
@@ -61,15 +62,16 @@ def test_two_processes_give_the_records_of_one(tmp_path, fake, monkeypatch):
     assert stable(two.scores()) == stable(one.scores())
 
 
-def test_ranks_share_the_work_and_a_dead_one_is_resumed(tmp_path, suite, fake, monkeypatch):
+def test_ranks_share_the_work_and_a_dead_one_is_resumed(tmp_path, monkeypatch):
+    fake = FakePipeline()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    folder = run(tmp_path / "r", suite, fake, ["steps=4"])
+    folder = run(tmp_path / "r", SUITE, fake, ["steps=4"])
     assert {key[1] for key in map(sample_key, folder.samples())} == {1, 3, 5}
     # Rank 0 died before its first image; later everything is started again, in one process.
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.delenv("RANK")
     fake.calls.clear()
-    run(tmp_path / "r", suite, fake, ["steps=4"], warmup=0)
+    run(tmp_path / "r", SUITE, fake, ["steps=4"], warmup=0)
     assert len(fake.calls) == 6
     assert len(list(folder.samples())) == 12

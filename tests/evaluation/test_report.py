@@ -4,12 +4,12 @@ import csv
 import io
 import json
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from browser import CHROMIUM, DRIVER, Browser
+from fake_pipeline import SUITE, FakePipeline
 
 from accel.evaluation.errors import EvaluationError
 from accel.evaluation.folder import RunFolder
@@ -21,9 +21,6 @@ from accel.evaluation.run import run
 from accel.evaluation.score import score
 from accel.evaluation.scorers import DetectionScorer, pixel_scorers
 from accel.evaluation.suites import Prompt, Suite
-
-sys.path.insert(0, str(Path(__file__).parent))
-from browser import CHROMIUM, DRIVER, Browser
 
 EVIL = (
     '</p><script>window.pwned = 1</script><img src=x onerror="window.pwned = 2" alt=\'"><svg onload=pwned()>\'>'
@@ -48,13 +45,6 @@ class Flat:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location(
-        "fake_pipeline", Path(__file__).with_name("fake_pipeline.py")
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     texts = [EVIL, *(f"a photo of a cat {i}" for i in range(7))]
     tags = ["single_object", "colors"] * 4
     prompts = [
@@ -65,7 +55,7 @@ def folder(tmp_path_factory):
     run(
         path,
         Suite("geneval", prompts),
-        module.make(),
+        FakePipeline(),
         ["few:steps=4", "steps=12", "same:steps=20"],
         model=EVIL,
     )
@@ -147,8 +137,8 @@ def test_the_page_is_self_contained(folder):
     assert page.count("<script>") == 1
 
 
-def test_an_unfinished_run_says_what_it_compares(folder, tmp_path, suite, fake):
-    unfinished = run(tmp_path / "r", suite, fake, ["steps=4"])
+def test_an_unfinished_run_says_what_it_compares(tmp_path):
+    unfinished = run(tmp_path / "r", SUITE, FakePipeline(), ["steps=4"])
     file = tmp_path / "r/samples/rank-00000.jsonl"
     lines = file.read_text().splitlines()
     file.write_text("\n".join(lines[:-3]) + "\n")
@@ -160,8 +150,8 @@ def test_an_unfinished_run_says_what_it_compares(folder, tmp_path, suite, fake):
         summarise(unfinished)
 
 
-def test_only_neighbours_of_one_start_make_a_ratio(tmp_path, suite, fake):
-    started = run(tmp_path / "r", suite, fake, ["steps=4"])
+def test_only_neighbours_of_one_start_make_a_ratio(tmp_path):
+    started = run(tmp_path / "r", SUITE, FakePipeline(), ["steps=4"])
     file = tmp_path / "r/samples/rank-00000.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     for line in lines:

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from fake_pipeline import SUITE, FakePipeline
 from PIL import Image
 
 from accel.evaluation import configurations, importing, suites
@@ -16,6 +17,16 @@ from accel.evaluation.score import score
 from accel.evaluation.scorers import DetectionScorer, pixel_scorers
 
 STEPS = ["steps=4", "steps=8"]
+
+
+@pytest.fixture
+def fake():
+    return FakePipeline()
+
+
+@pytest.fixture
+def suite():
+    return SUITE
 
 
 def records(folder):
