@@ -163,6 +163,17 @@ def test_only_neighbours_of_one_start_make_a_ratio(tmp_path):
     assert speed["speedup"]["value"] < 100
 
 
+def test_one_prompt_a_task_has_a_ceiling_but_no_floor(folder, summary):
+    """A run limited to one prompt per task has nothing to mismatch; the page must say so, not fail."""
+    from accel.evaluation.report import html
+
+    entry = row(summary, "plain")["metrics"][summary["suite_metric"]]
+    ceiling = {"tasks": entry["tasks"], "overall": entry["mean"]}
+    page = html(folder, summary | {"bounds": {"ceiling": ceiling, "floor": None}})
+    assert "no floor: that needs two different prompts of a task" in page
+    assert "a floor of 0." in html(folder, summary | {"bounds": {"ceiling": ceiling, "floor": ceiling}})
+
+
 def test_pareto_front_and_reversed_axis():
     a, b, c, d = (
         Point(n, x, y, None, None, "") for n, x, y in [("a", 1, 9), ("b", 2, 8), ("c", 2, 7), ("d", 3, 8)]
