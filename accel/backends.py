@@ -126,3 +126,11 @@ def require_sound_stack() -> None:
     probe = torchvision()
     if probe.version is not None and not probe.active:
         raise UnsupportedError(probe.detail)
+
+
+def dtype_argument(dtype: Any) -> dict[str, Any]:
+    """The dtype as `from_pretrained` of the installed diffusers wants it: 0.42 renamed `torch_dtype`."""
+    import diffusers
+    from packaging.version import Version
+
+    return {"dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype": dtype}

@@ -6,13 +6,15 @@ Errors a user can mend are printed as one line and exit with 2; `--debug` shows 
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from . import __version__, cli_evaluate, cli_generate, cli_info
-from .errors import AccelError
+from .errors import AccelError, AccelWarning
 
 app = typer.Typer(
     name="accel",
@@ -44,13 +46,19 @@ def _options(
     _debug = debug
 
 
+def _show_warning(message: Warning | str, *details: object, **more: object) -> None:
+    Console(stderr=True).print(f"[yellow]warning:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
+
+
 def main() -> None:
+    warnings.simplefilter("always", AccelWarning)
+    warnings.showwarning = _show_warning
     try:
         app()
     except (AccelError, OSError) as error:
         if _debug:
             raise
         Console(stderr=True).print(
-            f"[bold red]error:[/] {error}", markup=True, highlight=False, soft_wrap=True
+            f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True
         )
         sys.exit(2)

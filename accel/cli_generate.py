@@ -67,7 +67,7 @@ def demo(
     chosen = _configuration(preset, config) or _configuration("balanced", None)
     picture, record = out / "side-by-side.png", out / "demo.json"
     _prepare(out, [picture, record], force)
-    pipe = g.load_pipeline(device=device, dtype=dtype)
+    pipe = _load(g.BUILTIN, device, dtype)
     settings = g.Settings(steps)
     settings.check(pipe)
     jobs = [g.Job(prompt, seed + index) for index, prompt in enumerate(DEMO_PROMPTS)]
@@ -144,7 +144,7 @@ def generate(
     paths = [out / f"{index:04d}-{_slug(job.prompt)}-{job.seed}.png" for index, job in enumerate(jobs)]
     extra = [path.with_name(f"{path.stem}-compare.png") for path in paths] if compare else []
     _prepare(out, paths + extra, force)
-    pipe = g.load_pipeline(model, device, dtype)
+    pipe = _load(model, device, dtype)
     settings.check(pipe)
     if chosen is not None:
         g.check_can_accelerate(pipe, chosen)
@@ -185,6 +185,19 @@ def generate(
 
 
 # ------------------------------------------------------------------------------------------ helpers
+
+
+def _load(model: str, device: str | None, dtype: str | None) -> Any:
+    """Loads the pipeline without the loaders' own bars, which would write over ours."""
+    from . import generation
+
+    generation.require_sound_stack()
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    return generation.load_pipeline(model, device, dtype)
 
 
 def _configuration(preset: str | None, config: Path | None) -> Any:
@@ -317,7 +330,7 @@ def _describe(pipe: Any, steps: int) -> str:
 
 _COLUMNS = {
     "plain_seconds": ("plain", "{:.2f} s"),
-    "accelerated_seconds": ("accelerated", "{:.2f} s"),
+    "accelerated_seconds": ("accel", "{:.2f} s"),
     "seconds": ("time", "{:.2f} s"),
     "speedup": ("speedup", "{:.2f}x"),
     "denoiser_speedup": ("denoiser", "{:.2f}x"),
@@ -333,7 +346,7 @@ def _print(result: dict[str, Any], as_json: bool, title: str) -> None:
         return
     rows = list(result["images"])
     if "summary" in result:
-        rows.append({"prompt": "median times, mean quality", **result["summary"]})
+        rows.append({"prompt": "all: median times, means", **result["summary"]})
     keys = [key for key in _COLUMNS if key in rows[0]]
     table = Table("prompt", *(_COLUMNS[key][0] for key in keys), title=title, title_justify="left")
     for column in table.columns[1:]:

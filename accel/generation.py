@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .api import accelerate
-from .backends import require_sound_stack
+from .backends import dtype_argument, require_sound_stack
 from .errors import ConfigError, UnsupportedError, WeightsError
 
 BUILTIN = "builtin"
@@ -61,7 +61,7 @@ def load_pipeline(model: str = BUILTIN, device: str | None = None, dtype: str | 
         )
     torch_dtype = DTYPES[dtype] if dtype else (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     try:
-        pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=torch_dtype, use_safetensors=True)
+        pipe = DiffusionPipeline.from_pretrained(model, **dtype_argument(torch_dtype), use_safetensors=True)
     except (OSError, ValueError) as error:
         raise WeightsError(f"{model}: cannot be loaded as a diffusers pipeline: {error}") from error
     return pipe.to(device)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import FluxPipeline
 
+from accel.backends import dtype_argument
 from accel.errors import AccelWarning, WeightsError
 
 _WEIGHT_FILES = (
@@ -54,17 +55,16 @@ class ScenesFluxPipeline(FluxPipeline):
     default_guidance = 3.0
     text_tokens = 16
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.default_sample_size = 64  # latent side; times the autoencoder's 4 = 256 px
-
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype) -> ScenesFluxPipeline:
         _check_files(folder)
         with warnings.catch_warnings():
             # transformers builds its tokenizers through SWIG modules that lack __module__ (Python 3.12+).
             warnings.filterwarnings("ignore", category=DeprecationWarning, message="builtin type .*")
-            return cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+            pipe = cls.from_pretrained(folder, **dtype_argument(dtype), local_files_only=True)
+        # FluxPipeline sets 128 in its __init__, whose signature diffusers reads: it cannot be overridden there.
+        pipe.default_sample_size = 64  # latent side; times the autoencoder's 4 = 256 px
+        return pipe
 
     def _unknown_words(self, prompts: list[str]) -> list[str]:
         known = {token.removeprefix("▁") for token in self.tokenizer_2.get_vocab()}
