@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from .api import accelerate
     from .errors import AccelError, AccelWarning
     from .handle import Handle
+    from .methods.forecasting import ForecastConfig
     from .methods.merging import TokenMergingConfig
     from .stats import Stats
 
 __all__ = [
     "AccelError",
     "AccelWarning",
+    "ForecastConfig",
     "Handle",
     "Stats",
     "TokenMergingConfig",
@@ -39,6 +41,7 @@ __all__ = [
 _HOME = {
     "AccelError": "accel.errors",
     "AccelWarning": "accel.errors",
+    "ForecastConfig": "accel.methods.forecasting",
     "Handle": "accel.handle",
     "Stats": "accel.stats",
     "TokenMergingConfig": "accel.methods.merging",

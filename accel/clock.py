@@ -38,6 +38,7 @@ class Clock:
     Attributes:
         step: index of the step that is running, from 0 also when the loop starts in the middle.
         total: number of steps of this run.
+        times: the scheduler's timesteps of this run, on the host; what forecasts extrapolate along.
         running: a loop has been started and has not ended.
         samples: batch of the latents seen by the last `step`, None before the first. The denoiser's batch is
             a multiple of it when guidance is batched.
@@ -48,6 +49,7 @@ class Clock:
         self._listeners: list[Listener] = []
         self._timesteps = 0
         self.step = self.total = 0
+        self.times: tuple[float, ...] = ()
         self.running = False
         self.samples: int | None = None
 
@@ -124,6 +126,10 @@ class Clock:
             self._tell("end")
 
     def _start(self, total: int) -> None:
+        scheduler = self._scheduler()
+        assert scheduler is not None
+        # Read once per run, before the loop: no step waits for the device.
+        self.times = tuple(float(t) for t in scheduler.timesteps[self._timesteps - total :].tolist())
         self.step, self.total, self.samples, self.running = 0, total, None, True
         self._tell("begin")
         self._tell("before")

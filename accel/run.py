@@ -10,13 +10,16 @@ from __future__ import annotations
 import inspect
 import warnings
 import weakref
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from .bypass import Bypass, bypassed
 from .clock import Clock, Listener
 from .errors import AccelWarning, UnsupportedError
 from .registry import Adapter, denoiser_of, find
@@ -49,8 +52,8 @@ class Method(Protocol):
     def prepare(self, run: Run) -> None:
         """The step `run.phase` describes is about to start."""
 
-    def account(self, run: Run) -> tuple[int, int, int, int]:
-        """After a step: (tokens computed, tokens in total, plans built, plans reused)."""
+    def account(self, run: Run) -> StepStats:
+        """After a step: what it did (the calls are counted by the run)."""
 
 
 class Run(Listener):
@@ -59,7 +62,12 @@ class Run(Listener):
     Attributes:
         phase: what the running step does; dense while no loop is running.
         grid: (rows, columns) of the image tokens, known from the first call of a run; None before.
-        outputs: the predictions of this step's calls, kept if the method asked for them (`keep_outputs`).
+        phases: the phases of all steps of this run.
+        time: the scheduler's timestep of the running step.
+        outputs: the predictions of this step's calls as the pipeline got them, kept if the method asked for
+            them (`keep_outputs`). Their number is the index of the running call.
+        correct: set by the method between steps: prediction -> the prediction that the pipeline gets.
+            Possibly traced.
         samples: images per step, known after the first step; None before.
     """
 
@@ -73,8 +81,12 @@ class Run(Listener):
         self.clock = Clock.of(target.scheduler)
         signature = inspect.signature(type(target.denoiser).forward)
         self._names = list(signature.parameters)[1:]
-        self._phases: tuple[Phase, ...] = ()
+        self.correct: Callable[[Tensor], Tensor] | None = None
+        self._bypass = Bypass(target.outer)
+        self._output_class: type | None = None
+        self.phases: tuple[Phase, ...]
         self.phase: Phase
+        self.time: float
         self.grid: tuple[int, int] | None
         self.grid_source: Tensor | None
         self.outputs: tuple[Tensor, ...]
@@ -94,8 +106,8 @@ class Run(Listener):
 
     def begin(self, clock: Clock) -> None:
         self._drop()
-        self._phases = self.schedule.phases(clock.total)
-        if self.schedule.reduces and all(phase.dense for phase in self._phases):
+        self.phases = self.schedule.phases(clock.total)
+        if self.schedule.reduces and all(phase.dense for phase in self.phases):
             warnings.warn(
                 f"all {clock.total} steps are dense: the schedule's dense first and last steps leave none to "
                 "reduce, so this run is not accelerated.",
@@ -104,11 +116,53 @@ class Run(Listener):
             )
 
     def before(self, clock: Clock) -> None:
-        self.phase = self._phases[clock.step]
+        self._bypass.stop()
+        self.phase, self.time = self.phases[clock.step], clock.times[clock.step]
         self.samples = clock.samples
         self.method.prepare(self)
         self.outputs = ()
         self._calls = 0
+
+    def check_calls(self, calls: int, expected: int) -> None:
+        """Refuse a step that calls the denoiser another number of times than the steps before it: a forecast
+        would continue another branch of guidance."""
+        if calls != expected:
+            raise UnsupportedError(
+                f"the model was called {calls} times at step {self.clock.step}, but {expected} times at the steps "
+                "before it (guidance over a part of the steps, or a scheduler that calls it a varying number "
+                "of times). Forecasts need the same number at every step."
+            )
+
+    def check_times(self) -> None:
+        """Refuse a scheduler that calls the model twice at one time: there is no slope to forecast along.
+
+        Raises:
+            UnsupportedError: second-order schedulers (Heun, KDPM2, ...), repeated timesteps.
+        """
+        times = self.clock.times
+        if len(set(times)) < len(times):
+            raise UnsupportedError(
+                f"{type(self.target.scheduler).__name__} calls the model more than once at the same timestep "
+                "(a Heun-like scheduler, which evaluates every step twice). Forecasts need one call per "
+                "timestep: use a first-order or multistep scheduler (Euler, DDIM, DPM-Solver++ 2M, UniPC)."
+            )
+
+    def answer(self, predictions: Sequence[Tensor]) -> None:
+        """Do not run the denoiser at the step that is about to start, but give these `predictions` to its
+        calls."""
+        if bypassed(self.target.outer):
+            raise UnsupportedError(
+                f"two methods forecast step {self.clock.step} of the same model. Put both into one schedule: "
+                "TokenPruningConfig(cycle=...) takes forecast steps (0) and partial steps alike."
+            )
+        calls = count(1)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            call = next(calls)
+            self.check_calls(max(call, len(predictions)), len(predictions))
+            return self._like_output(predictions[call - 1])
+
+        self._bypass.start(forward)
 
     def after(self, clock: Clock) -> None:
         if self.grid is None and self.grid_source is not None:
@@ -117,8 +171,10 @@ class Run(Listener):
         if clock.step == 0:  # not in `begin`, which image-to-image brings about twice
             self.stats.runs += 1
             self.stats.steps.clear()
-        calls = self._calls or None
-        self.stats.record(StepStats(*self.method.account(self), calls))
+        done = replace(self.method.account(self), calls=self._calls or None)
+        if bypassed(self.target.outer):  # by this method or by another one on the same denoiser
+            done = replace(done, computed=0, built=0, reused=0, forecast=done.total)
+        self.stats.record(done)
 
     def end(self, clock: Clock) -> None:
         self._drop()
@@ -128,7 +184,9 @@ class Run(Listener):
         self.method.forget()
 
     def _idle(self) -> None:
-        self.phase = Phase(1.0)
+        self._bypass.stop()
+        self.phase, self.phases, self.time = Phase(1.0), (), 0.0
+        self.correct = None
         self.grid = self.grid_source = self.samples = None
         self.outputs = ()
         self._calls = 0
@@ -137,7 +195,7 @@ class Run(Listener):
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        if not self.phase.dense:
+        if 0 < self.phase.budget < 1:
             self.target.adapter.refuse(arguments, self.span)
         if self.grid is None:
             self.grid_source = self.target.adapter.grid_source(arguments)
@@ -160,12 +218,23 @@ class Run(Listener):
             self.grid = self.target.adapter.grid(module, self.grid_source)
             self.grid_source = None
 
-    def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if output is None:  # always_call: the denoiser raised
             self.clock.abort()
-            return
+            return None
+        prediction = _prediction(output)
+        self._output_class = type(output)
+        if self.correct is not None:
+            prediction = self.correct(prediction)
+            output = self._like_output(prediction)
         if self.keep_outputs:
-            self.outputs = (*self.outputs, _prediction(output))
+            self.outputs = (*self.outputs, prediction)
+        return output
+
+    def _like_output(self, prediction: Tensor) -> Any:
+        cls = self._output_class
+        assert cls is not None
+        return (prediction,) if issubclass(cls, tuple) else cls(sample=prediction)
 
     # Around the denoiser: not traced, unless it was compiled in place (`module.compile()`).
 

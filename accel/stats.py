@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @dataclass
@@ -17,13 +18,20 @@ class StepStats:
         computed, total: tokens that were computed, and that a plain step would have computed.
         built, reused: plans that were built at this step, and that were taken over from an earlier one.
         calls: denoiser calls; None if they ran inside code compiled in place, where nothing can be counted.
+        forecast: tokens that were not computed but forecast from earlier steps.
+        cache_bytes: memory held from this step to the next: histories, keys and values.
+        oldest_age: steps since the token that waited longest was computed. A scalar on the device until it
+            is read with int(); what `as_dict` and `oldest_age` of `Stats` give is read.
     """
 
     computed: int
     total: int
-    built: int
-    reused: int
-    calls: int | None
+    built: int = 0
+    reused: int = 0
+    calls: int | None = None
+    forecast: int = 0
+    cache_bytes: int = 0
+    oldest_age: int | Tensor = 0
 
 
 @dataclass
@@ -53,6 +61,16 @@ class Stats:
         return self.computed / self.total if self.total else 1.0
 
     @property
+    def oldest_age(self) -> int:
+        """Largest number of steps that a token of the last run went without being computed."""
+        return max((int(s.oldest_age) for s in self.steps), default=0)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Largest amount of memory that the last run kept from one step to the next."""
+        return max((s.cache_bytes for s in self.steps), default=0)
+
+    @property
     def seconds(self) -> float | None:
         """Time inside the denoiser; None if no call could be timed. CUDA events on GPU, wall clock on CPU."""
         if self._events:
@@ -68,8 +86,10 @@ class Stats:
         public = {k: v for k, v in vars(self).items() if not k.startswith("_")}
         return {
             **public,
-            "steps": [asdict(s) for s in self.steps],
+            "steps": [{**asdict(s), "oldest_age": int(s.oldest_age)} for s in self.steps],
             "share": self.share,
+            "cache_bytes": self.cache_bytes,
+            "oldest_age": self.oldest_age,
             "seconds": self.seconds,
         }
 
@@ -79,15 +99,18 @@ class Stats:
         time_line = "not measured (no call yet, or compiled in place)"
         if seconds is not None:
             time_line = f"{seconds:.3f} s in {self._timed} calls"
-        return "\n".join(
-            [
-                f"{self.method}: {self.runs} run{'s' if self.runs != 1 else ''}, "
-                f"{100 * self.share:.1f} % of the image tokens computed",
-                f"  denoiser        {time_line}",
-                f"  plans           {self.plans_built} built, {self.plans_reused} reused",
-                f"  last run, %     {per_step or '-'}",
-            ]
-        )
+        lines = [
+            f"{self.method}: {self.runs} run{'s' if self.runs != 1 else ''}, "
+            f"{100 * self.share:.1f} % of the image tokens computed",
+            f"  denoiser        {time_line}",
+            f"  plans           {self.plans_built} built, {self.plans_reused} reused",
+            f"  last run, %     {per_step or '-'}",
+        ]
+        if any(s.forecast for s in self.steps):
+            lines.append(
+                f"  forecasts       oldest token {self.oldest_age} steps, caches {self.cache_bytes / 2**20:.1f} MiB"
+            )
+        return "\n".join(lines)
 
     def record(self, step: StepStats) -> None:
         self.steps.append(step)

@@ -9,7 +9,10 @@ from typing import Any
 from accel.errors import ConfigError, UnknownNameError
 
 #: Method name -> (module, name of its configuration class). The module's `attach` does the work.
-_METHODS = {"token_merging": ("accel.methods.merging", "TokenMergingConfig")}
+_METHODS = {
+    "forecast": ("accel.methods.forecasting", "ForecastConfig"),
+    "token_merging": ("accel.methods.merging", "TokenMergingConfig"),
+}
 
 
 def names() -> list[str]:

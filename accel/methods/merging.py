@@ -24,7 +24,7 @@ from accel.plan import TokenPlan
 from accel.run import Run, Target
 from accel.schedule import Schedule, slots
 from accel.span import Span
-from accel.stats import Stats
+from accel.stats import Stats, StepStats
 
 from . import importance, matching, noise
 from .checks import check, is_number, is_whole, is_wholes
@@ -230,14 +230,14 @@ class TokenMerging:
         self._growths = [Readback(growth) for growth in current]
         return drifted
 
-    def account(self, run: Run) -> tuple[int, int, int, int]:
+    def account(self, run: Run) -> StepStats:
         assert run.grid is not None
         tokens = run.grid[0] * run.grid[1]
         active = [g for g in self.groups if g.plan is not None and not run.phase.dense]
         saved = sum(len(g.blocks) * (tokens - g.plan.slots) for g in active if g.plan is not None)
         total = len(self.sites) * tokens
         built = sum(g.built for g in active)
-        return total - saved, total, built, len(active) - built
+        return StepStats(total - saved, total, built, len(active) - built)
 
     # Inside the denoiser, possibly traced.
 

@@ -1,0 +1,102 @@
+"""Forecast a prediction from its last computed values. Pure functions.
+
+TaylorSeer (arXiv:2503.06923, eq. 5) forecasts features with finite differences at a fixed interval. Here every
+token has its own time stamps, which are irregular once tokens are computed at different steps, so that the
+differences are Newton's divided differences; and only the denoiser's final output is forecast.
+
+Shapes: any, as long as time stamps broadcast to values: () for a whole step, (B, N, 1) for one per token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def extrapolate(values: Sequence[Tensor], stamps: Sequence[Tensor], now: float) -> Tensor:
+    """The polynomial through (stamps[i], values[i]) at time `now`, in Newton's form; exact for polynomials of
+    degree < len(values).
+
+    Newton's form, because equal values then give exactly that value: all differences are zero.
+
+    Args:
+        values: newest first.
+        stamps: when each value was computed; NaN: not there (yet), nor any after it, and its value is ignored.
+        now: time to forecast.
+
+    Returns:
+        The forecast, in the dtype of the values; computed in float32.
+    """
+    differences = [v.float() for v in values]
+    result, reach = differences[0], torch.ones_like(stamps[0])
+    for k in range(1, len(values)):
+        differences = [
+            (newer - older) / (stamps[i] - stamps[i + k])
+            for i, (newer, older) in enumerate(pairwise(differences))
+        ]
+        reach = reach * (now - stamps[k - 1])
+        result = result + torch.where(stamps[k].isnan(), 0.0, differences[0] * reach)
+    return result.to(values[0].dtype)
+
+
+def growth(age: Tensor | float, order: int) -> Any:
+    """How the error of a forecast grows with the time since the last computed value: age^(order + 1), the
+    remainder of a Taylor series."""
+    return age ** (order + 1)
+
+
+class History:
+    """The last computed predictions of a denoising loop: values per call of a step, time stamps for all calls.
+
+    Guidance that runs two calls a step has two lists of values and one of time stamps, because both calls
+    compute the same tokens.
+
+    Args:
+        order: of the forecast; order + 1 values are kept.
+        spread: time stamps -> the same, broadcasting to a prediction. The identity for stamps of shape ().
+    """
+
+    def __init__(self, order: int, spread: Callable[[Tensor], Tensor] = lambda stamps: stamps) -> None:
+        self.order, self._spread = order, spread
+        self.values: list[list[Tensor]] = []
+        self.stamps: list[Tensor] = []
+
+    @property
+    def bytes(self) -> int:
+        tensors = {t.data_ptr(): t for t in (*self.stamps, *(v for values in self.values for v in values))}
+        return sum(t.numel() * t.element_size() for t in tensors.values())
+
+    def age(self, now: float) -> Tensor:
+        """Time since each token was computed."""
+        return (now - self.stamps[0]).abs()
+
+    def forecasts(self, now: float) -> list[Tensor]:
+        """The prediction of each call at time `now`."""
+        stamps = [self._spread(s) for s in self.stamps]
+        return [extrapolate(values, stamps, now) for values in self.values]
+
+    def start(self, outputs: Sequence[Tensor], now: float, shape: tuple[int, ...] = ()) -> None:
+        """The first predictions of a loop, with time stamps of this shape."""
+        self.values = [
+            [v] * (self.order + 1) for v in outputs
+        ]  # the older ones are not there: their stamp is NaN
+        times = [now] + [math.nan] * self.order
+        self.stamps = [torch.full(shape, t, device=outputs[0].device) for t in times]
+
+    def add(self, outputs: Sequence[Tensor], now: float, computed: Tensor | None = None) -> None:
+        """Predictions of a step, where `computed` (in the shape of the time stamps; None: everywhere)."""
+        where = None if computed is None else self._spread(computed)
+        self.values = [_push(old, new, where) for old, new in zip(self.values, outputs, strict=True)]
+        self.stamps = _push(self.stamps, torch.full_like(self.stamps[0], now), computed)
+
+
+def _push(entries: list[Tensor], new: Tensor, where: Tensor | None) -> list[Tensor]:
+    shifted = [new, *entries[:-1]]
+    if where is None:
+        return shifted
+    return [torch.where(where, s, e) for s, e in zip(shifted, entries, strict=True)]

@@ -1,0 +1,135 @@
+"""Whole steps forecast from the last computed ones, at the denoiser's final output only.
+
+The scheme of TaylorSeer (arXiv:2503.06923) on one tensor per call instead of two per layer: memory stays flat,
+and the forecast runs along the scheduler's time, not along step numbers. The optional tolerance is ours: the
+error of a forecast is measured whenever a step is computed, and bounds the steps after it.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from accel.clock import Readback
+from accel.errors import ConfigError
+from accel.run import Run, Target
+from accel.schedule import Phase, Schedule
+from accel.stats import Stats, StepStats
+
+from .checks import check, is_number, is_whole
+from .forecast import History, growth
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForecastConfig:
+    """Settings of whole-step forecasts.
+
+    Attributes:
+        cycle: for each step between the dense first and last ones, repeated: 1 computes it, 0 forecasts it.
+            (0, 0, 1) computes every third step.
+        order: degree of the polynomial that is continued, 0 (hold the last prediction), 1 or 2.
+        tolerance: forecast a step only if the error it would have, relative to the prediction, is at most
+            this much; else compute it. The error is extrapolated from the one measured at the last computed
+            step. The measured value is read once per step in question, which waits for the device. None:
+            always as `cycle` says.
+        dense_steps_first, dense_steps_last: steps at either end that are computed.
+
+    Raises:
+        ConfigError: a value is outside its range.
+    """
+
+    cycle: tuple[int, ...] = (0, 0, 1)
+    order: int = 1
+    tolerance: float | None = None
+    dense_steps_first: int = 2
+    dense_steps_last: int = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.cycle, list):  # YAML has lists
+            object.__setattr__(self, "cycle", tuple(self.cycle))
+        valid = isinstance(self.cycle, tuple) and len(self.cycle) > 0 and all(b in (0, 1) for b in self.cycle)
+        check(valid, "cycle", "a list of 1 (compute) and 0 (forecast)", self.cycle)
+        if all(self.cycle):
+            raise ConfigError(f"cycle={self.cycle} forecasts nothing: at least one entry must be 0")
+        check(is_whole(self.order) and 0 <= self.order <= 2, "order", "0, 1 or 2", self.order)
+        if self.tolerance is not None:
+            valid = is_number(self.tolerance) and self.tolerance > 0
+            check(valid, "tolerance", "> 0 or None", self.tolerance)
+        valid = is_whole(self.dense_steps_first) and self.dense_steps_first >= 1
+        check(valid, "dense_steps_first", "a whole number >= 1", self.dense_steps_first)
+        valid = is_whole(self.dense_steps_last) and self.dense_steps_last >= 0
+        check(valid, "dense_steps_last", "a whole number >= 0", self.dense_steps_last)
+
+    def schedule(self) -> Schedule:
+        return Schedule(self.cycle, dense_first=self.dense_steps_first, dense_last=self.dense_steps_last)
+
+
+def attach(target: Target, config: ForecastConfig, stats: Stats, stack: ExitStack) -> Run:
+    """Attach whole-step forecasts to a pipeline; every undo action goes onto `stack`."""
+    method = Forecasting(target, config, stats)
+    method.run.attach(stack)
+    return method.run
+
+
+class Forecasting:
+    """Whole-step forecasts at work on one denoiser."""
+
+    def __init__(self, target: Target, config: ForecastConfig, stats: Stats) -> None:
+        self.config = config
+        self._blocks = len(target.adapter.sites(target.denoiser))
+        self.run = Run(target, config.schedule(), self, stats, span=False)
+        self.run.keep_outputs = True
+        self.forget()
+
+    # Between steps (see accel.run.Method).
+
+    def forget(self) -> None:
+        self.history: History | None = None
+        self._age = 0
+        self._error: Tensor | None = None  # relative error per growth of the last forecast that was checked
+
+    def prepare(self, run: Run) -> None:
+        if run.clock.step == 0:
+            run.check_times()
+        if run.phase.dense:
+            return
+        assert self.history is not None
+        if self._too_far(run):
+            run.phase = Phase(1.0)
+            return
+        run.answer(self.history.forecasts(run.time))
+
+    def _too_far(self, run: Run) -> bool:
+        """Whether a forecast of this step is expected to miss the tolerance."""
+        if self.config.tolerance is None:
+            return False
+        if self._error is None:  # nothing measured yet
+            return True
+        assert self.history is not None
+        age = self.history.age(run.time)
+        return Readback(self._error * growth(age, self.config.order)).read() > self.config.tolerance
+
+    def account(self, run: Run) -> StepStats:
+        assert run.grid is not None
+        tokens = self._blocks * run.grid[0] * run.grid[1]
+        if run.phase.dense:
+            self._observe(run)
+        self._age = 0 if run.phase.dense else self._age + 1
+        assert self.history is not None
+        return StepStats(tokens, tokens, cache_bytes=self.history.bytes, oldest_age=self._age)
+
+    def _observe(self, run: Run) -> None:
+        if self.history is None:
+            self.history = History(self.config.order)
+            self.history.start(run.outputs, run.time)
+            return
+        run.check_calls(len(run.outputs), len(self.history.values))
+        if self.config.tolerance is not None:
+            age = self.history.age(run.time)
+            pairs = zip(run.outputs, self.history.forecasts(run.time), strict=True)
+            errors = [(v - f).float().norm() / v.float().norm() for v, f in pairs]
+            self._error = torch.stack(errors).max() / growth(age, self.config.order)
+        self.history.add(run.outputs, run.time)

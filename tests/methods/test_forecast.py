@@ -1,0 +1,315 @@
+"""Whole-step forecasts: the polynomial oracle, then the method on both families."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import FAMILIES, make_flux
+from diffusers import FlowMatchHeunDiscreteScheduler
+
+import accel
+from accel.errors import ConfigError, UnsupportedError
+from accel.methods.forecast import History, extrapolate
+
+Config = accel.ForecastConfig
+CYCLE = {"cycle": (0, 1), "dense_steps_first": 2, "dense_steps_last": 1}
+IRREGULAR = (1000.0, 947.0, 803.0, 551.0, 122.0)
+
+
+def polynomial(degree, tokens=5, channels=3):
+    """A random polynomial in time per token and channel, evaluated in float64."""
+    g = torch.Generator().manual_seed(degree)
+    coefficients = torch.randn(degree + 1, 1, tokens, channels, generator=g, dtype=torch.float64)
+    return lambda t: sum(c * (t / 1000) ** k for k, c in enumerate(coefficients)).float()
+
+
+def stamps_of(times):
+    return [torch.tensor(t) for t in times]
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_polynomials_up_to_the_order_are_exact(order):
+    for degree in range(order + 1):
+        f, times = polynomial(degree), IRREGULAR[order::-1]
+        forecast = extrapolate([f(t) for t in times], stamps_of(times), 122.0)
+        torch.testing.assert_close(forecast, f(122.0), rtol=0, atol=2e-4)
+    f, times = polynomial(order + 1), IRREGULAR[order::-1]
+    assert (extrapolate([f(t) for t in times], stamps_of(times), 122.0) - f(122.0)).abs().max() > 1e-2
+
+
+def test_wrong_time_stamps_are_noticed():
+    # The negative control: step numbers in place of irregular times.
+    f, times = polynomial(1), (551.0, 947.0)
+    forecast = extrapolate([f(t) for t in times], stamps_of([1.0, 0.0]), 2.0)
+    assert (forecast - f(122.0)).abs().max() > 5e-2
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_every_token_has_its_own_time_stamps(order):
+    """Tokens computed at different random steps: each forecast is exact from its own history, none before it
+    has enough of one."""
+    f, g = polynomial(order), torch.Generator().manual_seed(1)
+    history = History(order, spread=lambda s: s[..., None])
+    history.start([f(IRREGULAR[0])], IRREGULAR[0], (1, 5))
+    count = torch.ones(1, 5)
+    for t in IRREGULAR[1:-1]:
+        computed = torch.rand(1, 5, generator=g) < 0.6
+        junk = torch.full((1, 5, 3), math.inf)  # must never be looked at
+        history.add([torch.where(computed[..., None], f(t), junk)], t, computed)
+        count += computed
+    (forecast,) = history.forecasts(IRREGULAR[-1])
+    enough = (count > order)[0]
+    assert enough.any()
+    torch.testing.assert_close(forecast[:, enough], f(IRREGULAR[-1])[:, enough], rtol=0, atol=1e-3)
+    assert forecast.isfinite().all()
+
+
+def test_equal_values_give_exactly_that_value():
+    v = torch.randn(2, 7, 4)
+    assert torch.equal(extrapolate([v, v, v], stamps_of([551.0, 803.0, 947.0]), 122.0), v)
+
+
+def test_steps_are_skipped_and_counted(family):
+    pipe = family.make()
+    seen = []
+    pipe.transformer.transformer_blocks[0].register_forward_pre_hook(lambda m, args: seen.append(1))
+    with accel.accelerate(pipe, Config(**CYCLE)) as handle:
+        family.latents(pipe, steps=7, guidance=3.0)
+        steps, calls = handle.stats.steps, 2 if family is FAMILIES["flux"] else 1
+    assert [s.computed > 0 for s in steps] == [True, True, False, True, False, True, True]
+    assert [s.forecast for s in steps] == [s.total - s.computed for s in steps]
+    assert [s.oldest_age for s in steps] == [0, 0, 1, 0, 1, 0, 0]
+    assert len(seen) == 5 * calls
+    assert {s.calls for s in steps} == {calls}
+    assert handle.stats.oldest_age == 1
+    assert "oldest token 1 steps" in str(handle.stats)
+
+
+def test_memory_stays_flat(family):
+    pipe = family.make()
+    sizes = []
+    for blocks_more in (0, 3):
+        pipe = family.make(
+            **({"single": 3 + blocks_more} if family is FAMILIES["flux"] else {"blocks": 3 + blocks_more})
+        )
+        with accel.accelerate(pipe, Config(order=2)) as handle:
+            family.latents(pipe, steps=8)
+            sizes.append(handle.stats.cache_bytes)
+    assert sizes[0] == sizes[1]
+    output = 96 * 16 if family is FAMILIES["flux"] else 8 * 16 * 24
+    assert sizes[0] == 4 * (3 * output + 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"guidance": 3.0, "batch": 2}], ids=["plain", "guided"])
+def test_forecast_follows_an_independent_loop(family, options):
+    """The same policy written out: recorded predictions, numpy's polynomial fit, the pipeline's own loop."""
+    import numpy as np
+
+    pipe = family.make()
+    recorded, step, calls = [], [0], 2 if family is FAMILIES["flux"] and options else 1
+    skipped = {2, 4}
+
+    def replay(module, args, kwargs, output):
+        now, call = len(recorded) // calls, len(recorded) % calls
+        value = output[0]
+        if now in skipped:
+            times = pipe.scheduler.timesteps.tolist()
+            (i, a), (j, b) = [(i, recorded[i * calls + call]) for i in range(now) if i not in skipped][-2:]
+            fit = np.polyfit([times[i], times[j]], np.stack([a.double().flatten(), b.double().flatten()]), 1)
+            value = torch.from_numpy(np.polyval(fit, times[now])).view_as(value).float()
+        recorded.append(value)
+        return (value,)
+
+    bent = pipe.transformer.register_forward_hook(replay, with_kwargs=True)
+    expected = family.latents(pipe, steps=6, **options)
+    bent.remove()
+    plain = family.latents(pipe, steps=6, **options)
+    with accel.accelerate(pipe, Config(**CYCLE)):
+        got = family.latents(pipe, steps=6, **options)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+    assert (got - plain).norm() > 1e-3 * plain.norm()
+    assert step == [0]
+
+
+def freeze(pipe):
+    """The denoiser sees the inputs of its first step at every step."""
+    first = {}
+
+    def repeat(module, args, kwargs):
+        if args:  # PixArt passes its latents by position
+            kwargs = {**kwargs, "hidden_states": args[0]}
+        now = {k: kwargs[k] for k in ("hidden_states", "timestep")}
+        return (), {**kwargs, **first.setdefault("inputs", now)}
+
+    return pipe.transformer.register_forward_pre_hook(repeat, with_kwargs=True)
+
+
+def test_a_frozen_denoiser_is_reproduced_exactly(family):
+    pipe = family.make()
+    freeze(pipe)
+    plain = family.latents(pipe)
+    for order in (0, 1, 2):
+        with accel.accelerate(pipe, Config(**CYCLE, order=order)):
+            assert torch.equal(family.latents(pipe), plain)
+
+
+def test_removal_restores_everything_even_in_the_middle(family):
+    pipe = family.make()
+    plain = family.latents(pipe)
+    before = set(vars(pipe.transformer))
+    with accel.accelerate(pipe, Config(**CYCLE)) as handle:
+        changed = family.latents(pipe)
+        assert "forward" not in vars(pipe.transformer)
+        again = family.latents(pipe)
+        assert torch.equal(again, changed)
+
+        def remove(pipe, step, timestep, kwargs):
+            if step == 1:  # the next step is to be forecast: its bypass is in place
+                assert "forward" in vars(pipe.transformer)
+                handle.remove()
+            return kwargs
+
+        if family is FAMILIES["flux"]:
+            family.latents(pipe, callback_on_step_end=remove)
+    assert set(vars(pipe.transformer)) == before
+    assert torch.equal(family.latents(pipe), plain)
+
+
+def test_exception_between_steps_leaves_the_next_run_alone():
+    pipe, family = make_flux(), FAMILIES["flux"]
+
+    def fail(pipe, step, timestep, kwargs):
+        if step == 1:
+            raise KeyboardInterrupt
+        return kwargs
+
+    with accel.accelerate(pipe, Config(**CYCLE)):
+        expected = family.latents(pipe)
+        with pytest.raises(KeyboardInterrupt):
+            family.latents(pipe, callback_on_step_end=fail)
+        assert torch.equal(family.latents(pipe), expected)
+        assert torch.equal(
+            family.latents(pipe, batch=2, height=48, generator=torch.Generator().manual_seed(5)),
+            fresh(Config(**CYCLE), batch=2, height=48),
+        )
+
+
+def fresh(config, **options):
+    pipe = make_flux()
+    with accel.accelerate(pipe, config):
+        return FAMILIES["flux"].latents(pipe, **options)
+
+
+def test_hooks_of_others_survive_a_bypass():
+    """accelerate's offloading replaces `forward` on the instance; a forecast step must put it back."""
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    class Counting(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
+
+    pipe, family = make_flux(), FAMILIES["flux"]
+    with accel.accelerate(pipe, Config(**CYCLE)):
+        expected = family.latents(pipe)
+        hook = Counting()
+        add_hook_to_module(pipe.transformer, hook)
+        assert torch.equal(family.latents(pipe), expected)
+        assert hook.calls == 4
+        remove_hook_from_module(pipe.transformer)
+        assert torch.equal(family.latents(pipe), expected)
+
+
+def test_tolerance_decides_what_is_forecast(family):
+    pipe = family.make()
+    shares = []
+    for tolerance in (1e-9, 1e9):
+        with accel.accelerate(pipe, Config(**CYCLE, tolerance=tolerance)) as handle:
+            family.latents(pipe, steps=9)
+            shares.append(handle.stats.share)
+    with accel.accelerate(pipe, Config(**CYCLE)) as handle:
+        family.latents(pipe, steps=9)
+    assert shares == [1.0, handle.stats.share]
+
+
+def test_composes_with_merging(family):
+    pipe = family.make()
+    merging = accel.TokenMergingConfig(ratio=0.5, refresh_every=2)
+    with accel.accelerate(pipe, merging) as handle:
+        merged = family.latents(pipe, steps=8)
+        computed = [s.computed for s in handle.stats.steps]
+        with accel.accelerate(pipe, Config(**CYCLE)):
+            both = family.latents(pipe, steps=8)
+            assert torch.equal(family.latents(pipe, steps=8), both)
+            # Merging knows that it had nothing to do at the steps that were forecast.
+            kept = [c * keep for c, keep in zip(computed, (1, 1, 0, 1, 0, 1, 0, 1), strict=True)]
+            assert [s.computed for s in handle.stats.steps] == kept
+        assert torch.equal(family.latents(pipe, steps=8), merged)
+    assert not torch.equal(both, merged)
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+def test_compiled_equals_eager(family, how):
+    pipe = family.make(**family.shallow)
+    with accel.accelerate(pipe, Config(**CYCLE)) as handle:
+        expected = family.latents(pipe, guidance=3.0)
+        if how == "wrapped":
+            pipe.transformer = torch.compile(pipe.transformer, fullgraph=True, backend="eager")
+            handle.remove()  # the wrapper is what the pipeline calls now
+            handle = accel.accelerate(pipe, Config(**CYCLE))
+        else:
+            pipe.transformer.compile(backend="eager")
+        got = family.latents(pipe, guidance=3.0)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+        torch._dynamo.utils.counters.clear()
+        family.latents(pipe, guidance=3.0, steps=9)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+        handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"order": 3}, "order must be 0, 1 or 2"),
+        ({"cycle": ()}, "cycle must be a list of 1"),
+        ({"cycle": (0.5,)}, "cycle must be a list of 1"),
+        ({"cycle": (1, 1)}, "forecasts nothing"),
+        ({"tolerance": 0}, "tolerance must be > 0"),
+        ({"dense_steps_first": 0}, "dense_steps_first must be a whole number >= 1"),
+        ({"dense_steps_last": -1}, "dense_steps_last must be a whole number >= 0"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Config(**settings)
+
+
+def test_a_scheduler_that_visits_a_time_twice_is_refused():
+    pipe = make_flux()
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler()
+    with (
+        accel.accelerate(pipe, Config()),
+        pytest.raises(UnsupportedError, match=r"FlowMatchHeun.*same timestep"),
+    ):
+        pipe.scheduler.set_timesteps(6)
+
+
+def test_a_varying_number_of_calls_is_refused():
+    pipe, family = make_flux(), FAMILIES["flux"]
+
+    def twice(module, args, kwargs, output):
+        if pipe.scheduler.step.accel_clock.step == 3 and not extra:
+            extra.append(1)
+            module(**kwargs)
+
+    extra: list[int] = []
+    pipe.transformer.register_forward_hook(twice, with_kwargs=True)
+    with (
+        accel.accelerate(pipe, Config(**CYCLE)),
+        pytest.raises(UnsupportedError, match="called 2 times at step 3"),
+    ):
+        family.latents(pipe)
