@@ -110,21 +110,19 @@ def run_command(
     verify: Verify = False,
 ) -> None:
     """Generate the images that are missing, with times. Under `accelerate launch` the work is shared."""
-    import torch
-
     from accel.evaluation import configurations, models, suites
-    from accel.evaluation.errors import EvaluationError
     from accel.evaluation.run import run
+    from accel.generation import guidance_argument
 
     resolved = configurations.resolve(config or [])
     prompts = suites.load(suite, metadata=metadata, per_task=per_task)
-    torch_dtype = None
-    if dtype is not None:
-        torch_dtype = getattr(torch, dtype, None)
-        if torch_dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise EvaluationError(f"dtype {dtype!r}: expected float32, bfloat16 or float16")
-    call = {"num_inference_steps": steps, "height": size, "width": size, "guidance_scale": guidance}
-    pipe = models.load_pipeline(model, device=_device(device), dtype=torch_dtype)
+    pipe = models.load_pipeline(model, device=_device(device), dtype=dtype)
+    call = {
+        "num_inference_steps": steps,
+        "height": size,
+        "width": size,
+        guidance_argument(pipe): guidance,
+    }
     if hasattr(pipe, "set_progress_bar_config"):
         pipe.set_progress_bar_config(disable=True)
     with _progress("generating") as update:

@@ -37,6 +37,11 @@ def parse_size(text: str) -> tuple[int, int]:
 def load_pipeline(model: str = BUILTIN, device: str | None = None, dtype: str | None = None) -> Any:
     """The built-in model, a local diffusers folder, or a hub id. Pickled weights are refused.
 
+    Args:
+        model: "builtin", a folder with a model_index.json, or a hub id.
+        device: default: CUDA if there is one, else CPU.
+        dtype: a key of `DTYPES`; default: bfloat16 on CUDA, float32 elsewhere.
+
     Raises:
         WeightsError: the model cannot be loaded; says why and what to do.
         ConfigError: unknown dtype.
@@ -102,16 +107,20 @@ class Settings:
             )
 
     def arguments(self, pipe: Any) -> dict[str, Any]:
-        accepted = inspect.signature(pipe.__call__).parameters
         chosen: dict[str, Any] = {}
         if self.steps is not None:
             chosen["num_inference_steps"] = self.steps
         if self.size is not None:
             chosen["width"], chosen["height"] = self.size
         if self.guidance is not None:
-            # FLUX calls classifier-free guidance "true"; its `guidance_scale` feeds a distilled embedding.
-            chosen["true_cfg_scale" if "true_cfg_scale" in accepted else "guidance_scale"] = self.guidance
+            chosen[guidance_argument(pipe)] = self.guidance
         return chosen
+
+
+def guidance_argument(pipe: Any) -> str:
+    """FLUX calls classifier-free guidance "true"; its `guidance_scale` feeds a distilled embedding."""
+    accepted = inspect.signature(pipe.__call__).parameters
+    return "true_cfg_scale" if "true_cfg_scale" in accepted else "guidance_scale"
 
 
 def size_multiple(pipe: Any) -> int:
