@@ -549,7 +549,9 @@ def train_flow(
                 opt.step()
             state["seen"] += len(latents)
             state["step"] += 1
-            keep = min(0.998, (1 + state["step"]) / (10 + state["step"]))
+            # The average starts afresh with every size: what was right for another one blurs it.
+            stage_step = state["seen"] // batch
+            keep = min(0.995, stage_step / (10 + stage_step))
             with torch.no_grad():
                 torch._foreach_lerp_(
                     list(ema.values()), list(model.transformer.state_dict().values()), 1 - keep
