@@ -28,126 +28,24 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from batched_muon import BatchedMuon
+from diffusers import AutoencoderKL, FluxPipeline
+from scenes_data import captions, token_labels
 from torch import nn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5TokenizerFast,
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+from accel.evaluation.scenes import COLOR_NAMES, SHAPES, render, sample_scenes
+from accel.evaluation.scenes.world import PLURALS, RELATIONS
+from accel.pipelines.builtin.architecture import (
+    GRID,
+    TEXT_TOKENS,
+    assemble,
+    build_text_encoders,
+    build_tokenizers,
+    build_transformer,
+    build_vae,
+    shift_for,
 )
-
-from accel.evaluation.scenes import COLOR_NAMES, SHAPES, Scenes, render, sample_scenes
-from accel.evaluation.scenes.prompts import colored_position, draw
-from accel.evaluation.scenes.render import object_coverage
-from accel.evaluation.scenes.world import NUMBERS, PLURALS, RELATIONS
-
-TEXT_TOKENS = 16  # the longest caption is 13 words and an end token
-GRID = 32  # image tokens per side at 256 px
-TASK_WEIGHTS = {
-    "single_object": 1,
-    "two_object": 2,
-    "counting": 2,
-    "colors": 1,
-    "position": 2,
-    "color_attr": 2,
-}
-
-
-# ---------------------------------------------------------------------------------------------- data
-
-
-def captions(rng: np.random.Generator, count: int) -> list:
-    """Metadata of `count` random training captions over all tasks."""
-    tasks = [*TASK_WEIGHTS, "colored_position"]
-    weights = np.array([*TASK_WEIGHTS.values(), 2], float)
-    return [
-        colored_position(rng) if task == "colored_position" else draw(task, rng, "train")
-        for task in rng.choice(tasks, count, p=weights / weights.sum())
-    ]
-
-
-def token_labels(scenes: Scenes, grid: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per image token, the shape and the colour that fill most of it; 0 is ground. Each (B, grid²)."""
-    shape = torch.zeros(len(scenes), grid, grid, dtype=torch.long, device=scenes.shape_BM.device)
-    color = shape.clone()
-    image, slot, cover = object_coverage(scenes, grid)
-    inside = cover > 0.5
-    shape.index_add_(0, image, inside * (scenes.shape_BM[image, slot] + 1)[:, None, None])
-    color.index_add_(0, image, inside * (scenes.color_BM[image, slot] + 1)[:, None, None])
-    return shape.clamp_(max=len(SHAPES)).flatten(1), color.clamp_(max=len(COLOR_NAMES)).flatten(1)
-
-
-# ---------------------------------------------------------------------------------------------- text
-
-
-def words() -> list[str]:
-    relation_words = [word for relation in RELATIONS for word in relation.split()]
-    return sorted(
-        {"a", "an", "photo", "of", "and", *relation_words, *COLOR_NAMES, *SHAPES, *PLURALS, *NUMBERS}
-    )
-
-
-def build_tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
-    """Word-level vocabularies in the two real formats; letters are there as well, for unknown words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -100.0), ("▁", -20.0)]
-    pieces += [(f"▁{word}", -1.0) for word in words()] + [(letter, -20.0) for letter in letters]
-    t5 = T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=TEXT_TOKENS)
-
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=4096,
-        end_of_word_suffix="</w>",
-        initial_alphabet=list(letters),
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
-        show_progress=False,
-    )
-    bpe.train_from_iterator([" ".join(words())] * 2, trainer)
-    state = json.loads(bpe.to_str())["model"]
-    vocab = dict(state["vocab"])
-    for letter in letters:  # a letter that ends a word is a token of its own in CLIP's format
-        vocab.setdefault(f"{letter}</w>", len(vocab))
-    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in state["merges"]]
-    clip = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_TOKENS)
-    return clip, t5
-
-
-def build_text_encoders(clip: CLIPTokenizer, t5: T5TokenizerFast) -> tuple[CLIPTextModel, T5EncoderModel]:
-    clip_model = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(clip),
-            hidden_size=128,
-            intermediate_size=256,
-            projection_dim=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=TEXT_TOKENS,
-            bos_token_id=clip.bos_token_id,
-            eos_token_id=clip.eos_token_id,
-            pad_token_id=clip.pad_token_id,
-        )
-    )
-    t5_model = T5EncoderModel(
-        T5Config(
-            vocab_size=len(t5),
-            d_model=128,
-            d_kv=32,
-            d_ff=256,
-            num_layers=4,
-            num_heads=4,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-            pad_token_id=t5.pad_token_id,
-            eos_token_id=t5.eos_token_id,
-        )
-    )
-    return clip_model, t5_model
 
 
 class Text:
@@ -237,24 +135,7 @@ def train_text(folder: Path, device: str, seed: int, steps: int, batch: int = 19
 # ----------------------------------------------------------------------------------------------- vae
 
 
-def build_vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(32, 48, 64),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=16,
-        sample_size=256,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=1.0,
-        shift_factor=0.0,
-    )
-
-
-def train_vae(folder: Path, device: str, seed: int, samples: int, batch: int = 32) -> None:
+def train_vae(folder: Path, device: str, seed: int, samples: int, batch: int = 32) -> float:
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 1])
     vae = build_vae().to(device, memory_format=torch.channels_last)
@@ -303,29 +184,10 @@ def train_vae(folder: Path, device: str, seed: int, samples: int, batch: int = 3
     vae.register_to_config(scaling_factor=scale, shift_factor=shift)
     print(f"vae done: psnr at 256 px {psnr:.2f} dB, scale {scale:.3f}, shift {shift:.3f}", flush=True)
     vae.to(memory_format=torch.contiguous_format).save_pretrained(folder / "vae")
+    return psnr
 
 
 # ---------------------------------------------------------------------------------------------- flow
-
-
-def build_transformer() -> FluxTransformer2DModel:
-    model = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=6,
-        attention_head_dim=64,
-        num_attention_heads=4,
-        joint_attention_dim=128,
-        pooled_projection_dim=128,
-        axes_dims_rope=(4, 30, 30),
-    )
-    # adaLN-zero (Peebles & Xie 2022): every block starts as the identity.
-    for name, module in model.named_modules():
-        if name.endswith((".norm.linear", ".norm1.linear", ".norm1_context.linear", "norm_out.linear")):
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
-    nn.init.zeros_(model.proj_out.weight)
-    return model
 
 
 def image_ids(grid: int, device: str) -> torch.Tensor:
@@ -425,43 +287,6 @@ class Pool:
                     yield [column[index] for column in columns]
 
 
-class BatchedMuon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): momentum, orthogonalised by five Newton-Schulz steps, scaled as in Liu et al.
-    2025 (2502.16982). `torch.optim.Muon` goes matrix by matrix, which took 44 % of a step on two CPU cores;
-    here equal shapes go through it as one batch.
-    """
-
-    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            shapes: dict[torch.Size, list[nn.Parameter]] = {}
-            for parameter in group["params"]:
-                shapes.setdefault(parameter.shape, []).append(parameter)
-            for shape, members in shapes.items():
-                momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in members]
-                grads = [p.grad for p in members]
-                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-                ahead = torch._foreach_lerp(grads, momenta, group["momentum"])
-                update = orthogonalise(torch.stack(ahead).bfloat16()).float()
-                torch._foreach_mul_(members, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(members, list(update), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
-
-
-def orthogonalise(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """(K, M, N) → the nearest semi-orthogonal matrices, roughly: a quintic that pushes singular values to 1."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT.contiguous() if tall else x
-    x = x / (x.float().norm(dim=(1, 2), keepdim=True) + 1e-7).to(x.dtype)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.mT if tall else x
-
-
 def optimizers(model: Trainee, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, AdamW for the rest."""
     matrices, rest = [], []
@@ -469,12 +294,6 @@ def optimizers(model: Trainee, lr: float) -> list[torch.optim.Optimizer]:
         inner = "transformer_blocks" in name and parameter.ndim == 2 and ".norm" not in name
         (matrices if inner else rest).append(parameter)
     return [BatchedMuon(matrices, lr), torch.optim.AdamW(rest, lr, (0.9, 0.97), weight_decay=0.0, fused=True)]
-
-
-def shift_for(size: int) -> float:
-    """Mean of the logit-normal times: more noise at larger sizes (the scheduler's own `mu` is linear in tokens)."""
-    tokens = (size // 8) ** 2
-    return 0.3 + (1.1 - 0.3) * (tokens - 64) / (1024 - 64)
 
 
 BATCH = {64: 128, 128: 48, 256: 16}
@@ -572,36 +391,24 @@ def train_flow(
                 print("flow", *row, f"lr {lr * scale:.2e} {rate:.0f}/s done {done / total:.3f}", flush=True)
             if state["step"] % 300 == 0:
                 save()
-                export(folder, ema)
+                assemble(folder, ema).save_pretrained(folder / "pipeline")
         state["stage"] += 1
         state["seen"] = 0
         save()
-    export(folder, ema)
-    (folder / "curve.json").write_text(json.dumps(state["curve"]))
-
-
-def export(folder: Path, ema: dict[str, torch.Tensor]) -> None:
-    """Writes `pipeline/`, a complete `FluxPipeline` folder in bf16."""
-    model = build_transformer()
-    model.load_state_dict(ema)
-    pipe = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(
-            shift=1.0,
-            use_dynamic_shifting=True,
-            base_image_seq_len=64,
-            max_image_seq_len=1024,
-            base_shift=0.3,
-            max_shift=1.1,
-        ),
-        vae=AutoencoderKL.from_pretrained(folder / "vae"),
-        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        text_encoder_2=T5EncoderModel.from_pretrained(folder / "text_encoder_2"),
-        tokenizer_2=T5TokenizerFast.from_pretrained(folder / "tokenizer_2"),
-        transformer=model,
-    )
-    pipe.to(dtype=torch.bfloat16)
-    pipe.save_pretrained(folder / "pipeline")
+    assemble(folder, ema).save_pretrained(folder / "pipeline")
+    recipe = {
+        "seed": seed,
+        "device": device,
+        "lr": lr,
+        "decay": decay,
+        "plan": plan,
+        "batches": [BATCH[size] * (1 if cpu else 4) for size, _ in plan],
+        **json.loads((folder / "parts.json").read_text()),
+        "parameters": sum(value.numel() for value in ema.values()),
+        "seconds": state["seconds"],
+        "curve": state["curve"],
+    }
+    (folder / "recipe.json").write_text(json.dumps(recipe))
 
 
 def main() -> None:
@@ -626,7 +433,9 @@ def main() -> None:
     if not (args.out / "text_encoder_2").exists():
         train_text(args.out, args.device, args.seed, args.text_steps)
     if not (args.out / "vae").exists():
-        train_vae(args.out, args.device, args.seed, args.vae_samples)
+        psnr = train_vae(args.out, args.device, args.seed, args.vae_samples)
+        parts = {"text_steps": args.text_steps, "vae_samples": args.vae_samples, "vae_psnr": psnr}
+        (args.out / "parts.json").write_text(json.dumps(parts))
     train_flow(args.out, args.device, args.seed, plan, args.lr, args.decay)
 
 
