@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .handle import Handle
     from .methods.forecasting import ForecastConfig
     from .methods.merging import TokenMergingConfig
+    from .methods.pruning import TokenPruningConfig
     from .stats import Stats
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Handle",
     "Stats",
     "TokenMergingConfig",
+    "TokenPruningConfig",
     "__version__",
     "accelerate",
     "configs",
@@ -45,6 +47,7 @@ _HOME = {
     "Handle": "accel.handle",
     "Stats": "accel.stats",
     "TokenMergingConfig": "accel.methods.merging",
+    "TokenPruningConfig": "accel.methods.pruning",
     "accelerate": "accel.api",
 }
 _SUBMODULES = ("configs", "errors", "evaluation", "kernels", "methods", "pipelines", "plan", "registry")

@@ -65,6 +65,14 @@ class TokenPlan:
             return _rows(y_BKC, self.owner)
         return _rows(y_BKC, self.owner.clamp(min=0)) * (self.owner >= 0)[..., None].to(y_BKC.dtype)
 
+    def write(self, x_BN: Tensor, y_BK: Tensor) -> None:
+        """Put each slot's row of (B, K, ...) at its own position of (B, N, ...), in place."""
+        if self.dst.shape[0] == 1:
+            x_BN.index_copy_(1, self.dst[0], y_BK)
+        else:
+            row_B1 = torch.arange(x_BN.shape[0], device=x_BN.device)[:, None]
+            x_BN.index_put_((row_B1, self.dst), y_BK)
+
     def repeat(self, times: int) -> TokenPlan:
         """The plan for `times` copies of the batch laid one after the other (the halves of guidance)."""
         if times == 1:

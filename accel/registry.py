@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .errors import UnknownNameError, UnsupportedError
+from .keyvalues import Attention
 from .site import Site
 
 #: Class name -> module whose `ADAPTER` describes it. Names, so that no model is imported to know it.
@@ -32,7 +33,10 @@ class Adapter:
         grid: (denoiser, that tensor) -> (rows, columns) of the image tokens in their order. Called once per
             run, outside of compiled code; may wait for the device.
         output_tokens: (denoiser, prediction) -> the prediction per token (B, N, c), in the tokens' order.
+        per_token: (denoiser, values per token (B, N), grid) -> the same values, broadcasting to a prediction.
         shared_plan: the model can only follow one plan for the whole batch.
+        attentions: denoiser -> the self-attentions whose keys and values can be kept, in any order; none if
+            the model's attention cannot be hooked that way.
         refuse: called with (denoiser's arguments by name, True if tokens stay reduced between blocks); raises
             `UnsupportedError` for what cannot work.
     """
@@ -42,7 +46,9 @@ class Adapter:
     grid_source: Callable[[Mapping[str, Any]], Tensor]
     grid: Callable[[nn.Module, Tensor], tuple[int, int]]
     output_tokens: Callable[[nn.Module, Tensor], Tensor]
+    per_token: Callable[[nn.Module, Tensor, tuple[int, int]], Tensor]
     shared_plan: bool
+    attentions: Callable[[nn.Module], Sequence[Attention]] = lambda denoiser: ()
     refuse: Callable[[Mapping[str, Any], bool], None] = lambda arguments, span: None
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from accel.errors import UnsupportedError
+from accel.keyvalues import Attention
 from accel.plan import TokenPlan
 from accel.registry import Adapter
 from accel.site import Side, Site
@@ -64,7 +65,31 @@ def _grid(denoiser: nn.Module, img_ids: Tensor) -> tuple[int, int]:
     return height, width
 
 
+def _rotate(x_BLHd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    return apply_rotary_emb(x_BLHd, table, sequence_dim=1)  # what FLUX's attention processors call
+
+
+def _attentions(denoiser: nn.Module) -> list[Attention]:
+    # Dual-stream blocks normalise text and image apart and put the text first; single-stream ones get both in
+    # one, in that order.
+    dual = {"norm_q": "last", "norm_k": "last", "norm_added_q": "first", "norm_added_k": "first"}
+    single = {"norm_q": "last", "norm_k": "last"}
+    groups = {"transformer_blocks": dual, "single_transformer_blocks": single}
+    return [
+        Attention(f"{group}.{name}.attn", "norm_k", "to_v", "image_rotary_emb", rotated, _rotate)
+        for group, rotated in groups.items()
+        for name, _ in denoiser.get_submodule(group).named_children()
+    ]
+
+
 def _refuse(arguments: Mapping[str, Any], span: bool) -> None:
+    if "ip_adapter_masks" in (arguments.get("joint_attention_kwargs") or {}):
+        raise UnsupportedError(
+            "joint_attention_kwargs['ip_adapter_masks']: masks over the image do not follow reduced tokens. "
+            "Run without the masks, or without acceleration."
+        )
     controlled = [
         name
         for name in ("controlnet_block_samples", "controlnet_single_block_samples")
@@ -83,6 +108,8 @@ ADAPTER = Adapter(
     grid_source=lambda arguments: arguments["img_ids"],
     grid=_grid,
     output_tokens=lambda denoiser, prediction: prediction,
+    per_token=lambda denoiser, x_BN, grid: x_BN[..., None],
     shared_plan=True,
+    attentions=_attentions,
     refuse=_refuse,
 )

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accel.errors import UnsupportedError
+from accel.keyvalues import Attention
 from accel.plan import TokenPlan
 from accel.registry import Adapter
 from accel.site import Side, Site
@@ -40,13 +41,25 @@ def _output_tokens(denoiser: Any, prediction: Tensor) -> Tensor:
     return F.pixel_unshuffle(noise, denoiser.config.patch_size).flatten(2).transpose(1, 2)
 
 
+def _per_token(denoiser: Any, x_BN: Tensor, grid: tuple[int, int]) -> Tensor:
+    patch = denoiser.config.patch_size
+    x_B1hw = x_BN.unflatten(1, grid)[:, None]
+    return x_B1hw.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+
+
+def _attentions(denoiser: nn.Module) -> list[Attention]:
+    blocks = denoiser.get_submodule("transformer_blocks").named_children()
+    return [Attention(f"transformer_blocks.{name}.attn1", "to_k", "to_v") for name, _ in blocks]
+
+
 def _refuse(arguments: Mapping[str, Any], span: bool) -> None:
     if arguments.get("attention_mask") is not None:
         raise UnsupportedError("attention_mask: a mask over the image tokens does not follow reduced tokens")
-    if "gligen" in (arguments.get("cross_attention_kwargs") or {}):
-        raise UnsupportedError(
-            "cross_attention_kwargs['gligen']: grounding tokens do not follow reduced tokens"
-        )
+    for name in ("gligen", "ip_adapter_masks"):
+        if name in (arguments.get("cross_attention_kwargs") or {}):
+            raise UnsupportedError(
+                f"cross_attention_kwargs[{name!r}]: what it says about positions does not follow reduced tokens"
+            )
 
 
 ADAPTER = Adapter(
@@ -55,6 +68,8 @@ ADAPTER = Adapter(
     grid_source=lambda arguments: arguments["hidden_states"],
     grid=_grid,
     output_tokens=_output_tokens,
+    per_token=_per_token,
     shared_plan=False,
+    attentions=_attentions,
     refuse=_refuse,
 )

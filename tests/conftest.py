@@ -142,6 +142,19 @@ def pixart_call(
     }
 
 
+def freeze(pipe):
+    """The denoiser sees the inputs of its first step at every step."""
+    first = {}
+
+    def repeat(module, args, kwargs):
+        if args:  # PixArt passes its latents by position
+            kwargs = {**kwargs, "hidden_states": args[0]}
+        now = {k: kwargs[k] for k in ("hidden_states", "timestep")}
+        return (), {**kwargs, **first.setdefault("inputs", now)}
+
+    return pipe.transformer.register_forward_pre_hook(repeat, with_kwargs=True)
+
+
 class Family:
     """A model family under test: one line in `FAMILIES` adds it to every adapter test."""
 

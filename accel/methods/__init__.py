@@ -12,6 +12,7 @@ from accel.errors import ConfigError, UnknownNameError
 _METHODS = {
     "forecast": ("accel.methods.forecasting", "ForecastConfig"),
     "token_merging": ("accel.methods.merging", "TokenMergingConfig"),
+    "token_pruning": ("accel.methods.pruning", "TokenPruningConfig"),
 }
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import FAMILIES, make_flux
+from conftest import FAMILIES, freeze, make_flux
 from diffusers import FlowMatchHeunDiscreteScheduler
 
 import accel
@@ -131,19 +131,6 @@ def test_forecast_follows_an_independent_loop(family, options):
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
     assert (got - plain).norm() > 1e-3 * plain.norm()
     assert step == [0]
-
-
-def freeze(pipe):
-    """The denoiser sees the inputs of its first step at every step."""
-    first = {}
-
-    def repeat(module, args, kwargs):
-        if args:  # PixArt passes its latents by position
-            kwargs = {**kwargs, "hidden_states": args[0]}
-        now = {k: kwargs[k] for k in ("hidden_states", "timestep")}
-        return (), {**kwargs, **first.setdefault("inputs", now)}
-
-    return pipe.transformer.register_forward_pre_hook(repeat, with_kwargs=True)
 
 
 def test_a_frozen_denoiser_is_reproduced_exactly(family):

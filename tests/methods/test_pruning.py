@@ -1,0 +1,340 @@
+"""Token pruning on both families: exact where it must be exact, and the negative controls."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import FAMILIES, freeze, make_flux, make_pixart
+from diffusers import FlowMatchHeunDiscreteScheduler
+
+import accel
+from accel import registry
+from accel.errors import ConfigError, UnsupportedError
+from accel.site import Side
+
+Config = accel.TokenPruningConfig
+GUIDED = {"guidance": 3.0, "batch": 2}
+OPTIONS = pytest.mark.parametrize("options", [{}, GUIDED], ids=["plain", "guided"])
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def method_on(pipe):
+    return next(iter(pipe.scheduler.step.accel_clock._listeners)).method
+
+
+def selections(pipe):
+    """The selected positions (G, K) of every partial step, recorded while the pipeline runs."""
+    method, seen = method_on(pipe), []
+    select = method._select
+    method._select = lambda run: select(run) or seen.append(method.plan.dst)
+    return seen
+
+
+@OPTIONS
+def test_budget_one_is_bit_exact_and_says_so(family, options):
+    pipe = family.make()
+    plain = family.latents(pipe, **options)
+    with pytest.warns(accel.AccelWarning, match="every budget is 1"):
+        handle = accel.accelerate(pipe, Config(cycle=(1,)))
+    with handle:
+        assert torch.equal(family.latents(pipe, **options), plain)
+    # Dense steps that store keys and values for a partial step after them compute the very same.
+    changed = family.latents(pipe, steps=3, **options)
+    with accel.accelerate(pipe, Config(cycle=(0.5,), dense_steps_last=0)):
+        outputs = []
+        pipe.transformer.register_forward_hook(lambda m, args, output: outputs.append(output[0]))
+        family.latents(pipe, steps=3, **options)
+    exact = outputs[: 2 * len(outputs) // 3]
+    outputs.clear()
+    assert torch.equal(family.latents(pipe, steps=3, **options), changed)
+    assert all(torch.equal(a, b) for a, b in zip(exact, outputs, strict=False))
+
+
+@OPTIONS
+@pytest.mark.parametrize("keys_values", ["all", "none"])
+def test_selecting_all_tokens_is_the_plain_pipeline(family, options, keys_values):
+    pipe = family.make()
+    plain = family.latents(pipe, **options)
+    with accel.accelerate(pipe, Config(cycle=(0.999,), keys_values=keys_values)) as handle:
+        assert relative(family.latents(pipe, **options), plain) < 1e-5
+        assert handle.stats.plans_built == 3
+        assert handle.stats.share == 1
+
+
+FROZEN = [
+    Config(cycle=(0.3,)),
+    Config(cycle=(0.1, 0), order=2, clusters=6, max_age=3),
+    Config(order=0, clusters=4, clustering="kmeans", score="age", fresh_share=0.5),
+]
+
+
+@OPTIONS
+@pytest.mark.parametrize("config", FROZEN, ids=["third", "mixed", "hold"])
+def test_a_frozen_denoiser_is_reproduced(family, options, config):
+    """Same input at every step: kept keys and values are the right ones, and so is every forecast."""
+    pipe = family.make()
+    freeze(pipe)
+    plain = family.latents(pipe, steps=8, **options)
+    with accel.accelerate(pipe, config) as handle:
+        assert relative(family.latents(pipe, steps=8, **options), plain) < 1e-5
+        assert handle.stats.share < 0.8
+
+
+def test_without_keys_and_values_a_frozen_denoiser_is_not(family):
+    # The negative control: computed tokens see only each other.
+    pipe = family.make()
+    freeze(pipe)
+    plain = family.latents(pipe, steps=8)
+    with accel.accelerate(pipe, Config(cycle=(0.3,), keys_values="none")) as handle:
+        assert relative(family.latents(pipe, steps=8), plain) > 1e-3
+        assert handle.stats.cache_bytes > 0
+
+
+def test_a_rotary_table_that_does_not_follow_is_noticed(monkeypatch):
+    # The negative control: the table's rows stay in the order of the grid.
+    pipe = make_flux()
+    adapter = registry.find(pipe.transformer)
+    keep = Side(
+        "image_rotary_emb", lambda get, plan: tuple(t[: 7 + plan.slots] for t in get("image_rotary_emb"))
+    )
+    wrong = replace(adapter, sites=lambda d: [replace(s, sides=(keep,)) for s in adapter.sites(d)])
+    monkeypatch.setitem(registry._REGISTERED, "FluxTransformer2DModel", wrong)
+    freeze(pipe)
+    plain = FAMILIES["flux"].latents(pipe, steps=8)
+    with accel.accelerate(pipe, Config(cycle=(0.3,))):
+        assert relative(FAMILIES["flux"].latents(pipe, steps=8), plain) > 1e-3
+
+
+def test_computed_tokens_attend_to_the_whole_image(family):
+    pipe = family.make()
+    seen = []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args, **kwargs):
+        q, k = args[:2] if args else (kwargs["query"], kwargs["key"])
+        if k.shape[-2] >= 48:  # not the attention to the text
+            seen.append((q.shape[-2], k.shape[-2]))
+        return sdpa(*args, **kwargs)
+
+    text = 7 if family is FAMILIES["flux"] else 0
+    for keys_values, keys in (("all", 96), ("none", 48)):
+        seen.clear()
+        with (
+            accel.accelerate(pipe, Config(cycle=(0.5,), keys_values=keys_values)),
+            pytest.MonkeyPatch.context() as m,
+        ):
+            m.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+            family.latents(pipe, steps=4)
+        assert set(seen) == {(96 + text, 96 + text), (48 + text, keys + text)}
+
+
+def test_stats(family):
+    pipe, blocks = family.make(), 5 if family is FAMILIES["flux"] else 3
+    with accel.accelerate(pipe, Config(budget=0.25)) as handle:
+        family.latents(pipe, steps=9)
+        steps, stats = handle.stats.steps, handle.stats
+    assert [s.computed // blocks for s in steps] == [96, 96, 0, 24, 0, 96, 0, 24, 96]
+    assert all(s.forecast + s.computed == s.total == 96 * blocks for s in steps)
+    assert [int(s.oldest_age) for s in steps] == [0, 0, 1, 2, 3, 0, 1, 2, 0]
+    assert stats.plans_built == 2
+    assert stats.oldest_age == 3
+    assert stats.as_dict()["steps"][4]["oldest_age"] == 3
+    # Keys and values of every block for all tokens (text too, in FLUX's single-stream blocks), and the history.
+    rows = 2 * 96 + 3 * (96 + 7) if family is FAMILIES["flux"] else 3 * 96
+    output = 96 * 16 if family is FAMILIES["flux"] else 8 * 16 * 24
+    assert stats.cache_bytes == 4 * (2 * rows * 32 + 2 * output + 2 * 96)
+
+
+@pytest.mark.parametrize("score", ["error", "change", "age"])
+def test_the_worst_tokens_are_computed(score):
+    """With guidance in two calls; scores computed again from the pipeline's own predictions."""
+    pipe, family = make_flux(), FAMILIES["flux"]
+    outputs = []
+    with accel.accelerate(pipe, Config(cycle=(0.25, 0.25), score=score, dense_steps_first=3)):
+        pipe.transformer.register_forward_hook(lambda m, args, output: outputs.append(output[0][0]))
+        chosen = selections(pipe)
+        times = None
+
+        def keep(pipe, step, timestep, kwargs):
+            nonlocal times
+            times = pipe.scheduler.timesteps.tolist()
+            return kwargs
+
+        family.latents(pipe, steps=6, guidance=3.0, callback_on_step_end=keep)
+    a, b, c = (torch.stack(outputs[2 * i : 2 * i + 2]) for i in range(3))
+    t = times
+    if score == "error":
+        forecast = b + (b - a) * (t[2] - t[1]) / (t[1] - t[0])
+        error = (c - forecast).norm(dim=-1).mean(0) / (t[2] - t[1]) ** 2
+        want = torch.nn.functional.avg_pool2d(
+            torch.nn.functional.pad(error.view(1, 1, 8, 12), (1, 1, 1, 1)), 3, 1
+        ) / torch.nn.functional.avg_pool2d(
+            torch.nn.functional.pad(torch.ones(1, 1, 8, 12), (1, 1, 1, 1)), 3, 1
+        )
+        want = want.flatten()
+    elif score == "change":
+        want = (c - b).norm(dim=-1).mean(0)
+    else:  # all are equally old after a dense step, then those not chosen are
+        assert not set(chosen[0][0].tolist()) & set(chosen[1][0].tolist())
+        return
+    assert set(chosen[0][0].tolist()) == set(want.topk(24).indices.tolist())
+
+
+def test_both_halves_of_guidance_share_a_plan_and_images_do_not():
+    pipe = make_pixart()
+    with accel.accelerate(pipe, Config()):
+        chosen = selections(pipe)
+        FAMILIES["pixart"].latents(pipe, steps=6, **GUIDED)
+    assert chosen[0].shape == (4, 24)
+    assert torch.equal(chosen[0][:2], chosen[0][2:])
+    assert not torch.equal(chosen[0][0], chosen[0][1])
+
+
+@pytest.mark.parametrize("max_age", [1, 2, 4])
+@pytest.mark.parametrize("extra", [{}, {"clusters": 5}, {"fresh_share": 1.0}], ids=str)
+def test_age_never_exceeds_the_bound(family, max_age, extra):
+    pipe = family.make()
+    with accel.accelerate(pipe, Config(cycle=(0.3, 0), max_age=max_age, **extra)) as handle:
+        family.latents(pipe, steps=12)
+        assert 0 < handle.stats.oldest_age <= max_age
+        assert handle.stats.share < 1
+
+
+def test_cat_computes_about_half_at_28_steps():
+    pipe = make_flux()
+    with accel.accelerate(pipe, Config.cat()) as handle:
+        FAMILIES["flux"].latents(pipe, steps=28)
+        assert 0.4 < handle.stats.share < 0.55
+        chosen = selections(pipe)
+        FAMILIES["flux"].latents(pipe, steps=28)
+    often = torch.stack([torch.zeros(96).scatter(0, dst[0], 1.0) for dst in chosen]).sum(0)
+    assert often.min() >= 2  # staleness reaches every token
+
+
+def test_no_state_leaks_between_runs(family):
+    config = Config(cycle=(0.3, 0), clusters=4)
+    runs = [{}, {"height": 48, "width": 32}, GUIDED, family.odd, {}]
+
+    def fresh(options):
+        pipe = family.make()
+        with accel.accelerate(pipe, config):
+            return family.latents(pipe, **options)
+
+    pipe, other = family.make(), family.make()
+    plain = family.latents(pipe)
+    with accel.accelerate(pipe, config), accel.accelerate(other, Config(cycle=(0.5,))):
+        expected = [fresh(options) for options in runs]
+        for options, want in zip(runs, expected, strict=True):
+            assert torch.equal(family.latents(pipe, **options), want)
+            family.latents(other, **options)
+
+        calls = []
+
+        def fail(module, args, output):
+            calls.append(1)
+            if len(calls) == 3:  # within a partial step
+                raise RuntimeError("in the middle")
+
+        bomb = pipe.transformer.transformer_blocks[0].register_forward_hook(fail)
+        with pytest.raises(RuntimeError, match="in the middle"):
+            family.latents(pipe)
+        bomb.remove()
+        method = method_on(pipe)
+        assert not method.kept.kept
+        assert method.history is None
+        assert torch.equal(family.latents(pipe), expected[0])
+    assert torch.equal(family.latents(pipe), plain)
+    hooks = [h for m in pipe.transformer.modules() for h in (*m._forward_hooks, *m._forward_pre_hooks)]
+    assert not hooks
+
+
+def test_compiled_equals_eager(family):
+    pipe = family.make(**family.shallow)
+    config = Config(cycle=(0.3, 0, 1), dense_steps_first=2)
+    eager, options = pipe.transformer, {"guidance": 3.0, "steps": 8}
+    with accel.accelerate(pipe, config):
+        expected = family.latents(pipe, **options)
+    pipe.transformer = torch.compile(eager, fullgraph=True, backend="eager")
+    with accel.accelerate(pipe, config):
+        assert relative(family.latents(pipe, **options), expected) < 1e-5
+        torch._dynamo.utils.counters.clear()
+        family.latents(pipe, **{**options, "steps": 14})
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0  # no graph per step
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"budget": 0}, r"budget must be in \(0, 1\]"),
+        ({"budget": 1.5}, r"budget must be in \(0, 1\]"),
+        ({"cycle": (0.5, 1.2)}, r"cycle must be a list of budgets in \[0, 1\]"),
+        ({"cycle": ()}, r"cycle must be a list"),
+        ({"order": 3}, "order must be 0, 1 or 2"),
+        ({"score": "errors"}, "error, change, age"),
+        ({"clusters": -1}, "clusters must be a whole number >= 0"),
+        ({"clustering": "means"}, "grid, kmeans"),
+        ({"fresh_share": 1.1}, r"fresh_share must be in \[0, 1\]"),
+        ({"max_age": 0}, "max_age must be a whole number >= 1"),
+        ({"keys_values": "some"}, "all, none"),
+        ({"dense_steps_first": 0}, "dense_steps_first must be a whole number >= 1"),
+        ({"dense_steps_last": -1}, "dense_steps_last must be a whole number >= 0"),
+        ({"score": "change", "dense_steps_first": 1}, "at least 2"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Config(**settings)
+
+
+def refused(match, pipe=None, config=None, **options):
+    pipe = pipe or make_flux()
+    with accel.accelerate(pipe, config or Config()), pytest.raises(UnsupportedError, match=match):
+        FAMILIES["flux"].latents(pipe, **options)
+
+
+def test_more_clusters_than_tokens():
+    refused("clusters=97 are more than the 96 tokens", config=Config(clusters=97))
+
+
+def test_a_heun_scheduler():
+    pipe = make_flux()
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler()
+    with accel.accelerate(pipe, Config()), pytest.raises(UnsupportedError, match="FlowMatchHeun"):
+        pipe.scheduler.set_timesteps(6)
+
+
+def test_controlnet_residuals():
+    pipe = make_flux()
+    residual = {"controlnet_block_samples": [torch.zeros(1, 96, 32)] * 2}
+    pipe.transformer.register_forward_pre_hook(lambda m, a, k: (a, {**k, **residual}), with_kwargs=True)
+    refused("controlnet_block_samples", pipe)
+
+
+def test_ip_adapter_masks():
+    refused("ip_adapter_masks", joint_attention_kwargs={"ip_adapter_masks": [torch.ones(1, 1, 8, 12)]})
+
+
+def test_fused_projections():
+    pipe = make_flux()
+    pipe.transformer.fuse_qkv_projections()
+    with pytest.raises(UnsupportedError, match=r"fused projections.*keys_values='none'"):
+        accel.accelerate(pipe, Config())
+    with accel.accelerate(pipe, Config(keys_values="none")):
+        FAMILIES["flux"].latents(pipe)
+
+
+def test_an_attention_that_goes_its_own_way():
+    pipe = make_flux()
+    with accel.accelerate(pipe, Config(dense_steps_first=1, cycle=(0.5,))):
+        attention = pipe.transformer.transformer_blocks[0].attn
+        attention.to_v = torch.nn.Linear(32, 32)  # not the one that was hooked
+        with pytest.raises(UnsupportedError, match="9 of 10 projections"):
+            FAMILIES["flux"].latents(pipe)
