@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from . import __version__, cli_evaluate, cli_generate, cli_info
+from . import __version__, cli_bench, cli_evaluate, cli_generate, cli_info
 from .errors import AccelError, AccelWarning
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command()(cli_generate.demo)
 app.command()(cli_generate.generate)
 app.command()(cli_info.info)
 app.add_typer(cli_evaluate.app, name="evaluate")
+app.add_typer(cli_bench.app, name="bench")
 
 _debug = False
 

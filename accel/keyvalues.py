@@ -21,6 +21,7 @@ from .errors import UnsupportedError
 from .plan import TokenPlan
 
 Table = tuple[Tensor, Tensor]
+Rows = Literal["first", "last"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Attention:
     keys: str
     values: str
     table: str | None = None
-    rotated: Mapping[str, Literal["first", "last"]] = field(default_factory=dict)
+    rotated: Mapping[str, Rows] = field(default_factory=dict)
     rotate: Callable[[Tensor, Table], Tensor] | None = None
 
 

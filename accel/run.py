@@ -232,7 +232,7 @@ class Run(Listener):
         return output
 
     def _like_output(self, prediction: Tensor) -> Any:
-        cls = self._output_class
+        cls: Any = self._output_class
         assert cls is not None
         return (prediction,) if issubclass(cls, tuple) else cls(sample=prediction)
 

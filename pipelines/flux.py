@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from accel.errors import UnsupportedError
-from accel.keyvalues import Attention
+from accel.keyvalues import Attention, Rows
 from accel.plan import TokenPlan
 from accel.registry import Adapter
 from accel.site import Side, Site
@@ -74,8 +74,13 @@ def _rotate(x_BLHd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 def _attentions(denoiser: nn.Module) -> list[Attention]:
     # Dual-stream blocks normalise text and image apart and put the text first; single-stream ones get both in
     # one, in that order.
-    dual = {"norm_q": "last", "norm_k": "last", "norm_added_q": "first", "norm_added_k": "first"}
-    single = {"norm_q": "last", "norm_k": "last"}
+    dual: dict[str, Rows] = {
+        "norm_q": "last",
+        "norm_k": "last",
+        "norm_added_q": "first",
+        "norm_added_k": "first",
+    }
+    single: dict[str, Rows] = {"norm_q": "last", "norm_k": "last"}
     groups = {"transformer_blocks": dual, "single_transformer_blocks": single}
     return [
         Attention(f"{group}.{name}.attn", "norm_k", "to_v", "image_rotary_emb", rotated, _rotate)

@@ -1,0 +1,1 @@
+"""Comparisons with what people use today, in one run on one model: `accel bench`."""

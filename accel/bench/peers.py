@@ -1,0 +1,201 @@
+"""The peers, each setting a configuration that `accel.evaluation` runs, times and scores like its own.
+
+A peer's own options are passed to its own functions; nothing of it is written again here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from accel.evaluation.configurations import Configuration
+from accel.methods.forecasting import ForecastConfig
+from accel.methods.merging import TokenMergingConfig
+from accel.methods.pruning import TokenPruningConfig
+
+#: What each peer has to do: (pipeline, number of steps, options) -> the undo action.
+Enable = Callable[[Any, int, Mapping[str, Any]], Callable[[], None]]
+
+
+@dataclass(frozen=True)
+class Peer(Configuration):
+    """A setting of another library.
+
+    Attributes:
+        package: what has to be installed.
+        kind: the library's method, a key of `ENABLE`.
+        total: denoising steps of the run.
+        options: of that method.
+    """
+
+    package: str = ""
+    kind: str = ""
+    total: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_plain(self) -> bool:
+        return False
+
+    @property
+    def missing(self) -> bool:
+        return importlib.util.find_spec(self.package) is None
+
+    def describe(self) -> dict[str, Any]:
+        return {"method": {"type": self.kind, **self.options}, "steps": None}
+
+    @contextmanager
+    def attach(self, pipe: Any) -> Iterator[None]:
+        undo = ENABLE[self.kind](pipe, self.total, self.options)
+        try:
+            yield
+        finally:
+            undo()
+
+
+def _diffusers(config: Any, pipe: Any) -> Callable[[], None]:
+    pipe.transformer.enable_cache(config)
+    return pipe.transformer.disable_cache
+
+
+def _first_block(pipe: Any, total: int, options: Mapping[str, Any]) -> Callable[[], None]:
+    from diffusers import FirstBlockCacheConfig
+
+    return _diffusers(FirstBlockCacheConfig(**options), pipe)
+
+
+def _taylorseer(pipe: Any, total: int, options: Mapping[str, Any]) -> Callable[[], None]:
+    import torch
+    from diffusers import TaylorSeerCacheConfig
+
+    # Factors in the model's precision: bfloat16, the default, would hold a float32 model back.
+    return _diffusers(TaylorSeerCacheConfig(taylor_factors_dtype=torch.float32, **options), pipe)
+
+
+def _magcache(pipe: Any, total: int, options: Mapping[str, Any]) -> Callable[[], None]:
+    from diffusers import MagCacheConfig
+    from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
+
+    config = MagCacheConfig(num_inference_steps=total, mag_ratios=FLUX_MAG_RATIOS, **options)
+    return _diffusers(config, pipe)
+
+
+def _broadcast(pipe: Any, total: int, options: Mapping[str, Any]) -> Callable[[], None]:
+    from diffusers import PyramidAttentionBroadcastConfig
+
+    now = {"current_timestep_callback": lambda: pipe.current_timestep}
+    return _diffusers(PyramidAttentionBroadcastConfig(**now, **options), pipe)
+
+
+def _cache_dit(pipe: Any, total: int, options: Mapping[str, Any]) -> Callable[[], None]:
+    import cache_dit
+
+    options = dict(options)
+    order, policy = options.pop("taylorseer", None), options.pop("mask", None)
+    if policy is not None:
+        mask = cache_dit.steps_mask(total_steps=total, mask_policy=policy)
+        options["steps_computation_mask"] = mask
+    calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=order) if order else None
+    # It knows pipelines by class name; a subclass goes by the name of what it derives from.
+    wrapped = _as_diffusers(pipe)
+    config = cache_dit.DBCacheConfig(num_inference_steps=total, enable_separate_cfg=True, **options)
+    cache_dit.enable_cache(wrapped, cache_config=config, calibrator_config=calibrator)
+    return lambda: cache_dit.disable_cache(wrapped)
+
+
+def _as_diffusers(pipe: Any) -> Any:
+    """The same models and scheduler in diffusers' own pipeline class."""
+    cls = next(c for c in type(pipe).__mro__ if c.__module__.startswith("diffusers."))
+    return pipe if type(pipe) is cls else cls(**pipe.components)
+
+
+ENABLE: dict[str, Enable] = {
+    "FirstBlockCache": _first_block,
+    "TaylorSeer": _taylorseer,
+    "MagCache": _magcache,
+    "PyramidAttentionBroadcast": _broadcast,
+    "cache-dit": _cache_dit,
+}
+
+
+def fewer_steps(steps: int) -> list[Configuration]:
+    """The comparison that costs nothing: the plain pipeline with fewer steps."""
+    counts = sorted({max(1, round(steps * share)) for share in (0.75, 0.5, 0.33, 0.25)} - {steps})
+    return [Configuration(f"steps={n}", steps=n) for n in reversed(counts)]
+
+
+def theirs(steps: int) -> list[Peer]:
+    """Settings of the peers from careful to fast."""
+
+    def peers(short: str, kind: str, package: str, settings: list[dict[str, Any]]) -> list[Peer]:
+        return [
+            Peer(
+                "-".join([short, *map(_label, s.items())]), package=package, kind=kind, total=steps, options=s
+            )
+            for s in settings
+        ]
+
+    db = {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "max_warmup_steps": 2}
+    return [
+        *peers("fbc", "FirstBlockCache", "diffusers", [{"threshold": t} for t in (0.03, 0.06, 0.1, 0.2)]),
+        *peers(
+            "taylorseer",
+            "TaylorSeer",
+            "diffusers",
+            [{"cache_interval": n, "max_order": o} for n, o in ((2, 1), (3, 1), (4, 1), (6, 1), (4, 2))],
+        ),
+        *peers("magcache", "MagCache", "diffusers", [{"threshold": t} for t in (0.03, 0.06, 0.12, 0.24)]),
+        *peers(
+            "pab",
+            "PyramidAttentionBroadcast",
+            "diffusers",
+            [{"spatial_attention_block_skip_range": n} for n in (2, 3, 5)],
+        ),
+        *peers(
+            "dbcache",
+            "cache-dit",
+            "cache_dit",
+            [
+                *({**db, "residual_diff_threshold": t} for t in (0.04, 0.08, 0.16, 0.32)),
+                *({**db, "residual_diff_threshold": t, "taylorseer": 1} for t in (0.08, 0.16, 0.32)),
+                *(
+                    {**db, "residual_diff_threshold": 0.5, "taylorseer": 1, "mask": m}
+                    for m in ("medium", "fast")
+                ),
+            ],
+        ),
+    ]
+
+
+def ours(steps: int) -> list[Configuration]:
+    """Settings of accel's own methods; whole-step forecasts too, which pruning has to beat."""
+    cycles = {"2nd": (0, 1), "3rd": (0, 0, 1), "4th": (0, 0, 0, 1), "6th": (0, 0, 0, 0, 0, 1)}
+    partial = {
+        "25": (0, 0.25, 0, 1),
+        "50": (0, 0.5, 0, 1),
+        "10": (0, 0.1, 0, 1),
+        "25-long": (0, 0.25, 0, 0.25, 0, 1),
+        "25-short": (0, 0.25, 1),
+    }
+    return [
+        Configuration("tomesd", TokenMergingConfig.tomesd(0.5)),
+        *(Configuration(f"forecast-{name}", ForecastConfig(cycle=cycle)) for name, cycle in cycles.items()),
+        Configuration("forecast-3rd-order2", ForecastConfig(cycle=(0, 0, 1), order=2)),
+        *(Configuration(f"prune-{name}", TokenPruningConfig(cycle=cycle)) for name, cycle in partial.items()),
+        Configuration("prune-25-no-kv", TokenPruningConfig(keys_values="none")),
+        Configuration("prune-25-clusters", TokenPruningConfig(clusters=16)),
+        *([Configuration("cat", TokenPruningConfig.cat())] if steps > 6 else []),
+    ]
+
+
+def _label(option: tuple[str, Any]) -> str:
+    name, value = option
+    short = {
+        "threshold": "", "residual_diff_threshold": "", "cache_interval": "n", "max_order": "o",
+        "spatial_attention_block_skip_range": "n", "taylorseer": "taylor", "mask": "", "Fn_compute_blocks": "F",
+        "Bn_compute_blocks": "B", "max_warmup_steps": "w",
+    }  # fmt: skip
+    return f"{short[name]}{value}"
