@@ -66,7 +66,7 @@ def test_an_image_depends_on_its_seed_and_not_on_its_batch(capsys, tmp_path):
 
 def test_compare_writes_both_and_the_difference(capsys, tmp_path):
     code, out, _ = accel(
-        capsys, "generate", "a photo of a heart", "--steps", 6, "--size", 64, "--preset", "balanced",
+        capsys, "generate", "a photo of a heart", "--steps", 8, "--size", 64, "--preset", "balanced",
         "--compare", "--out", tmp_path, "--json",
     )  # fmt: skip
     assert code == 0
@@ -80,7 +80,7 @@ def test_compare_writes_both_and_the_difference(capsys, tmp_path):
 
 
 def test_demo_writes_picture_and_table(capsys, tmp_path):
-    code, out, _ = accel(capsys, "demo", "--steps", 4, "--out", tmp_path, "--json")
+    code, out, _ = accel(capsys, "demo", "--steps", 6, "--out", tmp_path, "--json")
     assert code == 0
     result = json.loads(out)
     assert len(result["images"]) == 4

@@ -16,7 +16,7 @@ def run(script, *args, cwd):
 
 
 def test_generate_from_script(tmp_path):
-    out = run("generate_from_script.py", "--num", "2", "--steps", "6", "--out", str(tmp_path), cwd=tmp_path)
+    out = run("generate_from_script.py", "--num", "2", "--steps", "8", "--out", str(tmp_path), cwd=tmp_path)
     assert "PSNR" in out.stdout
     assert (tmp_path / "batch-0.png").is_file()
 

@@ -51,7 +51,7 @@ class ScenesFluxPipeline(FluxPipeline):
     The folder it loads is a plain `FluxPipeline` folder and loads as one, too.
     """
 
-    default_steps = 24
+    default_steps = 20
     default_guidance = 3.0
     text_tokens = 16
 

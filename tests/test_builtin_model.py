@@ -1,0 +1,41 @@
+"""The built-in model draws what it is asked for, and merged tokens do not change that. Few images, so the bounds
+are wide; the measured scores are in the model card."""
+
+import pytest
+import torch
+
+from accel import TokenMergingConfig, generation
+from accel.evaluation import scenes
+from accel.evaluation.geneval.scorer import score
+from accel.evaluation.metrics.pixel import psnr
+
+
+@pytest.fixture(scope="module")
+def images():
+    """A prompt per task and a few more, plain and merged, from the same seeds."""
+    pipe = generation.load_pipeline(dtype="bfloat16")
+    lines = scenes.prompts("test", per_task=1, seed=4)
+    jobs = [generation.Job(line.prompt, 100 + index) for index, line in enumerate(lines)]
+    settings = generation.Settings()
+    plain = generation.timed(pipe, jobs, settings)
+    merged = generation.timed(pipe, jobs, settings, TokenMergingConfig(ratio=0.5))
+    return lines, plain, merged
+
+
+@pytest.mark.parametrize("which", ["plain", "merged"])
+def test_images_show_their_prompts(images, which):
+    lines, plain, merged = images
+    found = scenes.detect((plain if which == "plain" else merged).images)
+    right = [score(objects, line).correct for objects, line in zip(found, lines, strict=True)]
+    wrong = [score(objects, line).correct for objects, line in zip(found, lines[1:] + lines[:1], strict=True)]
+    assert sum(right) >= 4, right
+    assert sum(wrong) <= 1, wrong  # the control: the neighbour's prompt
+
+
+def test_merging_half_the_tokens_keeps_the_images(images):
+    _, plain, merged = images
+    assert merged.stats.share < 0.65
+    assert merged.stats.plans_reused > 5 * merged.stats.plans_built
+    close = psnr(plain.images, merged.images)
+    far = psnr(plain.images, plain.images.roll(1, 0))
+    assert torch.all(close > far + 3), (close, far)
