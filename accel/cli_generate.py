@@ -157,12 +157,12 @@ def generate(
     calls = -(-len(jobs) // batch) * (2 if compare else 1)
     try:
         with _progress("steps", calls * per_call) as advance:
-            for group in g.batches(list(range(len(jobs))), batch):  # type: ignore[arg-type]
-                members = [jobs[i] for i in group]  # type: ignore[index]
+            for group in g.batches(range(len(jobs)), batch):
+                members = [jobs[i] for i in group]
                 if compare:
                     plain.append(g.timed(pipe, members, settings, None, advance))
                 made.append(g.timed(pipe, members, settings, chosen, advance))
-                files = [paths[i] for i in group]  # type: ignore[index]
+                files = [paths[i] for i in group]
                 _save(made[-1].images, members, files, label, model)
                 if compare:
                     _save_comparisons(members, plain[-1], made[-1], files, label)

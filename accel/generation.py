@@ -6,11 +6,11 @@ An image's noise depends on its seed alone, so it does not matter which batch it
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +18,7 @@ from .api import accelerate
 from .backends import dtype_argument, require_sound_stack
 from .errors import ConfigError, UnsupportedError, WeightsError
 
+T = TypeVar("T")
 BUILTIN = "builtin"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -130,7 +131,7 @@ def size_multiple(pipe: Any) -> int:
 
 
 def run(
-    pipe: Any, jobs: list[Job], settings: Settings, on_step: Callable[[], None] = lambda: None
+    pipe: Any, jobs: Sequence[Job], settings: Settings, on_step: Callable[[], None] = lambda: None
 ) -> torch.Tensor:
     """One call of the pipeline for a batch of jobs: (B, 3, H, W) float in [0, 1] on the CPU."""
     arguments = settings.arguments(pipe)
@@ -153,9 +154,9 @@ def _accepts(pipe: Any, name: str) -> bool:
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def batches(jobs: list[Job], size: int) -> Iterator[list[Job]]:
-    for start in range(0, len(jobs), size):
-        yield jobs[start : start + size]
+def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 @dataclass
@@ -169,7 +170,7 @@ class Run:
 
 
 def timed(
-    pipe: Any, jobs: list[Job], settings: Settings, config: Any = None, on_step: Any = lambda: None
+    pipe: Any, jobs: Sequence[Job], settings: Settings, config: Any = None, on_step: Any = lambda: None
 ) -> Run:
     """`run`, measured; accelerated for just this call if a config is given."""
     from .evaluation.timing import measure

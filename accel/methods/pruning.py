@@ -355,4 +355,5 @@ class TokenPruning:
     def _correct(self, prediction: Tensor) -> Tensor:
         call = len(self.run.outputs)
         self.run.check_calls(max(call + 1, len(self.forecasts)), len(self.forecasts))
+        assert self.computed is not None
         return torch.where(self.computed, prediction, self.forecasts[call])

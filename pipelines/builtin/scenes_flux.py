@@ -71,7 +71,7 @@ class ScenesFluxPipeline(FluxPipeline):
         words = {word for prompt in prompts for word in re.findall(r"\w+", prompt.lower())}
         return sorted(word for word in words if word not in known or (len(word) == 1 and word != "a"))
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         prompt: str | list[str] | None = None,
         *,
