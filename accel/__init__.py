@@ -12,6 +12,7 @@ Names are imported when they are first used, so that `import accel` costs nothin
 from __future__ import annotations
 
 import importlib
+import os.path
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,12 @@ _HOME = {
     "accelerate": "accel.api",
 }
 _SUBMODULES = ("configs", "errors", "evaluation", "kernels", "methods", "pipelines", "plan", "registry")
+
+# In a clone, the folders beside this one are its subpackages, as pyproject.toml declares. A process started in
+# the clone (`python -m accel`, a spawned worker) finds this folder before the installed package.
+_root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if os.path.isfile(os.path.join(_root, "pyproject.toml")):
+    __path__.append(_root)
 
 try:
     __version__ = version("accel-image")

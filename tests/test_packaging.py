@@ -65,3 +65,13 @@ def test_import_is_light():
         "assert 'transformers' not in sys.modules and 'diffusers' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
+def test_a_clone_is_importable_as_it_is():
+    """`python -m accel` in a clone, or a worker process started there, finds the folder `accel` before the
+    installed package; its subpackages lie beside it."""
+    code = "import accel.evaluation.scenes, accel.pipelines.builtin as b; print(b.__file__)"
+    out = subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    assert Path(out.strip()) == ROOT / "pipelines" / "builtin" / "__init__.py"
