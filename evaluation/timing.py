@@ -136,10 +136,8 @@ def _reset_peak(device: torch.device) -> bool:
 def _peak(device: torch.device) -> tuple[int | None, str | None]:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), "device"
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024, "host"
-    except OSError:
-        pass
+    status = Path("/proc/self/status")  # Linux only
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024, "host"
     return None, None
