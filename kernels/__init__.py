@@ -1,0 +1,1 @@
+"""Fused operations, one folder each: reference, Triton kernel, dispatch. There are none yet."""
