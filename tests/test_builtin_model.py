@@ -27,13 +27,17 @@ def test_images_show_their_prompts(images, which):
     found = scenes.detect((plain if which == "plain" else merged).images)
     right = [score(objects, line).correct for objects, line in zip(found, lines, strict=True)]
     wrong = [score(objects, line).correct for objects, line in zip(found, lines[1:] + lines[:1], strict=True)]
+    if which == "plain":
+        assert sum(right) >= 4, right
+        assert sum(wrong) <= 1, wrong
     assert sum(right) >= 2 + sum(wrong), (right, wrong)  # the control: the neighbour's prompt
 
 
 def test_merging_half_the_tokens_keeps_the_images(images):
     _, plain, merged = images
     assert merged.stats.share < 0.7
-    assert merged.stats.plans_reused > merged.stats.plans_built
+    # 20 steps, the first 4 and the last dense, a new plan at every third of the other 15
+    assert (merged.stats.plans_built, merged.stats.plans_reused) == (5, 10)
     close = psnr(plain.images, merged.images)
     far = psnr(plain.images, plain.images.roll(1, 0))
     assert close.mean() > far.mean() + 6, (close, far)
