@@ -41,20 +41,28 @@ def quietly(stage, path):
     stage(path)
 
 
-def kill_and_repeat(stage, path, seed):
+def written(path, records):
+    return sum(f.read_bytes().count(b"\n") for f in path.glob(f"{records}/*.jsonl"))
+
+
+def kill_and_repeat(stage, path, records, seed):
     """Start `stage`, kill it at a random moment, ten times; then let it finish.
 
     The child comes from a fork server that has imported everything, so that a kill hits the work
-    and not the imports. Returns how many kills found the process alive.
+    and not the imports. The moment is counted in records written, not in seconds: a machine twice
+    as fast would else be through before the fifth kill. Returns how many kills found the process alive.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "accel.evaluation.run", "accel.evaluation.score"])
     rng = random.Random(seed)
     hit = 0
     for _ in range(KILLS):
+        enough = written(path, records) + rng.randint(0, 2)
         process = context.Process(target=quietly, args=(stage, path))
         process.start()
-        time.sleep(rng.uniform(0.02, 0.35))
+        while process.is_alive() and written(path, records) < enough:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.01))  # anywhere within a record, not only at its end
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
         process.join()
@@ -81,7 +89,7 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_run_survives_ten_kills(tmp_path, uninterrupted):
-    assert kill_and_repeat(generate, tmp_path / "r", seed=1) >= 5
+    assert kill_and_repeat(generate, tmp_path / "r", "samples", seed=1) >= 5
     folder = RunFolder(tmp_path / "r")
     assert stable(folder.samples()) == stable(uninterrupted.samples())
     lines = [line for f in (tmp_path / "r/samples").glob("*.jsonl") for line in f.read_text().splitlines()]
@@ -93,7 +101,7 @@ def test_run_survives_ten_kills(tmp_path, uninterrupted):
 
 def test_score_survives_ten_kills(tmp_path, uninterrupted):
     generate(tmp_path / "r")
-    assert kill_and_repeat(judge, tmp_path / "r", seed=2) >= 5
+    assert kill_and_repeat(judge, tmp_path / "r", "scores", seed=2) >= 5
     folder = RunFolder(tmp_path / "r")
     assert stable(folder.scores()) == stable(uninterrupted.scores())
     lines = (tmp_path / "r/scores/rank-00000.jsonl").read_text().splitlines()
