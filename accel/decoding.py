@@ -95,7 +95,7 @@ class Sampling:
             logits = logits.masked_fill(logits < least, -torch.inf)
         p = logits.softmax(-1)
         if self.top_p is not None and self.top_p < 1:
-            sorted_p, order = p.sort(-1, descending=True, stable=True)
+            sorted_p, order = p.sort(dim=-1, descending=True, stable=True)
             outside = sorted_p.cumsum(-1) - sorted_p >= self.top_p  # all before it already reach top_p
             p = p.masked_fill(outside.gather(-1, order.argsort(-1)), 0.0)
             p = p / p.sum(-1, keepdim=True)
