@@ -1,0 +1,267 @@
+"""What accel knows about families of autoregressive image models: one `Adapter` class each, in one small file.
+
+An adapter is a loaded checkpoint behind a few questions: how prompts are embedded, how image tokens are embedded,
+where logits come from, which slots an image has, and how finished tokens become pixels. Caches, masks, guidance,
+batches and sampling are none of its business (`model.py`). It is found by the model's class name, so that no
+model is imported to know it.
+
+Rows are sequences that go through the model: B images without guidance; with it 2 B, the B conditional rows
+first, then the B unconditional ones. A place is an index into a row's own sequence, from 0: the prompt's tokens,
+then the image's slots. A slot is an index into the image's tokens, forced ones included. No row is ever padded on
+the left: all start at place 0, and the image of row r starts at place `length_R[r]`.
+
+Shapes: R rows, P prompt tokens of the longest row, W tokens of a window, N slots, V vocabulary, D width of the
+model, B images, T = rows x columns tokens of a finished image.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from accel.errors import ConfigError, UnknownNameError, UnsupportedError
+
+#: Class name of the model (config.json's "architectures") -> module whose `ADAPTER` is its adapter class.
+_BUILTIN = {
+    "JanusForConditionalGeneration": "accel.pipelines.autoregressive.janus",
+}
+_REGISTERED: dict[str, type[Adapter]] = {}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The slots of an image. Plain data, the same for all images of a batch.
+
+    Attributes:
+        rows, columns: of the token grid of a finished image.
+        forced: for each of the N slots the token that stands there (ends of line), -1 where it is sampled.
+        picture: the slots that make up the finished image, row by row; None: all sampled ones.
+    """
+
+    rows: int
+    columns: int
+    forced: tuple[int, ...]
+    picture: tuple[int, ...] | None = None
+
+    @staticmethod
+    def plain(rows: int, columns: int) -> Layout:
+        """Nothing but the image's own tokens, row by row."""
+        return Layout(rows, columns, (-1,) * (rows * columns))
+
+    @property
+    def slots(self) -> int:
+        """N."""
+        return len(self.forced)
+
+    def finished(self, token_BN: Tensor) -> Tensor:
+        """Tokens of all slots (B, N) → those of the finished image (B, rows * columns), row by row."""
+        picture = self.picture
+        if picture is None:
+            picture = tuple(slot for slot, token in enumerate(self.forced) if token < 0)
+        assert len(picture) == self.rows * self.columns, "the layout's picture does not fill its grid"
+        return token_BN[:, torch.tensor(picture, device=token_BN.device)]
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The embedded prompts: all that stands before the image's slots.
+
+    Attributes:
+        embedding_RPD: padded on the right; what stands beyond a row's length is never seen.
+        lengths: tokens of each of the R rows.
+    """
+
+    embedding_RPD: Tensor
+    lengths: tuple[int, ...]
+
+    @staticmethod
+    def of_tokens(
+        rows: Sequence[Sequence[int]], embed: Callable[[Tensor], Tensor], device: torch.device
+    ) -> Prefix:
+        """Token ids of each row, of any lengths, embedded by `embed` ((R, P) int64 → (R, P, D))."""
+        lengths = tuple(len(row) for row in rows)
+        # The padding is never seen: any id that can be embedded will do.
+        padded = [[*row, *[row[-1]] * (max(lengths) - len(row))] for row in rows]
+        return Prefix(embed(torch.tensor(padded, device=device)), lengths)
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a call uses where the user says nothing."""
+
+    guidance_scale: float = 1.0
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+
+class Adapter(ABC):
+    """A loaded checkpoint of one model family. Subclasses name the family and answer the abstract questions.
+
+    `embed`, `positions`, `hidden` and `logits` run once per forward and may be traced by torch.compile or
+    captured in a CUDA graph: tensors in, tensors out, no waiting for the device.
+
+    Attributes:
+        name: of the family, for messages.
+        prompt_types: what a prompt can be.
+        model: the whole model, in eval mode.
+        tokenizer: what turns prompts into ids; None where there is nothing to tokenize.
+    """
+
+    name: ClassVar[str]
+    prompt_types: ClassVar[tuple[type, ...]] = (str,)
+
+    def __init__(self, model: nn.Module, tokenizer: Any = None) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    @classmethod
+    @abstractmethod
+    def load(cls, source: str, dtype: torch.dtype, **options: Any) -> Adapter:
+        """Load a checkpoint on the CPU (`loading.load_model` does it for transformers' classes).
+
+        Args:
+            source: folder or hub id.
+            dtype: of the weights.
+            options: `from_pretrained`'s own (subfolder, revision, cache_dir, token, local_files_only).
+
+        Raises:
+            WeightsError: missing, corrupt or pickled weights.
+            UnsupportedError: the checkpoint cannot make images.
+        """
+
+    # What is known when the model is loaded.
+
+    @property
+    @abstractmethod
+    def backbone(self) -> nn.Module:
+        """The causal transformer: takes inputs_embeds, attention_mask, position_ids, past_key_values."""
+
+    @property
+    @abstractmethod
+    def vocabulary(self) -> int:
+        """V: an image slot holds one of 0 ... V - 1, whatever the model's own numbering is."""
+
+    @property
+    def layers(self) -> int:
+        """How many layers of the backbone keep keys and values."""
+        config: Any = self.backbone.config
+        return int(config.num_hidden_layers)
+
+    @property
+    def context(self) -> int | None:
+        """The most places a sequence can have; None: no limit."""
+        config: Any = self.backbone.config
+        return getattr(config, "max_position_embeddings", None)
+
+    def defaults(self) -> Defaults:
+        """From the checkpoint's generation configuration."""
+        config = getattr(self.model, "generation_config", None)
+        given = {name: getattr(config, name, None) for name in Defaults.__dataclass_fields__}
+        return Defaults(**{name: value for name, value in given.items() if value is not None})
+
+    # Before the first forward.
+
+    @abstractmethod
+    def layout(self, height: int | None, width: int | None) -> Layout:
+        """The slots of an image of this size in pixels; None: the model's own.
+
+        Raises:
+            ConfigError: a size that the model cannot make (`only_size` for models with one size).
+        """
+
+    @abstractmethod
+    def prefix(self, prompts: Sequence[Any], layout: Layout, guided: bool) -> Prefix:
+        """Prompts → embedded rows, one per prompt; if `guided`, then as many unconditional rows after them."""
+
+    # In every forward.
+
+    @abstractmethod
+    def embed(self, token_BW: Tensor) -> Tensor:
+        """Image tokens, forced ones included → input embeddings (B, W, D)."""
+
+    @abstractmethod
+    def logits(self, hidden_RWD: Tensor) -> Tensor:
+        """The backbone's last hidden states → logits (R, W, V) of the next image token."""
+
+    def positions(self, place_RW: Tensor, start_R: Tensor, layout: Layout) -> Tensor:
+        """The backbone's position ids for places, by default the places themselves.
+
+        Places below start_R[r] are the prompt's, others the image's: slot = place - start. Slots from N on may
+        be asked for; what they give does not matter, but a table must not be read beyond its end.
+        """
+        return place_RW
+
+    def hidden(self, embedding_RWD: Tensor, bias_R1WS: Tensor, position: Tensor, key_values: Any) -> Tensor:
+        """Last hidden states (R, W, D) of the backbone.
+
+        Args:
+            bias_R1WS: added to the attention scores of the S cached places: 0 or minus infinity.
+            position: what `positions` gave.
+            key_values: transformers' `Cache`: `update(key, value, layer)` gives the keys and values to see.
+        """
+        return self.backbone(
+            inputs_embeds=embedding_RWD,
+            attention_mask=bias_R1WS,
+            position_ids=position,
+            past_key_values=key_values,
+            use_cache=True,
+        ).last_hidden_state
+
+    # After the last.
+
+    def images(self, token_BT: Tensor, layout: Layout) -> Tensor:
+        """Tokens of finished images (what `layout.finished` gives) → (B, 3, H, W) float in [0, 1].
+
+        Raises:
+            UnsupportedError: this family's tokens are not decoded here.
+        """
+        raise UnsupportedError(f"{self.name} makes tokens, not pixels: pass output_type='tokens'")
+
+
+def only_size(height: int | None, width: int | None, own_height: int, own_width: int) -> None:
+    """For models with one image size.
+
+    Raises:
+        ConfigError: another size was asked for.
+    """
+    if (height or own_height, width or own_width) != (own_height, own_width):
+        raise ConfigError(
+            f"this model makes images of {own_width}x{own_height} pixels only, not "
+            f"{width or own_width}x{height or own_height}; leave height and width out"
+        )
+
+
+def register(class_name: str, adapter: type[Adapter]) -> None:
+    """Make models of this class known, for the process; takes precedence over the built-in adapters."""
+    _REGISTERED[class_name] = adapter
+
+
+def known() -> list[str]:
+    """Class names of the models that an `AutoregressivePipeline` can load."""
+    return sorted({*_BUILTIN, *_REGISTERED})
+
+
+def find(class_name: str) -> type[Adapter]:
+    """The adapter class for a model class.
+
+    Raises:
+        UnknownNameError: no adapter; names the nearest class and says how to write one.
+    """
+    if class_name in _REGISTERED:
+        return _REGISTERED[class_name]
+    if class_name in _BUILTIN:
+        return importlib.import_module(_BUILTIN[class_name]).ADAPTER
+    raise UnknownNameError(
+        "autoregressive image model class",
+        class_name,
+        known(),
+        "To support another model, write a subclass of accel.pipelines.autoregressive.adapter.Adapter "
+        "(accel/pipelines/autoregressive/janus.py is a complete example) and call "
+        "accel.pipelines.autoregressive.adapter.register(class_name, adapter).",
+    )
