@@ -5,6 +5,7 @@
     │   └── UnknownNameError             a name is not known; the message gives the nearest and all valid ones
     ├── UnsupportedError (ValueError)    the model, pipeline or call cannot be accelerated that way
     ├── AlreadyAcceleratedError (ValueError)   the same method is attached to the same model
+    ├── NumericsError (ArithmeticError)  a model computed NaN; the message says where
     └── WeightsError (ValueError)        a weight file is missing or corrupt; the message names the file
 
 `AccelWarning` is the category of every warning: a setting that has no effect, a run that will not be faster.
@@ -43,6 +44,10 @@ class UnsupportedError(AccelError, ValueError):
 
 class AlreadyAcceleratedError(AccelError, ValueError):
     """The method is already attached to this model."""
+
+
+class NumericsError(AccelError, ArithmeticError):
+    """A model computed something that is not a number."""
 
 
 class WeightsError(AccelError, ValueError):

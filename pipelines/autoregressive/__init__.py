@@ -4,3 +4,7 @@ from accel.pipelines.autoregressive import AutoregressivePipeline
 pipe = AutoregressivePipeline.from_pretrained(folder_or_hub_id).to("cuda")
 image = pipe("a red circle left of a blue square").images[0]
 """
+
+from .pipeline import AutoregressiveOutput, AutoregressivePipeline
+
+__all__ = ["AutoregressiveOutput", "AutoregressivePipeline"]

@@ -1,0 +1,147 @@
+"""A model family behind the `TokenModel` that decoders see: prefill, windows, guidance, rollback.
+
+Guidance doubles the rows: the conditional ones first, then the unconditional ones. Both are fed the same tokens at
+the same slots, so going back takes both back.
+
+Shapes: B images, R rows (B or 2 B), P prompt tokens of the longest row, W tokens of a window, N slots,
+V vocabulary, S cached places, of which the first K are looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accel.errors import NumericsError, UnsupportedError
+
+from .adapter import Adapter, Layout, Prefix
+from .cache import KeyValues
+
+#: Cached places come in these steps, so that few shapes are compiled and rows of the mask stay aligned.
+_STEP = 64
+
+
+class PromptedModel:
+    """Prompts that have been read, ready to continue: the `accel.decoding.TokenModel` of every family.
+
+    Args:
+        adapter: the loaded model.
+        layout: the slots of an image.
+        prompts: one per image.
+        guidance: 1 does not run unconditional rows; above 1, logits = u + guidance * (c - u) in float32.
+        forward: runs a forward; `forward_once` or a compiled version of it.
+        grow: look only at the places that can have been written. Shapes then depend on how often `forward`
+            was called, too, which graphs do not take.
+
+    Raises:
+        UnsupportedError: a prompt and the image do not fit into the model's context.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        layout: Layout,
+        prompts: Sequence[Any],
+        guidance: float = 1.0,
+        *,
+        forward: Callable[..., Tensor] | None = None,
+        grow: bool = False,
+    ) -> None:
+        self.adapter, self.layout = adapter, layout
+        self.images, self.vocabulary = len(prompts), adapter.vocabulary
+        self.guided = guidance > 1
+        prefix = adapter.prefix(prompts, layout, self.guided)
+        _check_fits(prefix, adapter, layout, self.images)
+        device = prefix.embedding_RPD.device
+        self.guidance = torch.tensor(float(guidance), device=device)  # a tensor: no new graph for every value
+        self.start_R = torch.tensor(prefix.lengths, device=device)
+        self.forced_N = torch.tensor(layout.forced, device=device)
+        self._longest = max(prefix.lengths)
+        # One place more than there are slots: tokens of windows that reach beyond the end go there.
+        self.places = -(-(self._longest + layout.slots + 1) // _STEP) * _STEP
+        self.key_values = KeyValues(adapter.layers, len(prefix.lengths), self.places)
+        self._forward, self._grow, self._fed = forward or forward_once, grow, 0
+        self.first_BV = self._prefill(prefix)
+        #: The first place of each image whose logits were NaN; `places` if there is none.
+        self.nan_B = torch.where(self.first_BV.sum(-1).isnan(), self.start_R[: self.images] - 1, self.places)
+
+    def _prefill(self, prefix: Prefix) -> Tensor:
+        rows, length = prefix.embedding_RPD.shape[:2]
+        place_RP = torch.arange(length, device=self.start_R.device).expand(rows, length)
+        hidden_RPD = run_rows(self, prefix.embedding_RPD, place_RP, length)
+        last_R1D = hidden_RPD[torch.arange(rows, device=place_RP.device), self.start_R - 1][:, None]
+        return guide(self, self.adapter.logits(last_R1D))[:, 0]
+
+    def forward(self, token_BW: Tensor, at_B: Tensor) -> Tensor:
+        """See `accel.decoding.TokenModel`."""
+        # No image can be further than the number of tokens fed so far: all slots before a token were fed, too.
+        self._fed += token_BW.shape[1]
+        seen = self.places
+        if self._grow:
+            seen = min(-(-(self._longest + self._fed) // _STEP) * _STEP, self.places)
+        return self._forward(self, token_BW, at_B, seen)
+
+    def check(self) -> None:
+        """Say where logits were NaN, if they were. Waits for the device: call it once, at the end.
+
+        Raises:
+            NumericsError: names the first image and its slot.
+        """
+        slots = (self.nan_B - self.start_R[: self.images] + 1).tolist()
+        bad = [(slot, image) for image, slot in enumerate(slots) if slot < self.layout.slots]
+        if bad:
+            slot, image = min(bad)
+            row, column = divmod(slot, max(1, self.layout.slots // self.layout.rows))
+            raise NumericsError(
+                f"the model's logits are NaN for {len(bad)} of {self.images} images, first in image {image} at "
+                f"slot {slot} (row {row}, column {column}). float16 overflows in many models: load with "
+                "torch_dtype=torch.bfloat16 or torch.float32, and check the weights"
+            )
+
+
+def forward_once(model: PromptedModel, token_BW: Tensor, at_B: Tensor, seen: int) -> Tensor:
+    """One forward of a window. Shapes depend on B, W and `seen` alone; nothing waits for the device."""
+    embedding = model.adapter.embed(token_BW)
+    if model.guided:
+        embedding, at_B = embedding.repeat(2, 1, 1), at_B.repeat(2)
+    window_W = torch.arange(token_BW.shape[1], device=at_B.device)
+    place_RW = ((model.start_R + at_B)[:, None] + window_W).clamp(max=model.places - 1)
+    hidden_RWD = run_rows(model, embedding, place_RW, seen)
+    logits_BWV = guide(model, model.adapter.logits(hidden_RWD))
+    nan_BW = logits_BWV.sum(-1).isnan()  # NaN anywhere makes the sum NaN; one pass instead of two
+    first_B = torch.where(nan_BW, place_RW[: model.images], model.places).amin(1)
+    torch.minimum(model.nan_B, first_B, out=model.nan_B)
+    return logits_BWV
+
+
+def run_rows(model: PromptedModel, embedding_RWD: Tensor, place_RW: Tensor, seen: int) -> Tensor:
+    """Last hidden states (R, W, D) of tokens at these places, which write their keys and values there."""
+    visible_R1WK = model.key_values.aim(place_RW, seen)
+    bias = torch.zeros((), dtype=embedding_RWD.dtype, device=place_RW.device)
+    # A bias in the model's own type: attention would convert a boolean mask in every layer.
+    bias_R1WK = torch.where(visible_R1WK, bias, -torch.inf)
+    position = model.adapter.positions(place_RW, model.start_R, model.layout)
+    return model.adapter.hidden(embedding_RWD, bias_R1WK, position, model.key_values)
+
+
+def guide(model: PromptedModel, logits_RWV: Tensor) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022): (R, W, V) → (B, W, V) float32."""
+    logits_RWV = logits_RWV.float()
+    if not model.guided:
+        return logits_RWV
+    conditional_BWV, unconditional_BWV = logits_RWV.chunk(2)
+    return unconditional_BWV + (conditional_BWV - unconditional_BWV) * model.guidance
+
+
+def _check_fits(prefix: Prefix, adapter: Adapter, layout: Layout, images: int) -> None:
+    context, longest = adapter.context, max(prefix.lengths)
+    if context is None or longest + layout.slots <= context:
+        return
+    row = prefix.lengths.index(longest)
+    raise UnsupportedError(
+        f"prompt {row % images} has {longest} tokens and an image takes {layout.slots}: together more than the "
+        f"{context} that {adapter.name} can take. Shorten the prompt to {max(0, context - layout.slots)} tokens"
+    )
