@@ -83,17 +83,42 @@ def mean_interval(
     return Interval(value, float(low), float(high), len(values), len(position), level)
 
 
+def jackknife_interval(
+    value: float,
+    replicates: Sequence[float],
+    *,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Interval of a statistic of whole sets (FID, KID, ...) from a delete-a-group jackknife.
+
+    `replicates` are the statistic without each of the equal groups in turn. A bootstrap would not do:
+    it repeats images, and a repeated image is its own nearest neighbour. What is covered is the mean of
+    the statistic *at this n*; measured on 100 simulated pairs of sets of 200, between 90 and 100 times.
+    """
+    left_out = np.asarray(replicates, dtype=np.float64)
+    groups = len(left_out)
+    if groups < 2:
+        raise ValueError(f"a jackknife needs at least 2 groups, not {groups}")
+    error = math.sqrt((groups - 1) / groups * float(((left_out - left_out.mean()) ** 2).sum()))
+    reach = _student(level, groups - 1) * error
+    return max(value - reach, bounds[0]), min(value + reach, bounds[1])
+
+
+def _student(level: float, dof: int) -> float:
+    """Two-sided quantile of Student's t, from its expansion in 1 / degrees of freedom."""
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    return z + (z**3 + z) / (4 * dof) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * dof**2)
+
+
 def _tails(level: float, clusters: int) -> tuple[float, float]:
     """Quantiles to read off, widened for few clusters (Hesterberg 2015, "expanded percentile").
 
     A plain percentile interval is as narrow as a normal one with the biased variance: measured here
     on 2000 simulated comparisons it covered 88.2 % of the time at 8 prompts and 93.2 % at 60, for a
-    nominal 95 %; widened it covers 93.3 % and 94.1 %. The quantile of Student's t comes from its expansion in 1 / degrees of freedom.
+    nominal 95 %; widened it covers 93.3 % and 94.1 %.
     """
-    normal = NormalDist()
-    z, dof = normal.inv_cdf((1 + level) / 2), clusters - 1
-    t = z + (z**3 + z) / (4 * dof) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * dof**2)
-    tail = normal.cdf(-t * math.sqrt(clusters / dof))
+    tail = NormalDist().cdf(-_student(level, clusters - 1) * math.sqrt(clusters / (clusters - 1)))
     return tail, 1 - tail
 
 

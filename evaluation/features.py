@@ -8,6 +8,7 @@ need no memory that grows with them (FID) or only blocks of it (KID, CMMD, preci
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterator
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from accel.evaluation.bootstrap import jackknife_interval
 from accel.evaluation.errors import EvaluationError, IncomparableError, RecordError
 from accel.evaluation.metrics import (
     FrechetDistance,
@@ -29,6 +31,15 @@ from accel.evaluation.records import Appender, Record, latest_records, read_reco
 
 Key = tuple[str, int, int]  # configuration (or "reference"), prompt id, sample
 _READ = 4096
+_GROUPS = 10  # of prompts, left out in turn for an interval
+_QUICK = 4e9  # multiplications of one matrix of distances; ten times as many take about a minute
+_RANGE = {
+    "fid": (0.0, math.inf),
+    "kid": (-math.inf, math.inf),
+    "cmmd": (0.0, math.inf),
+    "precision": (0.0, 1.0),
+    "recall": (0.0, 1.0),
+}
 
 
 def store_path(folder: Path, extractor: str) -> Path:
@@ -65,54 +76,76 @@ class FeatureWriter:
 
 
 class FeatureSet:
-    """Features of one configuration (or the reference images) from one extractor."""
+    """Features of one configuration (or the reference images) from one extractor, in order of their keys."""
 
     def __init__(
         self, store: Path, configuration: str, keys: Collection[tuple[int, int]] | None = None
     ) -> None:
         header = json.loads((store / "extractor.json").read_text())
-        self.extractor, self._dim = header["name"], header["dim"]
+        self.extractor, self.dim = header["name"], header["dim"]
         self.configuration = configuration
-        self._rows: dict[Path, list[int]] = {}
+        places: list[tuple[tuple[int, int], str, int]] = []
         hashes = set()
         for record in index_records(store):
-            if record["configuration"] != configuration:
-                continue
-            if keys is not None and (record["prompt_id"], record["sample"]) not in keys:
-                continue
-            hashes.add(record.get("configuration_hash"))
-            self._rows.setdefault(store / record["file"], []).append(record["row"])
+            key = record["prompt_id"], record["sample"]
+            if record["configuration"] == configuration and (keys is None or key in keys):
+                hashes.add(record.get("configuration_hash"))
+                places.append((key, record["file"], record["row"]))
         if len(hashes) > 1:
             raise IncomparableError(
-                f"{store}: features of {configuration!r} come from {len(hashes)} configurations"
+                f"{store}: features of {configuration!r} come from {len(hashes)} sources; delete this folder "
+                "and score again"
             )
-        self.n = sum(map(len, self._rows.values()))
+        places.sort()
+        self.keys = [key for key, _, _ in places]
+        self.n = len(places)
+        self._paths = [store / name for name in sorted({file for _, file, _ in places})]
+        number = {path.name: i for i, path in enumerate(self._paths)}
+        self._file = np.array([number[file] for _, file, _ in places], np.int32)
+        self._row = np.array([row for _, _, row in places], np.int64)
+
+    def groups(self, count: int) -> np.ndarray:
+        """A group number (N,) below `count` for every row; the images of a prompt share one."""
+        prompts, index = np.unique([prompt for prompt, _ in self.keys], return_inverse=True)
+        return np.random.default_rng(0).permutation(len(prompts))[index] % count
 
     def batches(self) -> Iterator[torch.Tensor]:
-        for path, rows in self._rows.items():
-            features = np.memmap(path, np.float32, "r").reshape(-1, self._dim)
-            for start in range(0, len(rows), _READ):
-                yield torch.from_numpy(np.array(features[rows[start : start + _READ]]))
+        maps = [np.memmap(path, np.float32, "r").reshape(-1, self.dim) for path in self._paths]
+        for start in range(0, self.n, _READ):
+            files, rows = self._file[start : start + _READ], self._row[start : start + _READ]
+            features = np.empty((len(files), self.dim), np.float32)
+            for number in np.unique(files):
+                features[files == number] = maps[number][rows[files == number]]
+            yield torch.from_numpy(features)
 
     def array(self, scratch: Path) -> np.ndarray:
         """All rows as one memory-mapped array, gathered into a scratch file."""
         with open(scratch, "wb") as file:
             for batch in self.batches():
                 file.write(batch.numpy().tobytes())
-        return np.memmap(scratch, np.float32, "r").reshape(-1, self._dim)
+        return np.memmap(scratch, np.float32, "r").reshape(-1, self.dim)
 
-    def moments(self) -> Moments:
-        moments = Moments()
+    def moments(self, group_N: np.ndarray, count: int) -> list[Moments]:
+        """Moments of every group, from one pass."""
+        moments = [Moments() for _ in range(count)]
+        start = 0
         for batch in self.batches():
-            moments.update(batch)
+            own = group_N[start : start + len(batch)]
+            for number in np.unique(own):
+                moments[number].update(batch[torch.from_numpy(own == number)])
+            start += len(batch)
         return moments
 
 
-def distances(reference: FeatureSet, samples: FeatureSet, scratch: Path) -> dict[str, Any]:
+def distances(
+    reference: FeatureSet, samples: FeatureSet, scratch: Path, *, paired: bool = False
+) -> dict[str, Any]:
     """FID, KID, precision, recall (and CMMD for CLIP features) of `samples` against `reference`.
 
+    `intervals` holds (low, high) by name, from leaving out a tenth of the prompts at a time; None where
+    that is not possible, or would take long. `paired`: images of one key come from one prompt and seed.
     A value that cannot be given is None, with the reason under `<name>_reason`. Raises
-    `IncomparableError` for features of two extractors or sets of unequal size.
+    `IncomparableError` for features of two extractors, sets of unequal size, or pairs that are none.
     """
     if reference.extractor != samples.extractor:
         raise IncomparableError(
@@ -123,27 +156,58 @@ def distances(reference: FeatureSet, samples: FeatureSet, scratch: Path) -> dict
             f"{reference.configuration!r} has {reference.n} images, {samples.configuration!r} {samples.n}: "
             "such distances depend on n, compare equal numbers"
         )
+    if paired and reference.keys != samples.keys:
+        raise IncomparableError(
+            f"{reference.configuration!r} and {samples.configuration!r} have images of other prompts"
+        )
     scratch.mkdir(parents=True, exist_ok=True)
     a, b = reference.array(scratch / "a.f32"), samples.array(scratch / "b.f32")
+    group_a, group_b = reference.groups(_GROUPS), samples.groups(_GROUPS)
+    parts_a, parts_b = reference.moments(group_a, _GROUPS), samples.moments(group_b, _GROUPS)
 
-    def fid() -> dict[str, float]:
+    def fid(without: int | None) -> dict[str, float]:
         metric = FrechetDistance()
-        metric.reference, metric.samples = reference.moments(), samples.moments()
+        for total, parts in ((metric.reference, parts_a), (metric.samples, parts_b)):
+            for number, part in enumerate(parts):
+                if number != without:
+                    total.merge(part)
         return {"fid": metric.compute()}
 
-    metrics: dict[str, Callable[[], dict[str, float]]] = {
+    def on_sets(
+        function: Callable[[np.ndarray, np.ndarray], dict[str, float]],
+    ) -> Callable[[int | None], dict[str, float]]:
+        def metric(without: int | None) -> dict[str, float]:
+            if without is None:
+                return function(a, b)
+            return function(a[group_a != without], b[group_b != without])
+
+        return metric
+
+    metrics: dict[str, Callable[[int | None], dict[str, float]]] = {
         "fid": fid,
-        "kid": lambda: {"kid": kernel_inception_distance(a, b).value},
-        "precision": lambda: precision_recall(a, b)._asdict(),
+        "kid": on_sets(lambda x, y: {"kid": kernel_inception_distance(x, y, paired=paired).value}),
+        "precision": on_sets(lambda x, y: precision_recall(x, y)._asdict()),
     }
     if reference.extractor.startswith("clip:"):
-        metrics["cmmd"] = lambda: {"cmmd": cmmd(a, b)}
-    result: dict[str, Any] = {"extractor": reference.extractor, "n": reference.n}
+        metrics["cmmd"] = on_sets(lambda x, y: {"cmmd": cmmd(x, y)})
+    result: dict[str, Any] = {"extractor": reference.extractor, "n": reference.n, "intervals": {}}
     for name, metric in metrics.items():
         try:
-            result |= metric()
+            values = metric(None)
         except (EvaluationError, ValueError) as error:
             result |= {name: None, f"{name}_reason": str(error)}
+            continue
+        result |= values
+        quick = name == "fid" or reference.n**2 * reference.dim <= _QUICK
+        try:
+            left_out = [metric(number) for number in range(_GROUPS)] if quick else []
+        except (EvaluationError, ValueError):
+            left_out = []  # enough images for the value, too few for it without a tenth of them
+        for key, value in values.items():
+            ends = None
+            if left_out:
+                ends = jackknife_interval(value, [part[key] for part in left_out], bounds=_RANGE[key])
+            result["intervals"][key] = ends
     return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class ClipExtractor:
         self._size = self._model.config.vision_config.image_size
         self._device = device
         self.dim = self._model.config.projection_dim
-        self.name = f"clip:{source}@{fingerprint(self._model)}"
+        self.name = f"clip:{_label(source)}@{fingerprint(self._model)}"
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -56,12 +57,17 @@ class Dinov2Extractor:
         self._model = _load(Dinov2Model, source).to(device)
         self._device = device
         self.dim = self._model.config.hidden_size
-        self.name = f"dinov2:{source}@{fingerprint(self._model)}"
+        self.name = f"dinov2:{_label(source)}@{fingerprint(self._model)}"
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         pixels = _normalised(resize_and_crop(images, 256, 224), _IMAGENET_MEAN, _IMAGENET_STD)
         return self._model(pixels.to(self._device)).last_hidden_state[:, 0].float().cpu()
+
+
+def _label(source: str) -> str:
+    """A hub id as it is, of a folder its name: where it lies differs by machine, the weights do not."""
+    return Path(source).resolve().name if Path(source).is_dir() else source
 
 
 def _embedding(output: Any) -> torch.Tensor:

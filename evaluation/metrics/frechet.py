@@ -76,7 +76,8 @@ def frechet_distance(
     product = root_a @ b @ root_a
     cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
     shift = (mean_a.to(torch.float64) - mean_b.to(torch.float64)).square().sum()
-    return float(shift + a.trace() + b.trace() - 2 * cross)
+    # Rounding can leave a distance of equal Gaussians a hair below zero.
+    return max(float(shift + a.trace() + b.trace() - 2 * cross), 0.0)
 
 
 class FrechetDistance:

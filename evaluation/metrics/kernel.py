@@ -24,25 +24,39 @@ class KernelDistance(NamedTuple):
 
 
 def kernel_inception_distance(
-    features_a: Any, features_b: Any, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+    features_a: Any,
+    features_b: Any,
+    *,
+    paired: bool = False,
+    subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 0,
 ) -> KernelDistance:
     """KID: unbiased MMD^2 with the kernel (x.y / D + 1)^3; lower is closer, can be below zero.
 
     With at most `subset_size` images a side all are used, once; otherwise the mean over `subsets`
     random subsets, as published.
+
+    `paired`: row i of both comes from one prompt and seed. Such images resemble each other more than
+    images of the two distributions do, so their kernels are left out of the mean between the sets, as
+    those of an image with itself are within them (Gretton et al. 2012, lemma 6). With them a set that
+    is nearly its own pair gets a KID far below zero.
     """
     a, b = _checked(features_a), _checked(features_b)
+    if paired and len(a) != len(b):
+        raise ValueError(f"paired sets must have one length: {len(a)}, {len(b)}")
     size = min(len(a), len(b), subset_size)
     if size < 2:
         raise ValueError(f"KID needs at least 2 images a side, not {len(a)} and {len(b)}")
+    kernel = _polynomial(a.shape[1])
     if len(a) <= subset_size and len(b) <= subset_size:
-        return KernelDistance(_mmd(a, b, _polynomial(a.shape[1]), unbiased=True), None)
+        return KernelDistance(_mmd(a, b, kernel, unbiased=True, paired=paired), None)
     rng = np.random.default_rng(seed)
     values = []
     for _ in range(subsets):  # sorted: a memory-mapped file is then read front to back
         rows_a = np.sort(rng.choice(len(a), size, replace=False))
-        rows_b = np.sort(rng.choice(len(b), size, replace=False))
-        values.append(_mmd(a[rows_a], b[rows_b], _polynomial(a.shape[1]), unbiased=True))
+        rows_b = rows_a if paired else np.sort(rng.choice(len(b), size, replace=False))
+        values.append(_mmd(a[rows_a], b[rows_b], kernel, unbiased=True, paired=paired))
     return KernelDistance(float(np.mean(values)), float(np.std(values)))
 
 
@@ -102,9 +116,15 @@ def _mmd(
     kernel: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     *,
     unbiased: bool,
+    paired: bool = False,
 ) -> float:
     n, m = len(a), len(b)
-    cross = sum(float(kernel(x, y).sum()) for x in _blocks(a) for y in _blocks(b)) / (n * m)
+    cross = sum(float(kernel(x, y).sum()) for x in _blocks(a) for y in _blocks(b))
+    if paired:
+        cross -= sum(
+            float(kernel(x, y).diagonal().sum()) for x, y in zip(_blocks(a), _blocks(b), strict=True)
+        )
+    cross /= n * (m - 1) if paired else n * m
     within = []
     for features, count in ((a, n), (b, m)):
         total = sum(float(kernel(x, y).sum()) for x in _blocks(features) for y in _blocks(features))

@@ -88,6 +88,12 @@ def summarise(folder: RunFolder, *, worst: int = 6) -> dict[str, Any]:
             }
         )
     suite_metric = next((m for m, column in columns[plain].items() if column.tags), None)
+    missing = rows[0]["metrics"].get(suite_metric, {}).get("missing_tasks", []) if suite_metric else []
+    if missing:
+        notes.append(
+            f"The overall {suite_metric} score is the mean over the tasks that were run, without "
+            f"{', '.join(missing)}: not comparable to one over all six."
+        )
     bounds = folder.path / "scores" / "bounds.json"
     return {
         "run": {key: settings[key] for key in settings if key != "configurations"},
@@ -168,13 +174,14 @@ def _speed(own: dict[Key, dict[str, Any]], plain: dict[Key, dict[str, Any]]) -> 
         p10, median, p90 = np.quantile(seconds, [0.1, 0.5, 0.9]).tolist()
         result[part] = {"median": median, "p10": p10, "p90": p90, "n": len(seconds)}
         result[part]["images_per_second"] = len(seconds) / sum(seconds)
-        # Only neighbours in time are divided: the same prompt and sample in the same process start.
-        ratios = [
-            plain[key][column] / times[column]
+        # Only neighbours in time are divided: the same prompt and sample in the same process start. The
+        # images of one call share its time, so a batch is one measurement, however many images it has.
+        measured = {
+            (times["session"], plain[key][column], times[column])
             for key, times in own.items()
             if times[column] and plain[key][column] and times["session"] == plain[key]["session"]
-        ]
-        result[part]["speedup"] = median_interval(ratios)
+        }
+        result[part]["speedup"] = median_interval([before / after for _, before, after in measured])
     peaks = [(times["peak_bytes"], times["peak_kind"]) for times in own.values() if times["peak_bytes"]]
     result["peak_bytes"], result["peak_kind"] = max(peaks) if peaks else (None, None)
     return result
@@ -219,16 +226,19 @@ def _distances(folder: RunFolder, names: list[str], keys: set[Key], plain: str) 
         with TemporaryDirectory(dir=folder.path) as scratch:
             sets = {name: FeatureSet(store, name, keys) for name in names}
             references = {plain: sets[plain]}
-            if FeatureSet(store, REFERENCE).n:
-                # Cut to the same n: these distances depend on it.
-                references[REFERENCE] = FeatureSet(store, REFERENCE, {(i, 0) for i in range(len(keys))})
+            whole = FeatureSet(store, REFERENCE)
+            if whole.n:
+                # Cut to the same n, which these distances depend on, evenly: folders are sorted by something.
+                count = min(len(keys), whole.n)
+                chosen = {whole.keys[i * whole.n // count] for i in range(count)}
+                references[REFERENCE] = FeatureSet(store, REFERENCE, chosen)
             for to, reference in references.items():
                 for name in names:
                     if name == to:
                         continue
                     row: dict[str, Any] = {"configuration": name, "to": to, "extractor": reference.extractor}
                     try:
-                        row |= distances(reference, sets[name], Path(scratch))
+                        row |= distances(reference, sets[name], Path(scratch), paired=to == plain)
                     except EvaluationError as error:
                         row["reason"] = str(error)
                     rows.append(row)

@@ -101,6 +101,25 @@ def test_kid_equals_brute_force_and_is_unbiased():
     assert abs(np.mean(same)) < 3 * np.std(same) / math.sqrt(60)
 
 
+def test_kid_of_pairs_does_not_take_resemblance_for_closeness():
+    """Two sets of one distribution whose images come in near-identical pairs: KID is zero, as without pairs."""
+    rng = np.random.default_rng(0)
+    paired, naive = [], []
+    for _ in range(60):
+        a = rng.standard_normal((40, 6))
+        b = 0.99 * a + math.sqrt(1 - 0.99**2) * rng.standard_normal((40, 6))
+        paired.append(metrics.kernel_inception_distance(a, b, paired=True).value)
+        naive.append(metrics.kernel_inception_distance(a, b).value)
+    assert abs(np.mean(paired)) < 3 * np.std(paired) / math.sqrt(60)
+    assert np.mean(naive) < -10 * np.std(naive) / math.sqrt(60)  # the negative control
+    a = rng.standard_normal((3000, 6))
+    assert metrics.kernel_inception_distance(a, a, paired=True, subsets=3).value == pytest.approx(
+        0, abs=1e-12
+    )
+    with pytest.raises(ValueError, match="one length"):
+        metrics.kernel_inception_distance(a, a[1:], paired=True)
+
+
 def test_kid_subsets_agree_with_torchmetrics():
     kid = pytest.importorskip("torchmetrics.image.kid", reason="needs the eval extra")
     a, b = features(120, 16, 7), features(150, 16, 8, shift=0.5)

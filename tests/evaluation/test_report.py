@@ -10,8 +10,10 @@ import pytest
 import torch
 from browser import CHROMIUM, DRIVER, Browser
 from fake_pipeline import SUITE, FakePipeline
+from PIL import Image
 
 from accel.evaluation.errors import EvaluationError
+from accel.evaluation.features import FeatureSet, distances, store_path
 from accel.evaluation.folder import RunFolder
 from accel.evaluation.geneval import Detection, Metadata, ObjectSpec, aggregate
 from accel.evaluation.geneval import score as judge
@@ -104,6 +106,7 @@ def test_the_suite_score_is_genevals_aggregate(folder, summary):
     expected = aggregate(verdicts)
     own = row(summary, "plain")["metrics"][metric]
     assert own["mean"] == expected.overall.to_dict()
+    assert "not comparable" in " ".join(summary["notes"])
     assert own["missing_tasks"] == ["single_object", "two_object", "counting", "position", "color_attr"][1:]
     assert "difference" in row(summary, "few")["metrics"][metric]
 
@@ -161,6 +164,30 @@ def test_only_neighbours_of_one_start_make_a_ratio(tmp_path):
     speed = row(summarise(started), "steps=4")["speed"]["pipeline"]
     assert speed["speedup"]["n"] == 2
     assert speed["speedup"]["value"] < 100
+
+
+def test_a_batch_is_one_measurement_of_time(tmp_path):
+    """Six images of two calls share two times; counting them as six would make the interval too sure."""
+    batched = run(tmp_path / "r", SUITE, FakePipeline(), ["steps=4"], batch_size=3)
+    speed = row(summarise(batched), "steps=4")["speed"]
+    assert speed["pipeline"]["speedup"]["n"] == speed["denoiser"]["speedup"]["n"] == 2
+    assert speed["pipeline"]["speedup"]["low"] is None
+
+
+def test_reference_images_are_taken_evenly_from_their_folder(tmp_path):
+    """A folder sorted by class would otherwise give only its first classes."""
+    started = run(tmp_path / "r", SUITE, FakePipeline(), [], limit=5)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(20):
+        Image.new("RGB", (32, 32), (12 * i, 0, 0)).save(pictures / f"{i:02d}.png")
+    score(started.path, [], [Flat()], reference=pictures)
+    (row,) = summarise(started)["distances"]
+    chosen = FeatureSet(
+        store_path(started.path, "flat:test@0"), "reference", {(i, 0) for i in (0, 4, 8, 12, 16)}
+    )
+    own = FeatureSet(store_path(started.path, "flat:test@0"), "plain")
+    assert row["kid"] == pytest.approx(distances(chosen, own, tmp_path / "s")["kid"])
 
 
 def test_one_prompt_a_task_has_a_ceiling_but_no_floor(folder, summary):
