@@ -1,4 +1,4 @@
-"""GenEval's rules, one case for each, and the official prompts where the file is at hand."""
+"""GenEval's rules, one case for each, and all 553 prompts: made up, and the official ones where at hand."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import pytest
 
 from accel.evaluation.errors import MetadataError
 from accel.evaluation.geneval import (
+    COLORS,
     TASKS,
     Detection,
     Metadata,
@@ -152,26 +153,62 @@ def perfect(line):
     return detections
 
 
+PUBLISHED = {
+    "single_object": 80,
+    "two_object": 99,
+    "counting": 80,
+    "colors": 94,
+    "position": 100,
+    "color_attr": 100,
+}
 OFFICIAL = os.environ.get("ACCEL_GENEVAL_METADATA")
 
 
-@pytest.mark.skipif(not OFFICIAL, reason="ACCEL_GENEVAL_METADATA does not name GenEval's metadata file")
-def test_all_official_prompts(tmp_path):
-    lines = read_metadata(OFFICIAL)
+def made_up_line(tag, i):
+    """A line of the official file's form, in its key order, over made-up classes."""
+    a, b = f"thing{i % 79}", f"thing{(i + 1 + i // 79) % 79}"
+    colors = COLORS[i % 10], COLORS[(i + 3) % 10]
+    include = [{"class": a, "count": 1}]
+    line = {"tag": tag, "include": include}
+    if tag in ("two_object", "color_attr", "position"):
+        include.append({"class": b, "count": 1})
+    if tag == "counting":
+        include[0]["count"] = 2 + i % 3
+        line["exclude"] = [{"class": a, "count": 3 + i % 3}]
+    if tag in ("colors", "color_attr"):
+        for entry, color in zip(include, colors, strict=False):
+            entry["color"] = color
+    if tag == "position":
+        include[1]["position"] = [("left of", "right of", "above", "below")[i % 4], 0]
+    return line | {"prompt": f"a photo for {tag} {i}"}
+
+
+@pytest.fixture(params=["made up", "official"])
+def all_prompts(request, tmp_path):
+    """All 553 lines: made up here in any case, the official ones (not ours to ship) where they are."""
+    if request.param == "official":
+        if not OFFICIAL:
+            pytest.skip("ACCEL_GENEVAL_METADATA does not name GenEval's metadata file")
+        return OFFICIAL
+    lines = [made_up_line(tag, i) for tag, count in PUBLISHED.items() for i in range(count)]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path / "all.jsonl"
+
+
+def test_all_prompts_score_one_when_satisfied_and_zero_when_not(tmp_path, all_prompts):
+    lines = read_metadata(all_prompts)
     assert len(lines) == 553
     best = aggregate(score(perfect(line), line) for line in lines)
     assert best.overall.value == 1.0
-    assert {task: interval.n for task, interval in best.tasks.items()} == {
-        "single_object": 80,
-        "two_object": 99,
-        "counting": 80,
-        "colors": 94,
-        "position": 100,
-        "color_attr": 100,
-    }
+    assert {task: interval.n for task, interval in best.tasks.items()} == PUBLISHED
     assert aggregate(score([], line) for line in lines).overall.value == 0.0
+    wrong = dict.fromkeys(PUBLISHED, 0)
+    for line, other in zip(lines, [*lines[1:], lines[0]], strict=True):
+        if line.tag == other.tag and line.include != other.include:
+            wrong[line.tag] += score(perfect(other), line).correct
+    assert all(count <= 0.05 * PUBLISHED[task] for task, count in wrong.items()), wrong
     write_metadata(tmp_path / "copy.jsonl", lines)
-    with open(OFFICIAL) as original:
+    with open(all_prompts) as original:
         assert [json.loads(line) for line in original] == [
             json.loads(line) for line in (tmp_path / "copy.jsonl").read_text().splitlines()
         ]
