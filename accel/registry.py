@@ -33,6 +33,8 @@ class Adapter:
         grid: (denoiser, that tensor) -> (rows, columns) of the image tokens in their order. Called once per
             run, outside of compiled code; may wait for the device.
         output_tokens: (denoiser, prediction) -> the prediction per token (B, N, c), in the tokens' order.
+        with_tokens: (denoiser, prediction, tokens (B, N, c), grid) -> the prediction with these tokens in it, the
+            inverse of `output_tokens`.
         per_token: (denoiser, values per token (B, N), grid) -> the same values, broadcasting to a prediction.
         shared_plan: the model can only follow one plan for the whole batch.
         attentions: denoiser -> the self-attentions whose keys and values can be kept, in any order; none if
@@ -46,6 +48,7 @@ class Adapter:
     grid_source: Callable[[Mapping[str, Any]], Tensor]
     grid: Callable[[nn.Module, Tensor], tuple[int, int]]
     output_tokens: Callable[[nn.Module, Tensor], Tensor]
+    with_tokens: Callable[[nn.Module, Tensor, Tensor, tuple[int, int]], Tensor]
     per_token: Callable[[nn.Module, Tensor, tuple[int, int]], Tensor]
     shared_plan: bool
     attentions: Callable[[nn.Module], Sequence[Attention]] = lambda denoiser: ()

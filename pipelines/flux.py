@@ -113,6 +113,7 @@ ADAPTER = Adapter(
     grid_source=lambda arguments: arguments["img_ids"],
     grid=_grid,
     output_tokens=lambda denoiser, prediction: prediction,
+    with_tokens=lambda denoiser, prediction, x_BNc, grid: x_BNc,
     per_token=lambda denoiser, x_BN, grid: x_BN[..., None],
     shared_plan=True,
     attentions=_attentions,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -41,6 +42,11 @@ def _output_tokens(denoiser: Any, prediction: Tensor) -> Tensor:
     return F.pixel_unshuffle(noise, denoiser.config.patch_size).flatten(2).transpose(1, 2)
 
 
+def _with_tokens(denoiser: Any, prediction: Tensor, x_BNc: Tensor, grid: tuple[int, int]) -> Tensor:
+    noise = F.pixel_shuffle(x_BNc.transpose(1, 2).unflatten(2, grid), denoiser.config.patch_size)
+    return torch.cat([noise, prediction[:, denoiser.config.in_channels :]], 1)
+
+
 def _per_token(denoiser: Any, x_BN: Tensor, grid: tuple[int, int]) -> Tensor:
     patch = denoiser.config.patch_size
     x_B1hw = x_BN.unflatten(1, grid)[:, None]
@@ -68,6 +74,7 @@ ADAPTER = Adapter(
     grid_source=lambda arguments: arguments["hidden_states"],
     grid=_grid,
     output_tokens=_output_tokens,
+    with_tokens=_with_tokens,
     per_token=_per_token,
     shared_plan=False,
     attentions=_attentions,

@@ -2,7 +2,9 @@
 
 Matching as in ToMe (arXiv:2210.09461) and ToMeSD (arXiv:2303.17604); plans kept over steps as in CA-ToMe
 (arXiv:2501.00946) and over layers as in LiteVGGT; importance as in arXiv:2411.16720. What is added here: the
-span (tokens stay merged from one block to the next), one plan for both halves of guidance, static shapes.
+span (tokens stay merged from one block to the next), one plan for both halves of guidance, static shapes, and
+unmerging that carries detail on: a merged step measures the mean of each group of tokens, and how a token
+differs from that mean continues from its own earlier predictions.
 
 Shapes: B batch, N tokens, C channels, G plan rows.
 """
@@ -28,6 +30,7 @@ from accel.stats import Stats, StepStats
 
 from . import importance, matching, noise
 from .checks import check, is_number, is_whole, is_wholes
+from .forecast import History, memory
 
 NAME = "token_merging"
 
@@ -50,6 +53,11 @@ class TokenMergingConfig:
         destinations: which token of each cell others are merged into: "random", "important", "unimportant".
         cell: side of the cells, at least 2; None: the smallest that leaves room for `ratio` and `protect`.
         merge: "mean" computes the mean of the merged tokens, "pick" only the destination.
+        unmerge: "carry" gives every token the prediction of its group and, on top, its own deviation from the
+            group's mean as forecast from the steps before; "copy" the prediction of its group alone.
+        order: degree of the polynomial that forecasts continue, 0 (hold), 1 or 2.
+        cycle: budgets of the steps between the dense first and last ones, repeated: 1 is a dense step, 0
+            forecasts all tokens, anything between merges and keeps that share. None: (1 - ratio,).
         refresh_every: build a new plan at every n-th reduced step; 0: only at the first one.
         refresh_at: the steps at which to build a new plan, instead of `refresh_every`.
         refresh_layers: blocks at which another plan is built from the features there; "all": at each.
@@ -73,6 +81,9 @@ class TokenMergingConfig:
     destinations: Literal["random", "important", "unimportant"] = "random"
     cell: int | None = None
     merge: Literal["mean", "pick"] = "mean"
+    unmerge: Literal["carry", "copy"] = "carry"
+    order: int = 0
+    cycle: tuple[float, ...] | None = None
     refresh_every: int = 5
     refresh_at: tuple[int, ...] = ()
     refresh_layers: tuple[int, ...] | Literal["all"] = ()
@@ -85,7 +96,7 @@ class TokenMergingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("refresh_at", "refresh_layers"):  # YAML has lists
+        for name in ("cycle", "refresh_at", "refresh_layers"):  # YAML has lists
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         check(is_number(self.ratio) and 0 <= self.ratio < 1, "ratio", "in [0, 1)", self.ratio)
@@ -108,13 +119,35 @@ class TokenMergingConfig:
         check(valid, "refresh_layers", 'a list of whole numbers >= 0 or "all"', self.refresh_layers)
         check(isinstance(self.proportional, bool), "proportional", "true or false", self.proportional)
         check(is_whole(self.seed), "seed", "a whole number", self.seed)
+        check(is_whole(self.order) and 0 <= self.order <= 2, "order", "0, 1 or 2", self.order)
+        if self.cycle is not None:
+            valid = isinstance(self.cycle, tuple) and len(self.cycle) > 0
+            valid = valid and all(is_number(b) and 0 <= b <= 1 for b in self.cycle)
+            check(valid, "cycle", "a list of budgets in [0, 1] or None", self.cycle)
+            forecasts_first = 0 in self.cycle and self.dense_steps_first < 1
+            check(
+                not forecasts_first,
+                "dense_steps_first",
+                ">= 1 if the cycle forecasts",
+                self.dense_steps_first,
+            )
         least = self.protect + (1 / self.cell**2 if self.cell else 0)
-        if self.ratio > 0 and self.ratio + least >= 1 + 1e-9:
+        budget = min((b for b in self.budgets if b > 0), default=1)
+        if budget < min(1, least - 1e-9):
             raise ConfigError(
-                f"ratio={self.ratio} leaves {1 - self.ratio:.3g} of the tokens, but protect={self.protect}"
+                f"{self._source} leaves {budget:.3g} of the tokens, but protect={self.protect}"
                 + (f" and one destination per {self.cell}x{self.cell} cell keep" if self.cell else " keeps")
                 + f" {least:.3g}. Lower one of them; the largest ratio here is {1 - least:.3g}."
             )
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """The cycle of budgets, given or from the ratio."""
+        return (1 - self.ratio,) if self.cycle is None else self.cycle
+
+    @property
+    def _source(self) -> str:
+        return f"ratio={self.ratio}" if self.cycle is None else f"cycle={self.cycle}"
 
     @classmethod
     def tomesd(cls, ratio: float = 0.5) -> TokenMergingConfig:
@@ -128,6 +161,7 @@ class TokenMergingConfig:
             ratio=ratio,
             scope="block",
             protect=0.0,
+            unmerge="copy",
             cell=2,
             refresh_every=1,
             refresh_layers="all",
@@ -139,7 +173,7 @@ class TokenMergingConfig:
 
     def schedule(self) -> Schedule:
         return Schedule(
-            cycle=(1 - self.ratio,),
+            cycle=self.budgets,
             dense_first=self.dense_steps_first,
             dense_last=self.dense_steps_last,
             refresh_every=self.refresh_every,
@@ -152,6 +186,7 @@ _CHOICES = {
     "importance": ("auto", "guidance", "detail"),
     "destinations": ("random", "important", "unimportant"),
     "merge": ("mean", "pick"),
+    "unmerge": ("carry", "copy"),
 }
 _COUNTS = (
     "refresh_every",
@@ -184,13 +219,17 @@ class TokenMerging:
             raise UnsupportedError(
                 f"proportional=True: the attention of {target.adapter.name} takes no bias per key."
             )
-        if config.ratio == 0:
+        if min(config.budgets) >= 1:
             warnings.warn(
-                "ratio=0 merges nothing: the pipeline is not accelerated.", AccelWarning, stacklevel=4
+                f"{config._source} merges nothing: the pipeline is not accelerated.",
+                AccelWarning,
+                stacklevel=4,
             )
+        self.carries = config.unmerge == "carry" or 0 in config.budgets
         self.groups = [_Group(self, blocks) for blocks in _layer_groups(first, last, config.refresh_layers)]
         self.run = Run(target, config.schedule(), self, stats, span=config.scope == "span")
-        self.run.keep_outputs = config.protect > 0 and config.importance != "detail"
+        self.run.keep_outputs = self.carries or (config.protect > 0 and config.importance != "detail")
+        self.run.remembers = self.carries
         self.forget()
 
     def attach(self, stack: ExitStack) -> Run:
@@ -205,6 +244,8 @@ class TokenMerging:
 
     def forget(self) -> None:
         self.guidance: Tensor | None = None
+        self.history: History | None = None
+        self.forecasts: list[Tensor] = []
         self._growths: list[Readback] = []
         # On the device, so that compiled code can number its draws without a new graph for each.
         device = next(self.target.denoiser.parameters()).device
@@ -213,6 +254,16 @@ class TokenMerging:
             group.forget()
 
     def prepare(self, run: Run) -> None:
+        if run.clock.step == 0 and self.carries and self.config.order > 0:
+            run.check_times()
+        run.correct, self.forecasts = None, []
+        if self.history is not None and not run.phase.dense:
+            self.forecasts = self.history.forecasts(run.time)
+            if run.phase.budget == 0:
+                run.answer(self.forecasts)
+                return
+            if self.config.unmerge == "carry":
+                run.correct = self._carry
         refresh = run.phase.refresh
         if self.config.drift is not None:
             refresh = self._drifted() or refresh
@@ -220,7 +271,9 @@ class TokenMerging:
             tokens = tuple(run.target.adapter.output_tokens(run.target.denoiser, o) for o in run.outputs)
             self.guidance = importance.guidance_magnitude(tokens, run.samples or tokens[0].shape[0])
         for group in self.groups:
-            group.stale = group.stale or refresh
+            group.stale = (
+                group.stale or refresh or (0 < run.phase.budget < 1 and group.budget != run.phase.budget)
+            )
             group.built = False
 
     def _drifted(self) -> bool:
@@ -233,11 +286,26 @@ class TokenMerging:
     def account(self, run: Run) -> StepStats:
         assert run.grid is not None
         tokens = run.grid[0] * run.grid[1]
+        total = len(self.sites) * tokens
+        self._learn(run)
+        held = memory(self.history)
+        if run.phase.budget == 0:
+            return StepStats(0, total, forecast=total, cache_bytes=held)
         active = [g for g in self.groups if g.plan is not None and not run.phase.dense]
         saved = sum(len(g.blocks) * (tokens - g.plan.slots) for g in active if g.plan is not None)
-        total = len(self.sites) * tokens
         built = sum(g.built for g in active)
-        return StepStats(total - saved, total, built, len(active) - built)
+        return StepStats(total - saved, total, built, len(active) - built, cache_bytes=held)
+
+    def _learn(self, run: Run) -> None:
+        """Keep what the step predicted, for the deviations and forecasts of the steps after it."""
+        if not self.carries or run.phase.budget == 0:
+            return
+        if self.history is None:
+            self.history = History(self.config.order)
+            self.history.start(run.outputs, run.time)
+        else:
+            run.check_calls(len(run.outputs), len(self.history.values))
+            self.history.add(run.outputs, run.time)
 
     # Inside the denoiser, possibly traced.
 
@@ -248,7 +316,9 @@ class TokenMerging:
             raise UnsupportedError(
                 f"{N} image tokens are not the {grid[0]}x{grid[1]} grid the model was told of"
             )
-        keep, protected, cell = _sizes(config, grid, multiple=16 if x_BNC.is_cuda else 1)
+        keep, protected, cell = _sizes(
+            config, self.run.phase.budget, grid, multiple=16 if x_BNC.is_cuda else 1
+        )
         # One plan for all, unless the model allows one per image and the number of images is known: before
         # the first step is over it is not, because the batch may hold both halves of guidance.
         samples = self.run.samples
@@ -277,6 +347,19 @@ class TokenMerging:
                 return None
         return matching.merge_plan(best_GN, target_GN, keep).repeat(x_BNC.shape[0] // rows if rows > 1 else 1)
 
+    def _carry(self, prediction: Tensor) -> Tensor:
+        """Forecast + what the groups' means say about it: the mean of each group as computed, and within the
+        group every token's own deviation as forecast."""
+        target, plan, grid = self.target, self.groups[-1].plan, self.run.grid
+        if plan is None or grid is None:
+            return prediction
+        call = len(self.run.outputs)
+        self.run.check_calls(max(call + 1, len(self.forecasts)), len(self.forecasts))
+        old_BNc = target.adapter.output_tokens(target.denoiser, self.forecasts[call])
+        new_BNc = target.adapter.output_tokens(target.denoiser, prediction)
+        carried_BNc = old_BNc + plan.expand(plan.reduce(new_BNc - old_BNc))
+        return target.adapter.with_tokens(target.denoiser, prediction, carried_BNc, grid)
+
     def _importance(self, x_BNC: Tensor, grid: tuple[int, int], rows: int) -> Tensor:
         score_BN = self.guidance if self.config.importance != "detail" else None
         if score_BN is None or score_BN.shape[1] != x_BNC.shape[1]:
@@ -300,6 +383,7 @@ class _Group:
     def forget(self) -> None:
         self.plan: TokenPlan | None = None
         self.stale, self.built = True, False
+        self.budget = 1.0  # of the plan
         self.baseline: Tensor | None = None  # merging error when the plan was new
         self.growth: Tensor | None = None  # merging error / baseline
         for span, _ in self.spans:
@@ -312,7 +396,7 @@ class _Group:
         if self.stale:
             with torch.no_grad():
                 self.plan = self.method.build(x_BNC, run.grid)
-            self.stale, self.built = False, True
+            self.stale, self.built, self.budget = False, True, run.phase.budget
         return self.plan
 
     def _observe(self, x_BNC: Tensor, reduced_BKC: Tensor, plan: TokenPlan) -> None:
@@ -330,21 +414,23 @@ def _layer_groups(first: int, last: int, refresh: tuple[int, ...] | Literal["all
     return [range(a, b) for a, b in pairwise(cuts)]
 
 
-def _sizes(config: TokenMergingConfig, grid: tuple[int, int], multiple: int) -> tuple[int, int, int]:
+def _sizes(
+    config: TokenMergingConfig, budget: float, grid: tuple[int, int], multiple: int
+) -> tuple[int, int, int]:
     """(tokens kept, tokens protected, cell side) for a grid; raises if that leaves nothing to merge."""
     tokens = grid[0] * grid[1]
-    keep = slots(tokens, 1 - config.ratio, multiple)
+    keep = slots(tokens, budget, multiple)
     protected = int(config.protect * tokens)
     fitting = matching.cell_size(grid, keep - protected)
     if keep >= tokens or fitting is None:
         raise UnsupportedError(
-            f"ratio={config.ratio} merges nothing at this size: of {grid[0]}x{grid[1]} = {tokens} tokens "
+            f"{config._source} merges nothing at this size: of {grid[0]}x{grid[1]} = {tokens} tokens "
             f"{keep} would be kept (a multiple of {multiple}), {protected} of them protected. Use a larger "
             "image, or another ratio."
         )
     if config.cell is not None and config.cell < fitting:
         raise UnsupportedError(
-            f"cell={config.cell} has too many destinations for ratio={config.ratio} and "
+            f"cell={config.cell} has too many destinations for {config._source} and "
             f"protect={config.protect} on a {grid[0]}x{grid[1]} grid; use cell={fitting} or None."
         )
     return keep, protected, config.cell or fitting
