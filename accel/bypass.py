@@ -1,4 +1,4 @@
-"""Answer the calls of a module for the length of one step, without running it."""
+"""Answer the calls of a module for the length of one step, all or some of them without running it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,23 @@ _NAMES = ("forward", "_compiled_call_impl")
 
 
 class _Answer:
-    """A bypass's forward; a class of its own so that it can be told."""
+    """A bypass's forward or detour; a class of its own so that it can be told."""
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        self._forward = forward
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._forward(*args, **kwargs)
+        return self._call(*args, **kwargs)
 
 
 def bypassed(module: nn.Module) -> bool:
     """Whether the step that is running, or about to, leaves this module alone."""
     return isinstance(vars(module).get("forward"), _Answer)
+
+
+def occupied(module: nn.Module) -> bool:
+    """Whether calls of this module are answered or go a detour at the step that is running, or about to."""
+    return any(isinstance(vars(module).get(name), _Answer) for name in _NAMES)
 
 
 class Bypass:
@@ -43,17 +48,28 @@ class Bypass:
         self._own: dict[str, Any] | None = None
 
     def start(self, forward: Callable[..., Any]) -> None:
-        assert not bypassed(self._module)
+        """Calls run `forward` in place of the module's, inside of its hooks."""
+        self._put(forward=_Answer(forward), _compiled_call_impl=None)
+
+    def divert(self, detour: Callable[..., Any]) -> None:
+        """Calls run `detour(call, args, kwargs)`, outside of the module's hooks and never traced. `call` is
+        what would have run, hooks and compiled code included: the detour may call it or not, with other
+        arguments, and return something else."""
+        call = vars(self._module).get("_compiled_call_impl") or self._module._call_impl
+        self._put(_compiled_call_impl=_Answer(lambda *args, **kwargs: detour(call, args, kwargs)))
+
+    def _put(self, **new: Any) -> None:
+        assert not occupied(self._module)
         # vars(): torch.compile's wrapper sends setattr on to the module it wraps.
         attributes = vars(self._module)
         self._own = {name: attributes[name] for name in _NAMES if name in attributes}
-        attributes.update(forward=_Answer(forward), _compiled_call_impl=None)
+        attributes.update(new)
 
     def stop(self) -> None:
         if self._own is None:
             return
         attributes = vars(self._module)
         for name in _NAMES:
-            del attributes[name]
+            attributes.pop(name, None)
         attributes.update(self._own)
         self._own = None

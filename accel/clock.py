@@ -62,6 +62,10 @@ class Clock:
     def follows(self, scheduler: Any) -> bool:
         return self._scheduler() is scheduler
 
+    @property
+    def listeners(self) -> tuple[Listener, ...]:
+        return tuple(self._listeners)
+
     def add(self, listener: Listener) -> Callable[[], None]:
         """Tell `listener` from now on; returns the undo action. The first wraps the scheduler, the last
         unwraps it."""

@@ -77,14 +77,15 @@ class KeyValues:
         return sum(t.numel() * t.element_size() for t in self.kept.values())
 
     def check(self, calls: int) -> None:
-        """After a step that stored: every attention must have passed through the hooks.
+        """After a step that stored in this many calls: every attention must have passed through the hooks.
 
         Raises:
             UnsupportedError: an attention processor that makes its keys or values another way.
         """
-        if len(self.kept) != 2 * self.layers * calls:
+        seen = sum(call < calls for call, _ in self.kept)
+        if seen != 2 * self.layers * calls:
             raise UnsupportedError(
-                f"keys and values of {len(self.kept)} of {2 * self.layers * calls} projections were seen: a custom "
+                f"keys and values of {seen} of {2 * self.layers * calls} projections were seen: a custom "
                 "attention processor or fused projections. Use keys_values='none', or the default processors."
             )
 

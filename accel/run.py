@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .bypass import Bypass, bypassed
+from .bypass import Bypass, bypassed, occupied
 from .clock import Clock, Listener
 from .errors import AccelWarning, UnsupportedError
 from .registry import Adapter, denoiser_of, find
@@ -69,13 +69,15 @@ class Run(Listener):
         correct: set by the method between steps: prediction -> the prediction that the pipeline gets.
             Possibly traced.
         samples: images per step, known after the first step; None before.
+        remembers: set by a method that goes on from what the calls of earlier steps gave.
+        branch_skipped: at this step, one of the two branches of guidance was not computed.
     """
 
     def __init__(
         self, target: Target, schedule: Schedule, method: Method, stats: Stats, *, span: bool
     ) -> None:
         self.target, self.schedule, self.method, self.stats, self.span = target, schedule, method, stats, span
-        self.keep_outputs = False
+        self.keep_outputs = self.remembers = False
         # Hooks keep the run alive and the run its handle, so that a handle that nobody kept is still found.
         self.handle: Any = None
         self.clock = Clock.of(target.scheduler)
@@ -91,6 +93,7 @@ class Run(Listener):
         self.grid_source: Tensor | None
         self.outputs: tuple[Tensor, ...]
         self.samples: int | None
+        self.branch_skipped: bool
         self._idle()
 
     def attach(self, stack: ExitStack) -> None:
@@ -107,7 +110,7 @@ class Run(Listener):
     def begin(self, clock: Clock) -> None:
         self._drop()
         self.phases = self.schedule.phases(clock.total)
-        if self.schedule.reduces and all(phase.dense for phase in self.phases):
+        if self.schedule.reduces and all(phase.dense and phase.guided for phase in self.phases):
             warnings.warn(
                 f"all {clock.total} steps are dense: the schedule's dense first and last steps leave none to "
                 "reduce, so this run is not accelerated.",
@@ -119,6 +122,7 @@ class Run(Listener):
         self._bypass.stop()
         self.phase, self.time = self.phases[clock.step], clock.times[clock.step]
         self.samples = clock.samples
+        self.branch_skipped = False
         self.method.prepare(self)
         self.outputs = ()
         self._calls = 0
@@ -150,19 +154,32 @@ class Run(Listener):
     def answer(self, predictions: Sequence[Tensor]) -> None:
         """Do not run the denoiser at the step that is about to start, but give these `predictions` to its
         calls."""
-        if bypassed(self.target.outer):
-            raise UnsupportedError(
-                f"two methods forecast step {self.clock.step} of the same model. Put both into one schedule: "
-                "TokenPruningConfig(cycle=...) takes forecast steps (0) and partial steps alike."
-            )
+        self._refuse_second()
         calls = count(1)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = next(calls)
             self.check_calls(max(call, len(predictions)), len(predictions))
-            return self._like_output(predictions[call - 1])
+            return self.like_output(predictions[call - 1])
 
         self._bypass.start(forward)
+
+    def divert(self, detour: Callable[..., Any]) -> None:
+        """Send the calls of the step that is about to start through `detour` (see `Bypass.divert`)."""
+        self._refuse_second()
+        self._bypass.divert(detour)
+
+    def _refuse_second(self) -> None:
+        if occupied(self.target.outer):
+            raise UnsupportedError(
+                f"two methods forecast step {self.clock.step} of the same model. Put both into one schedule: "
+                "TokenPruningConfig takes forecast steps (0 in cycle=...), partial steps and guidance_every."
+            )
+
+    def beside(self) -> list[Run]:
+        """The runs on the same denoiser, this one among them."""
+        runs = [run for run in self.clock.listeners if isinstance(run, Run)]
+        return [run for run in runs if run.target.denoiser is self.target.denoiser]
 
     def after(self, clock: Clock) -> None:
         if self.grid is None and self.grid_source is not None:
@@ -174,6 +191,11 @@ class Run(Listener):
         done = replace(self.method.account(self), calls=self._calls or None)
         if bypassed(self.target.outer):  # by this method or by another one on the same denoiser
             done = replace(done, computed=0, built=0, reused=0, forecast=done.total)
+        elif self.branch_skipped:
+            saved = done.computed - done.computed // 2
+            done = replace(
+                done, computed=done.computed - saved, forecast=done.forecast + saved, branch_skipped=True
+            )
         self.stats.record(done)
 
     def end(self, clock: Clock) -> None:
@@ -188,6 +210,7 @@ class Run(Listener):
         self.phase, self.phases, self.time = Phase(1.0), (), 0.0
         self.correct = None
         self.grid = self.grid_source = self.samples = None
+        self.branch_skipped = False
         self.outputs = ()
         self._calls = 0
 
@@ -222,16 +245,17 @@ class Run(Listener):
         if output is None:  # always_call: the denoiser raised
             self.clock.abort()
             return None
-        prediction = _prediction(output)
+        prediction = prediction_of(output)
         self._output_class = type(output)
         if self.correct is not None:
             prediction = self.correct(prediction)
-            output = self._like_output(prediction)
+            output = self.like_output(prediction)
         if self.keep_outputs:
             self.outputs = (*self.outputs, prediction)
         return output
 
-    def _like_output(self, prediction: Tensor) -> Any:
+    def like_output(self, prediction: Tensor) -> Any:
+        """The prediction in what the denoiser's calls return."""
         cls: Any = self._output_class
         assert cls is not None
         return (prediction,) if issubclass(cls, tuple) else cls(sample=prediction)
@@ -245,8 +269,8 @@ class Run(Listener):
     def _call_ends(self, module: nn.Module, args: tuple, output: Any) -> None:
         if not torch.compiler.is_compiling():
             self._calls += 1
-            self.stats.call_ends(_prediction(output).device)
+            self.stats.call_ends(prediction_of(output).device)
 
 
-def _prediction(output: Any) -> Tensor:
+def prediction_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output.sample

@@ -15,10 +15,12 @@ class Phase:
     Attributes:
         budget: share of the tokens to compute, 1 (dense) to 0 (none: forecast only).
         refresh: state that outlives a step (a plan, a reference) is due to be rebuilt at this step.
+        guided: both branches of classifier-free guidance are computed, not the conditional one only.
     """
 
     budget: float
     refresh: bool = False
+    guided: bool = True
 
     @property
     def dense(self) -> bool:
@@ -38,6 +40,8 @@ class Schedule:
         dense_first, dense_last: number of dense steps at either end.
         refresh_every: refresh at every n-th step that is not dense; 0: at the first one only.
         refresh_at: steps at which to refresh, not `refresh_every`; the first reduced step always does.
+        guidance_every: both branches of guidance at every n-th of the steps in between that compute anything,
+            counted from the dense head, so that the first of them has one branch; 1: always.
     """
 
     cycle: tuple[float, ...]
@@ -45,6 +49,7 @@ class Schedule:
     dense_last: int = 0
     refresh_every: int = 0
     refresh_at: tuple[int, ...] = ()
+    guidance_every: int = 1
 
     def __post_init__(self) -> None:
         if not self.cycle or not all(0 <= b <= 1 for b in self.cycle):
@@ -53,23 +58,27 @@ class Schedule:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
                 raise ConfigError(f"{name} must be a whole number >= 0, got {value!r}")
+        if not isinstance(self.guidance_every, int) or self.guidance_every < 1:
+            raise ConfigError(f"guidance_every must be a whole number >= 1, got {self.guidance_every!r}")
 
     @property
     def reduces(self) -> bool:
         """Whether any step computes less than everything."""
-        return min(self.cycle) < 1
+        return min(self.cycle) < 1 or self.guidance_every > 1
 
     def phases(self, total: int) -> tuple[Phase, ...]:
         """The phases of a run of `total` steps."""
-        phases, reduced = [], 0
+        phases, reduced, computed = [], 0, 0
         for step in range(total):
             middle = self.dense_first <= step < total - self.dense_last
             budget = self.cycle[(step - self.dense_first) % len(self.cycle)] if middle else 1.0
+            computed += middle and budget > 0
+            guided = not middle or budget == 0 or _every(self.guidance_every, computed)
             if budget >= 1:
-                phases.append(Phase(1.0))
+                phases.append(Phase(1.0, guided=guided))
                 continue
             due = step in self.refresh_at if self.refresh_at else _every(self.refresh_every, reduced)
-            phases.append(Phase(budget, refresh=reduced == 0 or due))
+            phases.append(Phase(budget, refresh=reduced == 0 or due, guided=guided))
             reduced += 1
         return tuple(phases)
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 @dataclass
 class StepStats:
-    """One step of the last run. Tokens are image tokens summed over the denoiser's blocks, for one call.
+    """One step of the last run. Tokens are image tokens summed over the denoiser's blocks, for one call; where
+    one of two branches of guidance is skipped, a mean over both.
 
     Attributes:
         computed, total: tokens that were computed, and that a plain step would have computed.
@@ -22,6 +23,7 @@ class StepStats:
         cache_bytes: memory held from this step to the next: histories, keys and values.
         oldest_age: steps since the token that waited longest was computed. A scalar on the device until it
             is read with int(); what `as_dict` and `oldest_age` of `Stats` give is read.
+        branch_skipped: the unconditional branch of guidance was forecast; `computed` counts half of the tokens.
     """
 
     computed: int
@@ -32,6 +34,7 @@ class StepStats:
     forecast: int = 0
     cache_bytes: int = 0
     oldest_age: int | Tensor = 0
+    branch_skipped: bool = False
 
 
 @dataclass
@@ -49,6 +52,7 @@ class Stats:
     plans_built: int = 0
     plans_reused: int = 0
     calls: int = 0
+    branches_skipped: int = 0
     steps: list[StepStats] = field(default_factory=list)
     _seconds: float = 0.0
     _timed: int = 0
@@ -110,6 +114,9 @@ class Stats:
             lines.append(
                 f"  forecasts       oldest token {self.oldest_age} steps, caches {self.cache_bytes / 2**20:.1f} MiB"
             )
+        if self.branches_skipped:
+            last = sum(s.branch_skipped for s in self.steps)
+            lines.append(f"  guidance        one branch only at {last} of {len(self.steps)} steps")
         return "\n".join(lines)
 
     def record(self, step: StepStats) -> None:
@@ -118,6 +125,7 @@ class Stats:
         self.total += step.total
         self.plans_built += step.built
         self.plans_reused += step.reused
+        self.branches_skipped += step.branch_skipped
 
     def _collect(self) -> None:
         """Add up the timings that the device is done with."""

@@ -187,6 +187,9 @@ def ours(steps: int) -> list[Configuration]:
         *(Configuration(f"prune-{name}", TokenPruningConfig(cycle=cycle)) for name, cycle in partial.items()),
         Configuration("prune-25-no-kv", TokenPruningConfig(keys_values="none")),
         Configuration("prune-25-clusters", TokenPruningConfig(clusters=16)),
+        Configuration("guidance-2nd", ForecastConfig(cycle=(1,), guidance_every=2)),
+        Configuration("guidance-2nd-forecast-2nd", ForecastConfig(cycle=(0, 1), guidance_every=2)),
+        Configuration("guidance-2nd-prune-25", TokenPruningConfig(guidance_every=2)),
         *([Configuration("cat", TokenPruningConfig.cat())] if steps > 6 else []),
     ]
 

@@ -66,11 +66,6 @@ class History:
         self.values: list[list[Tensor]] = []
         self.stamps: list[Tensor] = []
 
-    @property
-    def bytes(self) -> int:
-        tensors = {t.data_ptr(): t for t in (*self.stamps, *(v for values in self.values for v in values))}
-        return sum(t.numel() * t.element_size() for t in tensors.values())
-
     def age(self, now: float) -> Tensor:
         """Time since each token was computed."""
         return (now - self.stamps[0]).abs()
@@ -93,6 +88,13 @@ class History:
         where = None if computed is None else self._spread(computed)
         self.values = [_push(old, new, where) for old, new in zip(self.values, outputs, strict=True)]
         self.stamps = _push(self.stamps, torch.full_like(self.stamps[0], now), computed)
+
+
+def memory(*histories: History | None) -> int:
+    """Bytes that histories hold, counting once what they share."""
+    known = [h for h in histories if h is not None]
+    tensors = {t.data_ptr(): t for h in known for t in (*h.stamps, *(v for vs in h.values for v in vs))}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def _push(entries: list[Tensor], new: Tensor, where: Tensor | None) -> list[Tensor]:

@@ -2,7 +2,8 @@
 
 The scheme of TaylorSeer (arXiv:2503.06923) on one tensor per call instead of two per layer: memory stays flat,
 and the forecast runs along the scheduler's time, not along step numbers. The optional tolerance is ours: the
-error of a forecast is measured whenever a step is computed, and bounds the steps after it.
+error of a forecast is measured whenever a step is computed, and bounds the steps after it. At the steps that
+are computed, the unconditional branch of guidance may be forecast (accel.methods.guidance).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from accel.schedule import Phase, Schedule
 from accel.stats import Stats, StepStats
 
 from .checks import check, is_number, is_whole
-from .forecast import History, growth
+from .forecast import History, growth, memory
+from .guidance import Guidance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +31,15 @@ class ForecastConfig:
 
     Attributes:
         cycle: for each step between the dense first and last ones, repeated: 1 computes it, 0 forecasts it.
-            (0, 0, 1) computes every third step.
+            (0, 0, 1) computes every third step, (1,) all of them, for `guidance_every`.
         order: degree of the polynomial that is continued, 0 (hold the last prediction), 1 or 2.
         tolerance: forecast a step only if the error it would have, relative to the prediction, is at most
             this much; else compute it. The error is extrapolated from the one measured at the last computed
             step. The measured value is read once per step in question, which waits for the device. None:
             always as `cycle` says.
+        guidance_every: with classifier-free guidance, compute the unconditional branch at every n-th of the
+            steps in between that are computed only, and forecast how it differs from the conditional one at
+            the others (to `order`, at most 1). 1: always.
         dense_steps_first, dense_steps_last: steps at either end that are computed.
 
     Raises:
@@ -44,6 +49,7 @@ class ForecastConfig:
     cycle: tuple[int, ...] = (0, 0, 1)
     order: int = 1
     tolerance: float | None = None
+    guidance_every: int = 1
     dense_steps_first: int = 2
     dense_steps_last: int = 1
 
@@ -52,8 +58,12 @@ class ForecastConfig:
             object.__setattr__(self, "cycle", tuple(self.cycle))
         valid = isinstance(self.cycle, tuple) and len(self.cycle) > 0 and all(b in (0, 1) for b in self.cycle)
         check(valid, "cycle", "a list of 1 (compute) and 0 (forecast)", self.cycle)
-        if all(self.cycle):
-            raise ConfigError(f"cycle={self.cycle} forecasts nothing: at least one entry must be 0")
+        valid = is_whole(self.guidance_every) and self.guidance_every >= 1
+        check(valid, "guidance_every", "a whole number >= 1", self.guidance_every)
+        if all(self.cycle) and self.guidance_every == 1:
+            raise ConfigError(
+                f"cycle={self.cycle} forecasts nothing: at least one entry must be 0, or guidance_every above 1"
+            )
         check(is_whole(self.order) and 0 <= self.order <= 2, "order", "0, 1 or 2", self.order)
         if self.tolerance is not None:
             valid = is_number(self.tolerance) and self.tolerance > 0
@@ -64,7 +74,12 @@ class ForecastConfig:
         check(valid, "dense_steps_last", "a whole number >= 0", self.dense_steps_last)
 
     def schedule(self) -> Schedule:
-        return Schedule(self.cycle, dense_first=self.dense_steps_first, dense_last=self.dense_steps_last)
+        return Schedule(
+            self.cycle,
+            dense_first=self.dense_steps_first,
+            dense_last=self.dense_steps_last,
+            guidance_every=self.guidance_every,
+        )
 
 
 def attach(target: Target, config: ForecastConfig, stats: Stats, stack: ExitStack) -> Run:
@@ -81,7 +96,8 @@ class Forecasting:
         self.config = config
         self._blocks = len(target.adapter.sites(target.denoiser))
         self.run = Run(target, config.schedule(), self, stats, span=False)
-        self.run.keep_outputs = True
+        self.run.keep_outputs = self.run.remembers = True
+        self.guidance = Guidance(self.run, min(config.order, 1), halves=True)
         self.forget()
 
     # Between steps (see accel.run.Method).
@@ -90,16 +106,17 @@ class Forecasting:
         self.history: History | None = None
         self._age = 0
         self._error: Tensor | None = None  # relative error per growth of the last forecast that was checked
+        self.guidance.forget()
 
     def prepare(self, run: Run) -> None:
         if run.clock.step == 0:
             run.check_times()
+        if not run.phase.dense and self._too_far(run):
+            run.phase = Phase(1.0)
         if run.phase.dense:
+            self.guidance.prepare()
             return
         assert self.history is not None
-        if self._too_far(run):
-            run.phase = Phase(1.0)
-            return
         run.answer(self.history.forecasts(run.time))
 
     def _too_far(self, run: Run) -> bool:
@@ -116,10 +133,12 @@ class Forecasting:
         assert run.grid is not None
         tokens = self._blocks * run.grid[0] * run.grid[1]
         if run.phase.dense:
+            self.guidance.account()
             self._observe(run)
         self._age = 0 if run.phase.dense else self._age + 1
         assert self.history is not None
-        return StepStats(tokens, tokens, cache_bytes=self.history.bytes, oldest_age=self._age)
+        held = memory(self.history, self.guidance.history)
+        return StepStats(tokens, tokens, cache_bytes=held, oldest_age=self._age)
 
     def _observe(self, run: Run) -> None:
         if self.history is None:

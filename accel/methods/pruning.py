@@ -30,7 +30,8 @@ from accel.stats import Stats, StepStats
 
 from . import importance, selection
 from .checks import check, is_number, is_whole
-from .forecast import History, growth
+from .forecast import History, growth, memory
+from .guidance import Guidance
 
 _CHOICES = {
     "score": ("error", "change", "age"),
@@ -60,6 +61,9 @@ class TokenPruningConfig:
             budgets could not keep it. None: no bound but the schedule's dense steps.
         keys_values: "all" keeps every layer's keys and values, so that computed tokens attend to the whole
             image; "none" lets them attend to text and to each other only, which takes no memory.
+        guidance_every: with classifier-free guidance in two calls, compute the unconditional branch at every
+            n-th of the steps in between that compute anything only, and forecast how it differs from the
+            conditional one at the others (to `order`, at most 1). 1: always.
         dense_steps_first, dense_steps_last: steps at either end that compute all tokens.
 
     Raises:
@@ -75,6 +79,7 @@ class TokenPruningConfig:
     fresh_share: float = 0.0
     max_age: int | None = None
     keys_values: Literal["all", "none"] = "all"
+    guidance_every: int = 1
     dense_steps_first: int = 2
     dense_steps_last: int = 1
 
@@ -97,6 +102,8 @@ class TokenPruningConfig:
         if self.max_age is not None:
             valid = is_whole(self.max_age) and self.max_age >= 1
             check(valid, "max_age", "a whole number >= 1 or None", self.max_age)
+        valid = is_whole(self.guidance_every) and self.guidance_every >= 1
+        check(valid, "guidance_every", "a whole number >= 1", self.guidance_every)
         valid = is_whole(self.dense_steps_first) and self.dense_steps_first >= 1
         check(valid, "dense_steps_first", "a whole number >= 1", self.dense_steps_first)
         valid = is_whole(self.dense_steps_last) and self.dense_steps_last >= 0
@@ -128,7 +135,12 @@ class TokenPruningConfig:
 
     def schedule(self) -> Schedule:
         cycle = (0.0, self.budget, 0.0, 1.0) if self.cycle is None else self.cycle
-        return Schedule(cycle, dense_first=self.dense_steps_first, dense_last=self.dense_steps_last)
+        return Schedule(
+            cycle,
+            dense_first=self.dense_steps_first,
+            dense_last=self.dense_steps_last,
+            guidance_every=self.guidance_every,
+        )
 
 
 def attach(target: Target, config: TokenPruningConfig, stats: Stats, stack: ExitStack) -> Run:
@@ -143,7 +155,8 @@ class TokenPruning:
         self.target, self.config = target, config
         self.sites = list(target.adapter.sites(target.denoiser))
         self.run = Run(target, config.schedule(), self, stats, span=True)
-        self.run.keep_outputs = True
+        self.run.keep_outputs = self.run.remembers = True
+        self.guidance = Guidance(self.run, min(config.order, 1), halves=False)
         self.span = Span(lambda x_BNC: self.plan, pick=True)
         self.kept = KeyValues(lambda: len(self.run.outputs))
         self.attentions = list(target.adapter.attentions(target.denoiser))
@@ -178,6 +191,7 @@ class TokenPruning:
         self.before: tuple[Tensor, ...] = ()  # predictions of the step before the last dense one
         self.forecasts: list[Tensor] = []
         self.computed: Tensor | None = None  # mask that broadcasts to a prediction
+        self.guidance.forget()
         self.span.clear()
         self.kept.clear()
 
@@ -190,10 +204,11 @@ class TokenPruning:
         run.phase = run.phases[step]
         self.plan = self.kept.plan = run.correct = self.computed = None
         self.forecasts = []
-        following = next((p for p in run.phases[step + 1 :] if p.budget > 0), None)
-        self.kept.storing = (
-            bool(self.kept.layers) and run.phase.dense and following is not None and not following.dense
-        )
+        computing = [p for p in run.phases[step + 1 :] if p.budget > 0]
+        # Of each branch, the next step that computes it: a partial one needs what this one makes.
+        following = [next(iter(ps), None) for ps in (computing, [p for p in computing if p.guided])]
+        partial = any(p is not None and not p.dense for p in following)
+        self.kept.storing = bool(self.kept.layers) and run.phase.dense and partial
         if step == 0:
             return
         assert self.history is not None
@@ -201,20 +216,24 @@ class TokenPruning:
             self.forecasts = self.history.forecasts(run.time)
         if run.phase.budget == 0:
             run.answer(self.forecasts)
-        elif not run.phase.dense:
+            return
+        self.guidance.prepare()
+        if not run.phase.dense:
             self._select(run)
 
     def account(self, run: Run) -> StepStats:
         assert run.grid is not None
         tokens = run.grid[0] * run.grid[1]
         computed = 0 if run.phase.budget == 0 else tokens if self.plan is None else self.plan.slots
+        if computed:
+            self.guidance.account()
         if self.history is None:
             self._start(run, tokens)
         elif computed:
             run.check_calls(len(run.outputs), len(self.history.values))
             self._learn(run)
         if self.kept.storing:
-            self.kept.check(len(run.outputs))
+            self.kept.check(len(run.outputs) - run.branch_skipped)
         assert self.history is not None
         assert self.last_GN is not None
         blocks = len(self.sites)
@@ -223,7 +242,7 @@ class TokenPruning:
             blocks * tokens,
             built=int(self.plan is not None),
             forecast=blocks * (tokens - computed),
-            cache_bytes=self.history.bytes + self.kept.bytes,
+            cache_bytes=memory(self.history, self.guidance.history) + self.kept.bytes,
             oldest_age=(run.clock.step - self.last_GN).max(),
         )
 
