@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ app = typer.Typer(
 _console = Console(stderr=True)
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+_F = TypeVar("_F", bound=Callable[..., None])
 
 Out = Annotated[Path, typer.Argument(help="Run folder; made if absent, continued if it exists.")]
 Configs = Annotated[
@@ -38,6 +40,7 @@ Limit = Annotated[int | None, typer.Option(help="Only so many prompts, tasks in 
 Samples = Annotated[int, typer.Option("--samples", help="Images per prompt (GenEval: 4).")]
 Seed = Annotated[int, typer.Option(help="Base seed.")]
 BatchSize = Annotated[int, typer.Option(help="Images per pipeline call.")]
+ScoreBatch = Annotated[int, typer.Option(help="Images scored at a time.")]
 Steps = Annotated[int | None, typer.Option(help="Steps of all configurations that do not set their own.")]
 Size = Annotated[int | None, typer.Option(help="Height and width in pixels; default: the pipeline's.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; default: the pipeline's.")]
@@ -57,7 +60,10 @@ Extractors = Annotated[
         "dinov2:SOURCE.",
     ),
 ]
-Reference = Annotated[Path | None, typer.Option(help="Folder of reference images for FID and the like.")]
+Reference = Annotated[
+    Path | None,
+    typer.Option(help="Folder of reference images for FID and the like; default for scenes: ground truth."),
+]
 DetectorSource = Annotated[
     str | None, typer.Option("--detector", help="GenEval: Mask2Former folder or hub id.")
 ]
@@ -86,6 +92,30 @@ def _interruptible(command: Callable[_P, _R]) -> Callable[_P, _R]:
             raise typer.Exit(130) from None
 
     return wrapped
+
+
+def _with_options_of(*commands: Callable[..., None], without: tuple[str, ...]) -> Callable[[_F], _F]:
+    """A command's parameters are those of others, so that an option is described and defaulted once.
+
+    Where two have a parameter of one name, the first one's holds.
+    """
+    parameters: dict[str, inspect.Parameter] = {}
+    for command in commands:
+        for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+            if name not in without:
+                parameters.setdefault(name, parameter)
+
+    def decorate(command: _F) -> _F:
+        command.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
+        command.__annotations__ = {name: p.annotation for name, p in parameters.items()}
+        return command
+
+    return decorate
+
+
+def _call(command: Callable[..., None], options: dict[str, Any]) -> None:
+    wanted = inspect.signature(command).parameters
+    command(**{name: value for name, value in options.items() if name in wanted})
 
 
 @app.command("run")
@@ -155,7 +185,7 @@ def score_command(
     detector: DetectorSource = None,
     sanity: SanityImages = None,
     device: Device = None,
-    batch_size: BatchSize = 16,
+    batch_size: ScoreBatch = 16,
 ) -> None:
     """Score the images of a run folder, or existing image folders, that are not scored yet."""
     from accel.evaluation import extractors, importing, judges, scorers
@@ -176,6 +206,8 @@ def score_command(
     if suite == "scenes":
         judge = judges.scenes_judge()
         wanted, bounds = [judge.scorer], judge.bounds
+        if loaded and reference is None:
+            reference = judges.write_ground_truth(RunFolder(out))
     elif suite == "geneval" and detector and clip:
         wanted = [judges.geneval_judge(detector, clip, sanity_images=sanity, device=where).scorer]
     elif suite == "geneval":
@@ -214,44 +246,17 @@ def report_command(out: Out, worst: Worst = 6, as_json: Json = False) -> None:
 
 @app.command("all")
 @_interruptible
-def all_command(
-    out: Out,
-    config: Configs = None,
-    model: Model = "builtin",
-    suite: SuiteName = "scenes",
-    metadata: MetadataFile = None,
-    per_task: PerTask = 36,
-    limit: Limit = None,
-    samples: Samples = 1,
-    seed: Seed = 0,
-    batch_size: BatchSize = 1,
-    steps: Steps = None,
-    size: Size = None,
-    guidance: Guidance = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    warmup: Warmup = 1,
-    lpips: Lpips = None,
-    clip: Clip = None,
-    extractor: Extractors = None,
-    reference: Reference = None,
-    detector: DetectorSource = None,
-    sanity: SanityImages = None,
-    worst: Worst = 6,
-    as_json: Json = False,
-) -> None:
+@_with_options_of(run_command, score_command, report_command, without=("verify", "images"))
+def all_command(**options: Any) -> None:
     """Run, score and report in one go, in one process."""
     from accel.evaluation.errors import EvaluationError
     from accel.evaluation.records import rank_and_world
 
     if rank_and_world()[1] > 1:
         raise EvaluationError("`all` is for one process; launch `run`, then `score`, then `report`")
-    run_command(
-        out, config, model, suite, metadata, per_task, limit, samples, seed, batch_size, steps, size,
-        guidance, device, dtype, warmup,
-    )  # fmt: skip
-    score_command(out, None, lpips, clip, extractor, reference, detector, sanity, device)
-    report_command(out, worst, as_json)
+    _call(run_command, options)
+    _call(score_command, {name: value for name, value in options.items() if name != "batch_size"})
+    _call(report_command, options)
 
 
 @app.command("official")
@@ -259,11 +264,16 @@ def all_command(
 def official_command(
     results: Annotated[Path, typer.Argument(help="Results file (jsonl) of the official GenEval tool.")],
 ) -> None:
-    """Scores with intervals from the official GenEval tool's results file, as JSON."""
-    from accel.evaluation.geneval import aggregate
-    from accel.evaluation.importing import official_results
+    """Scores with intervals from the official GenEval tool's results file, as JSON.
 
-    typer.echo(json.dumps(aggregate(official_results(results)).to_dict(), indent=2))
+    Where the file holds the detector's boxes they are judged by our rules too: `same_rules` counts how
+    often the verdict is the same, and names the files where it is not.
+    """
+    from accel.evaluation.geneval import aggregate
+    from accel.evaluation.importing import official_results, same_rules
+
+    scores = aggregate(official_results(results)).to_dict()
+    typer.echo(json.dumps({**scores, "same_rules": same_rules(results)}, indent=2))
 
 
 def _device(name: str | None) -> str:

@@ -86,11 +86,13 @@ class FeatureSet:
         self.configuration = configuration
         places: list[tuple[tuple[int, int], str, int]] = []
         hashes = set()
+        self.source: str | None = None  # of reference images, the folder's name
         for record in index_records(store):
             key = record["prompt_id"], record["sample"]
             if record["configuration"] == configuration and (keys is None or key in keys):
                 hashes.add(record.get("configuration_hash"))
                 places.append((key, record["file"], record["row"]))
+                self.source = record.get("source")
         if len(hashes) > 1:
             raise IncomparableError(
                 f"{store}: features of {configuration!r} come from {len(hashes)} sources; delete this folder "

@@ -7,12 +7,13 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accel.evaluation.configurations import Configuration
 from accel.evaluation.errors import MetadataError, RecordError
 from accel.evaluation.folder import RunFolder, sample_key
 from accel.evaluation.geneval.metadata import parse_line
-from accel.evaluation.geneval.scorer import Verdict
+from accel.evaluation.geneval.scorer import Detection, Verdict, score
 from accel.evaluation.records import Appender
 from accel.evaluation.suites import Prompt, Suite
 
@@ -106,13 +107,53 @@ class Imported:
 
 def official_results(path: str | Path) -> Iterator[Verdict]:
     """Stream the verdicts in the official GenEval tool's results file (one JSON object per image)."""
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
+    for number, row in _official_rows(path):
+        try:
+            yield Verdict(bool(row["correct"]), row.get("reason", ""), row["tag"], row["prompt"])
+        except KeyError as error:
+            raise _not_official(path, number, error) from None
+
+
+def same_rules(path: str | Path) -> dict[str, Any]:
+    """Judge the official detector's boxes, where the results file holds them, by our rules.
+
+    Returns how many `images` could be judged, how many verdicts `agree`, and the files where they do
+    not. Prompts with colours are left out: the file does not hold what colour the tool saw.
+    """
+    images, differing = 0, []
+    for number, row in _official_rows(path):
+        if "details" not in row or "metadata" not in row:
+            continue
+        try:
+            metadata = parse_line(row["metadata"], str(path), number)
+            detections = [
+                Detection(label, box[4], tuple(box[:4]))
+                for label, boxes in json.loads(row["details"]).items()
+                for box in boxes
+            ]
+        except (ValueError, TypeError, IndexError, AttributeError) as error:
+            raise _not_official(path, number, error) from None
+        if any(spec.color for spec in metadata.include):
+            continue
+        images += 1
+        if score(detections, metadata).correct != bool(row["correct"]):
+            differing.append(row.get("filename", f"line {number}"))
+    return {"images": images, "agree": images - len(differing), "differing": differing}
+
+
+def _official_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        with open(path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
                 row = json.loads(line)
-                verdict = Verdict(bool(row["correct"]), row.get("reason", ""), row["tag"], row["prompt"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise MetadataError(
-                    f"{path}, line {number}: not a line of GenEval's results: {error!r}"
-                ) from None
-            yield verdict
+                if not isinstance(row, dict):
+                    raise TypeError("not a JSON object")
+                yield number, row
+    except OSError as error:
+        raise MetadataError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError) as error:
+        raise _not_official(path, number, error) from None
+
+
+def _not_official(path: str | Path, number: int, error: Exception) -> MetadataError:
+    return MetadataError(f"{path}, line {number}: not a line of GenEval's results: {error!r}")

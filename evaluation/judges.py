@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from accel.evaluation.errors import EvaluationError, SanityError
+from accel.evaluation.folder import RunFolder
 from accel.evaluation.geneval.metadata import Metadata, ObjectSpec, parse_line
 from accel.evaluation.geneval.scorer import Verdict, aggregate, score
+from accel.evaluation.records import write_atomically
 from accel.evaluation.score import load_image
 from accel.evaluation.scorers import DetectionScorer, Detector
 from accel.evaluation.suites import Prompt
@@ -36,8 +40,7 @@ def scenes_judge(size: int = 256) -> Judge:
         return scenes.detect(images)
 
     def draw(metadata: Sequence[Metadata]) -> torch.Tensor:
-        drawn = scenes.render(scenes.sample_scenes(list(metadata), np.random.default_rng(0)), size)
-        return (drawn * 255).round().to(torch.uint8)
+        return draw_scenes(metadata, size, seed=0)
 
     def bounds(prompts: Sequence[Prompt]) -> dict[str, Any]:
         return ceiling_and_floor([p.metadata for p in prompts if p.metadata], draw, detect)
@@ -45,6 +48,32 @@ def scenes_judge(size: int = 256) -> Judge:
     check = scenes.prompts("test", 1, 0)
     sanity(detect, list(zip(draw(check), check, strict=True)))
     return Judge(DetectionScorer("scenes", detect), bounds)
+
+
+def draw_scenes(metadata: Sequence[Metadata], size: int, *, seed: int | Sequence[int]) -> torch.Tensor:
+    """Ground truth: one picture of each line of the scenes suite, (B, 3, size, size) uint8."""
+    from accel.evaluation import scenes
+
+    drawn = scenes.render(scenes.sample_scenes(list(metadata), np.random.default_rng(seed)), size)
+    return (drawn * 255).round().to(torch.uint8)
+
+
+def write_ground_truth(folder: RunFolder, size: int = 256) -> Path:
+    """Draw a picture of every prompt and sample of a scenes run, as a reference to measure distances to.
+
+    Returns their folder. Pictures that exist are kept; one prompt's do not depend on which others there are.
+    """
+    target, prompts = folder.path / "ground-truth", folder.prompts()
+    for record in folder.samples():
+        file = target / f"{record['prompt_id']:05d}-{record['sample']:04d}.png"
+        metadata = prompts[record["prompt_id"]].metadata
+        if record["configuration"] != folder.plain or metadata is None or file.exists():
+            continue
+        (image,) = draw_scenes([metadata], size, seed=[record["prompt_id"], record["sample"]])
+        buffer = io.BytesIO()
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "png")
+        write_atomically(file, buffer.getvalue())
+    return target
 
 
 def geneval_judge(

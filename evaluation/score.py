@@ -214,10 +214,11 @@ class _Features:
         for record in records:
             if sample_key(record) in images:
                 by_shape.setdefault(images[sample_key(record)].shape, []).append(record)
-        names = ("configuration", "configuration_hash", "prompt_id", "sample", "image_sha256")
+        names = ("configuration", "configuration_hash", "prompt_id", "sample", "image_sha256", "source")
         for members in by_shape.values():
             features = self._extractor(torch.stack([images[sample_key(record)] for record in members]))
-            self._writer.write([{name: record[name] for name in names} for record in members], features)
+            rows = [{name: record[name] for name in names if name in record} for record in members]
+            self._writer.write(rows, features)
 
     def add_reference(self, source: Path, rank: int, world: int, batch_size: int) -> None:
         files = (
@@ -235,6 +236,7 @@ class _Features:
                     "prompt_id": number,
                     "sample": 0,
                     "image_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+                    "source": source.name,
                 }
                 if self.wants(record):
                     records.append(record)

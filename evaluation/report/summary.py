@@ -237,6 +237,8 @@ def _distances(folder: RunFolder, names: list[str], keys: set[Key], plain: str) 
                     if name == to:
                         continue
                     row: dict[str, Any] = {"configuration": name, "to": to, "extractor": reference.extractor}
+                    if reference.source:
+                        row["source"] = reference.source
                     try:
                         row |= distances(reference, sets[name], Path(scratch), paired=to == plain)
                     except EvaluationError as error:

@@ -271,13 +271,41 @@ def test_flat_folders_are_paired_by_name(tmp_path, fake):
         importing.import_images(tmp_path / "t", {"a": tmp_path / "absent"})
 
 
+def official_row(line, boxes, correct, **changes):
+    """A line as the official tool writes it: metadata and boxes as JSON in strings."""
+    row = {"filename": "00000/samples/0000.png", "tag": line.tag, "prompt": line.prompt, "correct": correct}
+    return {**row, "reason": "", "metadata": line.to_json(), "details": json.dumps(boxes), **changes}
+
+
 def test_official_results_are_read_and_bad_lines_named(tmp_path):
     file = tmp_path / "results.jsonl"
     file.write_text('{"tag": "colors", "prompt": "p", "correct": true, "reason": ""}\n')
     assert [v.correct for v in importing.official_results(file)] == [True]
-    file.write_text('{"tag": "colors"}\n')
-    with pytest.raises(EvaluationError, match=r"results\.jsonl, line 1: not a line of GenEval's results"):
-        list(importing.official_results(file))
+    assert importing.same_rules(file)["images"] == 0  # no boxes in it
+    for bad in ('{"tag": "colors"}', "[1]", '{"tag": '):
+        file.write_text(bad + "\n")
+        with pytest.raises(EvaluationError, match=r"results\.jsonl, line 1: not a line of GenEval's results"):
+            list(importing.official_results(file))
+    with pytest.raises(EvaluationError, match="cannot be read"):
+        list(importing.official_results(tmp_path / "absent.jsonl"))
+
+
+def test_the_official_detectors_boxes_are_judged_by_our_rules_too(tmp_path):
+    one = Metadata("single_object", (ObjectSpec("cat"),), "a photo of a cat")
+    red = Metadata("colors", (ObjectSpec("cat", color="red"),), "a photo of a red cat")
+    seen, nothing = {"cat": [[0, 0, 5, 5, 0.9]]}, {}
+    rows = [
+        official_row(one, seen, True),
+        official_row(one, nothing, False),
+        official_row(one, nothing, True, filename="odd.png"),  # the file contradicts itself
+        official_row(red, seen, False),  # what colour was seen is not in the file
+    ]
+    file = tmp_path / "results.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert importing.same_rules(file) == {"images": 3, "agree": 2, "differing": ["odd.png"]}
+    file.write_text(json.dumps(official_row(one, {"cat": [[0, 0]]}, True)) + "\n")
+    with pytest.raises(EvaluationError, match="line 1: not a line of GenEval's results"):
+        importing.same_rules(file)
 
 
 # --- configurations ------------------------------------------------------------------------------

@@ -1,0 +1,51 @@
+"""The stages from the command line."""
+
+import inspect
+import json
+from pathlib import Path
+
+import torch
+from typer.testing import CliRunner
+
+from accel import cli_evaluate
+
+
+def test_one_command_runs_scores_and_reports_with_ground_truth_as_reference(tmp_path):
+    """`all` on the scenes suite: an extractor without a reference folder is measured to ground truth."""
+    from safetensors.torch import save_file
+
+    from accel.evaluation.extractors.scenes import ScenesNet
+
+    torch.manual_seed(0)
+    save_file(ScenesNet().state_dict(), tmp_path / "w.safetensors")
+    command = ["all", tmp_path / "r", "-c", "steps=4", "--per-task", 1, "--samples", 2, "--json"]
+    command += ["--model", f"{Path(__file__).with_name('fake_pipeline.py')}:make", "--batch-size", 3]
+    command += ["--extractor", f"scenes:{tmp_path / 'w.safetensors'}"]
+    result = CliRunner().invoke(cli_evaluate.app, [str(part) for part in command], catch_exceptions=False)
+    assert result.exit_code == 0
+    summary = json.loads(result.stdout)
+    assert summary["run"]["batch_size"] == 3
+    assert summary["suite_metric"] == "scenes"
+    assert summary["bounds"]["ceiling"]["overall"]["value"] == 1.0
+    found = {(d["configuration"], d["to"], d.get("source"), d["n"]) for d in summary["distances"]}
+    assert found == {
+        ("steps=4", "plain", None, 12),
+        ("plain", "reference", "ground-truth", 12),
+        ("steps=4", "reference", "ground-truth", 12),
+    }
+    drawn = {f.name: f.read_bytes() for f in (tmp_path / "r/ground-truth").iterdir()}
+    assert len(drawn) == len(set(drawn.values())) == 12
+
+
+def test_all_takes_every_option_of_its_stages():
+    def options(command):
+        return {name: p.default for name, p in inspect.signature(command).parameters.items()}
+
+    together = options(cli_evaluate.all_command)
+    assert together["batch_size"] == 1  # `run`'s; that of `score` is another thing
+    stages = cli_evaluate.run_command, cli_evaluate.score_command, cli_evaluate.report_command
+    for command in stages:
+        rest = {
+            name: v for name, v in options(command).items() if name not in ("verify", "images", "batch_size")
+        }
+        assert rest.items() <= together.items()
