@@ -25,10 +25,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from accel.errors import ConfigError, UnknownNameError, UnsupportedError
+from accel.errors import ConfigError, UnknownNameError
 
 #: Class name of the model (config.json's "architectures") -> module whose `ADAPTER` is its adapter class.
 _BUILTIN = {
+    "Emu3ForConditionalGeneration": "accel.pipelines.autoregressive.emu3",
+    "GlmImageForConditionalGeneration": "accel.pipelines.autoregressive.glm_image",
     "JanusForConditionalGeneration": "accel.pipelines.autoregressive.janus",
 }
 _REGISTERED: dict[str, type[Adapter]] = {}
@@ -110,12 +112,14 @@ class Adapter(ABC):
     Attributes:
         name: of the family, for messages.
         prompt_types: what a prompt can be.
+        makes_pixels: whether `images` decodes tokens; else only output_type="tokens" is there.
         model: the whole model, in eval mode.
         tokenizer: what turns prompts into ids; None where there is nothing to tokenize.
     """
 
     name: ClassVar[str]
     prompt_types: ClassVar[tuple[type, ...]] = (str,)
+    makes_pixels: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module, tokenizer: Any = None) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -218,10 +222,9 @@ class Adapter(ABC):
     def images(self, token_BT: Tensor, layout: Layout) -> Tensor:
         """Tokens of finished images (what `layout.finished` gives) → (B, 3, H, W) float in [0, 1].
 
-        Raises:
-            UnsupportedError: this family's tokens are not decoded here.
+        To be overridden where `makes_pixels` is true.
         """
-        raise UnsupportedError(f"{self.name} makes tokens, not pixels: pass output_type='tokens'")
+        raise NotImplementedError
 
 
 def only_size(height: int | None, width: int | None, own_height: int, own_width: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from accel.decoding import Decoder, Sampling, decode
-from accel.errors import ConfigError
+from accel.errors import ConfigError, UnsupportedError
 from accel.methods.checks import check, is_number, is_whole
 
 from .adapter import Adapter, find
@@ -143,11 +143,14 @@ class AutoregressivePipeline:
 
         Raises:
             ConfigError: an argument is out of range.
-            UnsupportedError: a prompt that does not fit into the model's context.
+            UnsupportedError: a prompt that does not fit into the model's context, or pixels from a model that
+                makes none.
             NumericsError: the model computed NaN.
         """
         prompts = self._prompts(prompt, num_images_per_prompt)
         check(output_type in OUTPUT_TYPES, "output_type", f"one of {', '.join(OUTPUT_TYPES)}", output_type)
+        if output_type != "tokens" and not self.adapter.makes_pixels:
+            raise UnsupportedError(f"{self.adapter.name} makes tokens, not pixels: pass output_type='tokens'")
         defaults = self.adapter.defaults()
         guidance = defaults.guidance_scale if guidance_scale is None else guidance_scale
         check(is_number(guidance) and guidance >= 1, "guidance_scale", "a number >= 1 (1 is off)", guidance)
