@@ -5,11 +5,14 @@ A peer's own options are passed to its own functions; nothing of it is written a
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import nn
 
 from accel.evaluation.configurations import Configuration
 from accel.methods.forecasting import ForecastConfig
@@ -49,11 +52,31 @@ class Peer(Configuration):
 
     @contextmanager
     def attach(self, pipe: Any) -> Iterator[None]:
-        undo = ENABLE[self.kind](pipe, self.total, self.options)
-        try:
-            yield
-        finally:
-            undo()
+        with _copied(pipe):
+            undo = ENABLE[self.kind](pipe, self.total, self.options)
+            try:
+                yield
+            finally:
+                undo()
+
+
+@contextmanager
+def _copied(pipe: Any) -> Iterator[None]:
+    """The pipeline with a copy of its transformer, which shares the weights and is thrown away.
+
+    Peers do not clean up: diffusers 0.42's `disable_cache` leaves its `forward` and `_diffusers_hook` on every
+    block, cache-dit 1.5's the patched `forward` and `_is_patched` on the transformer. The plain pictures stay
+    bit-equal, but later rows would be timed with, and skip the patches of, earlier ones.
+    """
+    original = pipe.transformer
+    shared = []
+    if isinstance(original, nn.Module):
+        shared = [*original.parameters(), *original.buffers()]
+    pipe.transformer = copy.deepcopy(original, {id(tensor): tensor for tensor in shared})
+    try:
+        yield
+    finally:
+        pipe.transformer = original
 
 
 def _diffusers(config: Any, pipe: Any) -> Callable[[], None]:

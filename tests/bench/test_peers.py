@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
+from conftest import flux_call, make_flux
 
 from accel.bench import peers
 from accel.bench.compare import PROBLEMS, _report, try_out
@@ -56,3 +59,45 @@ def test_problems_stand_in_the_report(tmp_path, monkeypatch):
     written = _report(SimpleNamespace(path=tmp_path), ["a", "b"], {"b": "TypeError: no"})
     assert written.read_text().endswith("## Settings that did not run\n\n- `b`: TypeError: no\n")
     assert "TypeError" in (tmp_path / PROBLEMS).read_text()
+
+
+def state_of(pipe):
+    """What a peer could leave behind: attributes and hooks of every module, of the pipeline and of classes."""
+    modules = {
+        name: (set(vars(m)), vars(m).get("forward"), len(m._forward_hooks), len(m._forward_pre_hooks))
+        for name, m in pipe.transformer.named_modules()
+    }
+    classes = {*type(pipe).__mro__, *(c for m in pipe.transformer.modules() for c in type(m).__mro__)}
+    methods = {(c, k): id(v) for c in classes for k, v in vars(c).items() if callable(v)}
+    return modules, methods, set(vars(pipe)), set(vars(pipe.scheduler))
+
+
+LOOSE = {"FirstBlockCache": {"threshold": 10.0}}
+
+
+@pytest.mark.parametrize("kind", sorted(peers.ENABLE))
+def test_peers_leave_the_plain_pipeline_as_it_was(kind):
+    settings = [p for p in peers.theirs(8) if p.kind == kind][-2:]
+    # A threshold that random weights reach.
+    settings = [replace(p, options={**p.options, **LOOSE.get(kind, {})}) for p in settings]
+    if settings[0].missing:
+        pytest.skip(f"{settings[0].package} is not installed")
+    # A subclass, as the built-in pipeline is: cache-dit then works on a pipeline of its own making.
+    pipe = type("Subclass", (type(make_flux()),), {})(**make_flux().components)
+    pipe.set_progress_bar_config(disable=True)
+
+    def latents():
+        return pipe(**flux_call(guidance=3.0, steps=8)).images
+
+    plain, transformer, before = latents(), pipe.transformer, state_of(pipe)
+    weights = [p.data_ptr() for p in transformer.parameters()]
+    changed = False
+    for setting in settings:
+        with setting.attach(pipe):
+            assert [p.data_ptr() for p in pipe.transformer.parameters()] == weights  # nothing is held twice
+            changed = changed or not torch.equal(latents(), plain)
+        assert pipe.transformer is transformer
+        assert state_of(pipe) == before
+        assert torch.equal(latents(), plain)
+    # The negative control: the peer was at work.
+    assert changed
