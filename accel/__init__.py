@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .methods.forecasting import ForecastConfig
     from .methods.merging import TokenMergingConfig
     from .methods.pruning import TokenPruningConfig
+    from .methods.speculation import SpeculativeDecodingConfig
     from .stats import Stats
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "AccelWarning",
     "ForecastConfig",
     "Handle",
+    "SpeculativeDecodingConfig",
     "Stats",
     "TokenMergingConfig",
     "TokenPruningConfig",
@@ -46,6 +48,7 @@ _HOME = {
     "AccelWarning": "accel.errors",
     "ForecastConfig": "accel.methods.forecasting",
     "Handle": "accel.handle",
+    "SpeculativeDecodingConfig": "accel.methods.speculation",
     "Stats": "accel.stats",
     "TokenMergingConfig": "accel.methods.merging",
     "TokenPruningConfig": "accel.methods.pruning",

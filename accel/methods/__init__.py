@@ -11,6 +11,7 @@ from accel.errors import ConfigError, UnknownNameError
 #: Method name -> (module, name of its configuration class). The module's `attach` does the work.
 _METHODS = {
     "forecast": ("accel.methods.forecasting", "ForecastConfig"),
+    "speculative_decoding": ("accel.methods.speculation", "SpeculativeDecodingConfig"),
     "token_merging": ("accel.methods.merging", "TokenMergingConfig"),
     "token_pruning": ("accel.methods.pruning", "TokenPruningConfig"),
 }
@@ -39,7 +40,8 @@ def of(config: Any) -> tuple[str, ModuleType]:
         ConfigError: not a configuration object.
     """
     for name, (module, attribute) in _METHODS.items():
-        if type(config).__module__ == module and type(config).__name__ == attribute:
+        home = type(config).__module__
+        if (home == module or home.startswith(f"{module}.")) and type(config).__name__ == attribute:
             return name, importlib.import_module(module)
     known = ", ".join(attribute for _, attribute in _METHODS.values())
     raise ConfigError(

@@ -1,0 +1,170 @@
+"""The decoder that `accel.accelerate` puts into a pipeline.
+
+Shapes: B images, W tokens of a window, N slots of an image, V vocabulary, D codebook.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from accel.decoding import Sampling, TokenModel, decode, draw
+from accel.errors import AccelWarning, ConfigError, UnsupportedError
+
+from . import windows
+from .config import SpeculativeDecodingConfig
+from .loop import Step, ring_of, speculate, start, step_of
+from .randomness import Randomness
+from .stats import SpeculationStats
+from .step import feed
+from .verify import rule_of
+
+
+class SpeculativeDecoder:
+    """An `accel.decoding.Decoder`: the same law of images as `decode`, in fewer forwards.
+
+    An image depends on its own generator alone, whatever else is in the batch, as long as the window is the same
+    (with noise verification, whatever the window is). Knows nothing about model families. A model may offer
+    `codebook_VD`, the embedding of each token, for the distance filter.
+
+    Args:
+        config, stats: what to do, and where to say what was done.
+        timer: times a round (`windows.seconds`).
+    """
+
+    def __init__(
+        self,
+        config: SpeculativeDecodingConfig,
+        stats: SpeculationStats | None = None,
+        timer: windows.Timer = windows.seconds,
+    ) -> None:
+        self.config, self.stats = config, stats or SpeculationStats()
+        #: The pipeline keeps its decoder alive, and the decoder a handle that nobody kept.
+        self.handle: Any = None
+        self._timer = timer
+        self._gain = windows.Gain()
+        self._timed: dict[tuple, dict[int, float]] = {}
+        self._warned: set[tuple] = set()
+        self._steps: dict[tuple, Step] = {}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: TokenModel,
+        sampling: Sampling,
+        generators: Sequence[torch.Generator],
+        on_slots: Callable[[int], None] = lambda slots: None,
+    ) -> Tensor:
+        """See `accel.decoding.Decoder`.
+
+        Raises:
+            ConfigError: groups of more tokens than the vocabulary has.
+            UnsupportedError: a distance filter without a codebook.
+        """
+        slots, began = model.forced_N.shape[0], time.perf_counter()
+        step = self._step(model, sampling)
+        width = self._width(model, sampling, step) if slots > 1 else 1
+        if width == 1:
+            token_BN = decode(model, sampling, generators, on_slots)
+            self.stats.record_plain(model.images, slots, time.perf_counter() - began)
+            return token_BN
+        device = model.first_BV.device
+        ring = ring_of(self.config, width, device)
+        randomness = Randomness(generators, model.vocabulary, slots, ring, device)
+        state, forwards = speculate(model, sampling, self.config, width, step, randomness, on_slots)
+        self.stats.record(state, forwards, width, slots, time.perf_counter() - began)
+        assert self.stats.forwards_B is not None
+        self._gain.learn(width, (slots - 1) / float(self.stats.forwards_B.double().mean()))
+        return state.token_BS[:, :slots]
+
+    def _step(self, model: TokenModel, sampling: Sampling) -> Step:
+        config, codebook_VD = self.config, getattr(model, "codebook_VD", None)
+        if config.group_size > model.vocabulary:
+            raise ConfigError(
+                f"group_size must be 1 to the model's vocabulary of {model.vocabulary}, got {config.group_size}"
+            )
+        grouped = config.relaxation == "group" and not config.lossless
+        if grouped and config.distance_filter is not None and codebook_VD is None:
+            raise UnsupportedError(
+                f"distance_filter={config.distance_filter} needs the model's codebook, which "
+                f"{type(model).__name__} does not offer: pass distance_filter=None"
+            )
+        # Kept, because a new one would be compiled anew.
+        key = (sampling, model.forced_N.shape[0], id(codebook_VD))
+        if key not in self._steps:
+            rule = rule_of(config, codebook_VD)
+            self._steps[key] = step_of(config, sampling, rule, model.forced_N.shape[0])
+        return self._steps[key]
+
+    def _width(self, model: TokenModel, sampling: Sampling, step: Step) -> int:
+        """Tokens to feed per forward; 1: decode plainly."""
+        config, slots = self.config, model.forced_N.shape[0]
+        if config.window == "auto":
+            widths = [w for w in windows.WIDTHS if w <= slots] or [slots]
+        else:
+            widths = [min(config.window, slots)]
+        if len(widths) == 1 and not config.auto_disable:
+            return widths[0]
+        key = (model.images, model.vocabulary, slots, model.first_BV.device)
+        if key not in self._timed:
+            self._timed[key] = windows.time_widths(
+                widths, lambda width: self._seconds(model, sampling, step, width), self._gain
+            )
+        timed = self._timed[key]
+        width, speedup = windows.choose(timed, self._gain)
+        if speedup >= 1 or not config.auto_disable:
+            return width
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(
+                f"speculative decoding does not pay for a batch of {model.images} here: a round of {width} tokens "
+                f"takes {timed[width] / timed[1]:.1f} times as long as one token and finishes about "
+                f"{self._gain(width):.1f}. Such batches are decoded plainly; auto_disable=False keeps windows.",
+                AccelWarning,
+                stacklevel=3,
+            )
+        return 1
+
+    def _seconds(self, model: TokenModel, sampling: Sampling, step: Step, width: int) -> float:
+        """Time of a round at the image's beginning; what it leaves in the cache is written over later."""
+        images, vocabulary, device = model.images, model.vocabulary, model.first_BV.device
+        ring = ring_of(self.config, width, device)
+        # Made-up numbers: the images' own generators must not notice.
+        randomness = _Constant(images, vocabulary, ring, device)
+        if width == 1:
+            token_B1 = torch.zeros(images, 1, dtype=torch.int64, device=device)
+            one_BV = torch.ones(images, vocabulary, device=device)
+
+            def plain_round() -> Tensor:
+                logits_BWV = model.forward(token_B1, token_B1[:, 0])
+                return draw(sampling.probabilities(logits_BWV[:, 0]), one_BV)
+
+            return self._timer(plain_round, device)
+
+        forced_S = pad(model.forced_N, (0, 2 * width), value=-1)
+        state = start(model, sampling, self.config, width, randomness, forced_S)
+        uniform_BW4 = randomness.uniform(width, 4) if self.config.verifies_by == "ratio" else None
+
+        def window_round() -> Tensor:
+            logits_BWV = model.forward(*feed(state, width))
+            return step(state, logits_BWV, uniform_BW4, randomness.exponential_BRV, forced_S).finished_B
+
+        return self._timer(window_round, device)
+
+
+class _Constant(Randomness):
+    """No generators: what a round takes does not depend on the numbers."""
+
+    def __init__(self, images: int, vocabulary: int, ring: int, device: torch.device) -> None:
+        super().__init__((), vocabulary, 0, 0, device)
+        self._like = torch.full((images,), 0.5, device=device)
+        self.exponential_BRV = torch.ones(images, ring, vocabulary, device=device)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return self._like.reshape(-1, *(1 for _ in shape)).repeat(1, *shape)

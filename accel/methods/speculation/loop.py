@@ -1,0 +1,149 @@
+"""The decoder's loop: feed a window, take the step, until every image is finished.
+
+Shapes: B images, W tokens of a window, N slots of an image, S = N + 2 W, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from accel.decoding import Sampling, TokenModel, draw
+
+from .config import SpeculativeDecodingConfig
+from .draft import inverse_cdf
+from .randomness import Randomness
+from .step import State, begin, feed, noise_step, ratio_step
+from .verify import Rule
+
+#: (state, logits (B, W, V), uniform numbers (B, W, 4) or None, noise (B, R, V), forced (S,)) → state.
+Step = Callable[[State, Tensor, Tensor | None, Tensor, Tensor], State]
+
+
+def step_of(config: SpeculativeDecodingConfig, sampling: Sampling, rule: Rule, slots: int) -> Step:
+    """The step that a configuration asks for; compiled if it says so."""
+    step: Callable[..., State]
+    if config.verifies_by == "noise":
+        step = partial(_noise_step, sampling=sampling, slots=slots)
+    else:
+        step = partial(
+            ratio_step,
+            sampling=sampling,
+            rule=rule,
+            drafting=config.drafts_by,
+            fresh=config.fresh,
+            slots=slots,
+        )
+    return torch.compile(step, fullgraph=True, dynamic=False) if config.compile else step
+
+
+def _noise_step(
+    state: State,
+    logits_BWV: Tensor,
+    uniform: None,
+    exponential_BRV: Tensor,
+    forced_S: Tensor,
+    **settings: Any,
+) -> State:
+    return noise_step(state, logits_BWV, exponential_BRV, forced_S, **settings)
+
+
+def ring_of(config: SpeculativeDecodingConfig, width: int, device: torch.device) -> int:
+    """Slots whose noise must be there at once: the window, the one that enters behind it, and on a GPU the one
+    by which the host's knowledge is late."""
+    return width * (3 if device.type == "cuda" else 2) if config.drafts_by == "gumbel" else 0
+
+
+def start(
+    model: TokenModel,
+    sampling: Sampling,
+    config: SpeculativeDecodingConfig,
+    width: int,
+    randomness: Randomness,
+    forced_S: Tensor,
+) -> State:
+    """Slot 0 from the prompt's logits, and drafts for the first window."""
+    p_BV = sampling.probabilities(model.first_BV)
+    q_BWV = p_BV[:, None].expand(-1, width - 1, -1)
+    if config.drafts_by == "gumbel":
+        token_B = draw(p_BV, randomness.exponential_BRV[:, 0])
+    else:
+        token_B = inverse_cdf(p_BV, randomness.uniform(1)[:, 0])
+    if config.fresh == "uniform":
+        q_BWV = torch.full_like(q_BWV, 1 / model.vocabulary)
+    if config.drafts_by == "gumbel" and config.fresh == "last":
+        draft_BW = draw(q_BWV, randomness.exponential_BRV[:, 1:width])
+    else:
+        draft_BW = inverse_cdf(q_BWV, randomness.uniform(width - 1))
+    if config.verifies_by == "noise":
+        q_BWV = q_BWV[:, :0]
+    return begin(model.first_BV, forced_S, token_B, draft_BW, width, q_BWV)
+
+
+def speculate(
+    model: TokenModel,
+    sampling: Sampling,
+    config: SpeculativeDecodingConfig,
+    width: int,
+    step: Step,
+    randomness: Randomness,
+    on_slots: Callable[[int], None] = lambda slots: None,
+) -> tuple[State, int]:
+    """Decode a batch.
+
+    The host waits for the device once per round at most, on a GPU for the round before, so that the device
+    always has a round to work on; a batch then runs one forward more than it needs.
+
+    Args:
+        width: W, tokens fed per forward, 2 <= W <= N.
+        step: what `step_of` gave.
+        randomness: with a ring of `ring_of` slots.
+        on_slots: called with the number of slots that are finished in every image.
+
+    Returns:
+        The last state, all finished, and the number of forwards.
+    """
+    slots, device = model.forced_N.shape[0], model.first_BV.device
+    forced_S = pad(model.forced_N, (0, 2 * width), value=-1)
+    known = [1] * model.images
+    randomness.refill([0] * model.images)  # slot 0's noise, too
+    state = start(model, sampling, config, width, randomness, forced_S)
+    uses_uniform = config.verifies_by == "ratio"
+    forwards, pending = 0, None
+    while min(known) < slots:
+        randomness.refill(known)
+        token_BW, at_B = feed(state, width)
+        logits_BWV = model.forward(token_BW, at_B)
+        uniform_BW4 = randomness.uniform(width, 4) if uses_uniform else None
+        state = step(state, logits_BWV, uniform_BW4, randomness.exponential_BRV, forced_S)
+        forwards += 1
+        late, pending = pending, _Readback(state.finished_B)
+        if device.type == "cuda":
+            known = known if late is None else late.read()
+        else:
+            known = pending.read()
+        on_slots(min(known))
+    return state, forwards
+
+
+class _Readback:
+    """(B,) counts on their way to the host (as `accel.clock.Readback`, for more than one)."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._event = None
+        self._host = values
+        if values.is_cuda:
+            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> list[int]:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.tolist()
