@@ -26,9 +26,12 @@ class BatchedMuon(torch.optim.Optimizer):
                 grads = [p.grad for p in members]
                 torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
                 ahead = torch._foreach_lerp(grads, momenta, group["momentum"])
-                update = orthogonalise(torch.stack(ahead).bfloat16()).float()
+                # A convolution's kernel is a matrix from its window to its output channels.
+                matrices = torch.stack(ahead).flatten(2)
+                update = orthogonalise(matrices.bfloat16()).float().view(-1, *shape)
+                size = max(matrices.shape[1:]) ** 0.5
                 torch._foreach_mul_(members, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(members, list(update), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+                torch._foreach_add_(members, list(update), alpha=-group["lr"] * 0.2 * size)
 
 
 def orthogonalise(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
