@@ -32,6 +32,7 @@ _BUILTIN = {
     "Emu3ForConditionalGeneration": "accel.pipelines.autoregressive.emu3",
     "GlmImageForConditionalGeneration": "accel.pipelines.autoregressive.glm_image",
     "JanusForConditionalGeneration": "accel.pipelines.autoregressive.janus",
+    "LlamaGen": "accel.pipelines.autoregressive.llamagen",
 }
 _REGISTERED: dict[str, type[Adapter]] = {}
 

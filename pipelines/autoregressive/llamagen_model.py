@@ -9,7 +9,7 @@ What was run: forwards against an independent implementation in the tests, on ra
 key names. The published weights themselves (0.4-12 GB) were not at hand; names, shapes and arithmetic were taken
 from the public code.
 
-Shapes: B rows, W tokens fed, T keys and values, C width, D head width, V vocabulary; h, w latent grid.
+Shapes: R rows (B in the modules), W tokens fed, T keys and values, C width, D width of a head, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from accel.errors import UnsupportedError, WeightsError
@@ -38,7 +41,6 @@ HEADS = {
     (24, 3200): 32,  # 3B
     (32, 4096): 32,  # 7B
 }
-_GROUPS = 32  # of every group norm in the VQ model, whatever its width
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
@@ -106,21 +108,19 @@ class GptShape:
         )
 
 
-def rotary(shape: GptShape, rows: int, columns: int, spare: int = 0) -> Tensor:
-    """The rotary table (prefix + rows * columns + spare, D / 2, 2), float32: cosines and sines by position.
+def rotary(slot_RW: Tensor, columns: int, head: int) -> Tensor:
+    """Cosines and sines (R, W, D / 2, 2), float32, by which tokens at these slots of the image are turned.
 
-    The first half of a head turns with the row, the second with the column. The prefix has zeros, not an
-    identity: the published code multiplies the prefix's queries and keys by this table, so every token reads
-    the prefix with equal scores. The weights were trained with that, so it stays. `spare` repeats the last
-    position, for windows that reach over the end.
+    The first half of a head turns with the grid's row, the second with its column. Below slot 0, in the prefix,
+    both are 0 and not the identity: the published code multiplies the prefix's queries and keys by 0, so every
+    token reads the prefix with equal scores. The weights were trained with that, so it stays.
     """
-    half = shape.width // shape.heads // 2
-    frequencies = 10000.0 ** -(torch.arange(0, half, 2).float() / half)
-    row = torch.arange(rows).repeat_interleave(columns)
-    column = torch.arange(columns).repeat(rows)
-    angles = torch.cat([row[:, None] * frequencies, column[:, None] * frequencies], 1)
-    grid = torch.stack([angles.cos(), angles.sin()], -1)
-    return torch.cat([grid.new_zeros(shape.prefix, half, 2), grid, grid[-1:].expand(spare, -1, -1)])
+    half = head // 2
+    frequency = 10000.0 ** -(torch.arange(0, half, 2, device=slot_RW.device).float() / half)
+    at = torch.stack([slot_RW // columns, slot_RW % columns], -1)
+    angle_RWR = (at[..., None] * frequency).flatten(2)
+    table = torch.stack([angle_RWR.cos(), angle_RWR.sin()], -1)
+    return table * (slot_RW >= 0)[..., None, None]
 
 
 def _turn(x_BWHD: Tensor, rotary_BWR2: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ class Gpt(nn.Module):
         """Normalised hidden states (B, W, C) of W embedded tokens; `output` turns them into logits.
 
         Args:
-            rotary_BWR2: their rows of `rotary`'s table, (B, W, D / 2, 2).
+            rotary_BWR2: what `rotary` gives for their slots.
             mask: broadcasts to (B, heads, W, T): bool (True is seen) or added to the scores.
             cache: has transformers' `Cache.update(keys, values, layer)`; keys and values are (B, heads, W, D),
                 and what it returns, (B, heads, T, D), is what is attended to.
@@ -221,121 +221,6 @@ class Gpt(nn.Module):
         for block in self.layers:
             x_BWC = block(x_BWC, rotary_BWR2, mask, cache)
         return self.norm(x_BWC)
-
-
-class _Residual(nn.Module):
-    def __init__(self, channels_in: int, channels_out: int) -> None:
-        super().__init__()
-        self.norm1 = nn.GroupNorm(_GROUPS, channels_in, eps=1e-6)
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.norm2 = nn.GroupNorm(_GROUPS, channels_out, eps=1e-6)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
-        if channels_in != channels_out:
-            self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
-        return y + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
-
-
-class _PixelAttention(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = nn.GroupNorm(_GROUPS, channels, eps=1e-6)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(x)
-        q, k, v = (part(y).flatten(2).transpose(1, 2)[:, None] for part in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)
-        return x + self.proj_out(y.reshape(x.shape))
-
-
-class _Stage(nn.Module):
-    """Residual blocks of one resolution, with attention if it is the coarsest, and the step to the next."""
-
-    def __init__(self, channels: list[tuple[int, int]], attention: bool, upsample: bool) -> None:
-        super().__init__()
-        out = channels[-1][1]
-        self.res = nn.ModuleList(_Residual(i, o) for i, o in channels)
-        self.attn = nn.ModuleList(_PixelAttention(o) for _, o in channels) if attention else None
-        self.upsample = nn.ModuleDict({"conv": nn.Conv2d(out, out, 3, padding=1)}) if upsample else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        for i, block in enumerate(self.res):
-            x = block(x)
-            if self.attn is not None:
-                x = self.attn[i](x)
-        return x if self.upsample is None else self.upsample["conv"](F.interpolate(x, scale_factor=2.0))
-
-
-class _Decoder(nn.Module):
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        found = (re.match(r"decoder\.conv_blocks\.(\d+)\.res\.(\d+)\.conv1\.weight", name) for name in state)
-        blocks = sorted((int(m[1]), int(m[2])) for m in found if m)
-        top, latent = state["decoder.conv_in.weight"].shape[:2]
-        self.conv_in = nn.Conv2d(latent, top, 3, padding=1)
-        self.mid = nn.ModuleList([_Residual(top, top), _PixelAttention(top), _Residual(top, top)])
-        self.conv_blocks = nn.ModuleList()
-        for stage in range(1 + blocks[-1][0]):
-            name = f"decoder.conv_blocks.{stage}"
-            shapes = [state[f"{name}.res.{i}.conv1.weight"].shape for at, i in blocks if at == stage]
-            self.conv_blocks.append(
-                _Stage(
-                    [(shape[1], shape[0]) for shape in shapes],
-                    attention=f"{name}.attn.0.q.weight" in state,
-                    upsample=f"{name}.upsample.conv.weight" in state,
-                )
-            )
-        out = state["decoder.conv_out.weight"]
-        self.norm_out = nn.GroupNorm(_GROUPS, out.shape[1], eps=1e-6)
-        self.conv_out = nn.Conv2d(out.shape[1], out.shape[0], 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for block in (*self.mid, *self.conv_blocks):
-            x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
-
-
-class VqDecoder(nn.Module):
-    """From codes to pixels. Built after a state dict, from which all sizes are read.
-
-    Attributes:
-        scale: pixels along an edge of the image per code: 16 (`vq_ds16`) or 8 (`vq_ds8`).
-    """
-
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        needed = (
-            "quantize.embedding.weight",
-            "decoder.conv_in.weight",
-            "decoder.conv_out.weight",
-            "decoder.conv_blocks.0.res.0.conv1.weight",
-        )
-        missing = [name for name in needed if name not in state]
-        if missing:
-            raise WeightsError(
-                f"not a LlamaGen VQ tokenizer: its state dict lacks {', '.join(missing)}. "
-                f"It has {len(state)} keys, among them {', '.join(sorted(state)[:8])}."
-            )
-        codes, channels = state["quantize.embedding.weight"].shape
-        self.quantize = nn.ModuleDict({"embedding": nn.Embedding(codes, channels)})
-        self.post_quant_conv = nn.Conv2d(channels, state["decoder.conv_in.weight"].shape[1], 1)
-        self.decoder = _Decoder(state)
-        self.scale = 2 ** sum(stage.upsample is not None for stage in self.decoder.conv_blocks)  # type: ignore[misc]
-
-    @property
-    def codebook(self) -> Tensor:
-        """(V, 8) float32 codes of length 1: distances were taken between normalised codes in training."""
-        return F.normalize(self.quantize["embedding"].weight.float(), dim=-1)
-
-    def forward(self, code_Bhw: Tensor) -> Tensor:
-        """Codes (B, h, w) -> pixels (B, 3, scale * h, scale * w), about -1 to 1."""
-        latent = self.codebook.to(self.post_quant_conv.weight.dtype)[code_Bhw].permute(0, 3, 1, 2)
-        return self.decoder(self.post_quant_conv(latent))
 
 
 def read(file: str | Path) -> dict[str, Tensor]:
@@ -350,13 +235,11 @@ def read(file: str | Path) -> dict[str, Tensor]:
     """
     try:
         if Path(file).suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return load_file(file)
         # The training script's arguments lie beside the weights; a Namespace is plain data.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, UnpicklingError, SafetensorError) as error:
         raise WeightsError(f"{file}: cannot be read as a state dict: {error}") from error
     for name in ("model", "module", "state_dict", "ema"):
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
@@ -399,10 +282,3 @@ def load_gpt(state: Mapping[str, Tensor], heads: int | None = None) -> Gpt:
     with torch.device("meta"):
         module = Gpt(shape)
     return fill(module, state, unused=("freqs_cis",))  # older checkpoints carry the rotary table
-
-
-def load_vq(state: Mapping[str, Tensor]) -> VqDecoder:
-    """A VQ decoder with the state dict's weights and dtype; the encoder's are left out. Errors: `fill`."""
-    with torch.device("meta"):
-        module = VqDecoder(state)
-    return fill(module, state, unused=("encoder.", "quant_conv.", "quantize.codebook_used"))

@@ -49,6 +49,8 @@ def class_name(source: str, **options: Any) -> str:
     """
     folder = Path(source) / options.get("subfolder", "")
     if Path(source).exists() and not (folder / "config.json").is_file():
+        if any(folder.glob("[ct]2i_*")):
+            return "LlamaGen"  # published as bare state dicts of these names
         raise WeightsError(
             f"{folder}: not a model folder (it has no config.json). Pass the folder that save_pretrained wrote"
         )

@@ -65,7 +65,7 @@ class AutoregressivePipeline:
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> AutoregressivePipeline:
-        """Load a checkpoint, onto the CPU. Only safetensors are read.
+        """Load a checkpoint, onto the CPU. Only safetensors are read, and the tensors of LlamaGen's .pt files.
 
         Args:
             source: a folder written by `save_pretrained`, or the id of a model on the hub.
