@@ -183,7 +183,8 @@ class TokenMerging:
         self.run.check_calls(max(call + 1, len(self.forecasts)), len(self.forecasts))
         old_BNc = target.adapter.output_tokens(target.denoiser, self.forecasts[call])
         new_BNc = target.adapter.output_tokens(target.denoiser, prediction)
-        carried_BNc = old_BNc + plan.expand(plan.reduce(new_BNc - old_BNc))
+        gather = plan.take if self.config.merge == "pick" else plan.reduce
+        carried_BNc = old_BNc + plan.expand(gather(new_BNc - old_BNc))
         return target.adapter.with_tokens(target.denoiser, prediction, carried_BNc, grid)
 
     def _importance(self, x_BNC: Tensor, grid: tuple[int, int], rows: int) -> Tensor:
