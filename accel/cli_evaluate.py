@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Annotated, Any, NamedTuple, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
@@ -188,43 +188,37 @@ def score_command(
     batch_size: ScoreBatch = 16,
 ) -> None:
     """Score the images of a run folder, or existing image folders, that are not scored yet."""
-    from accel.evaluation import extractors, importing, judges, scorers
+    from accel.evaluation import importing, judges
     from accel.evaluation.errors import EvaluationError
     from accel.evaluation.folder import RunFolder
     from accel.evaluation.score import score
 
-    where = _device(device)
     if images:
         pairs = [text.partition("=")[::2] for text in images]
         if any(not name or not folder for name, folder in pairs):
             raise EvaluationError("--images takes NAME=FOLDER")
         importing.import_images(out, dict(pairs))
     suite = RunFolder(out).settings["suite"]["name"]
-    loaded = [extractors.load(spec, device=where) for spec in extractor or []]
-    wanted: list[scorers.Scorer] = []
-    bounds = None
-    if suite == "scenes":
-        judge = judges.scenes_judge()
-        wanted, bounds = [judge.scorer], judge.bounds
-        if loaded and reference is None:
-            reference = judges.write_ground_truth(RunFolder(out))
-    elif suite == "geneval" and detector and clip:
-        wanted = [judges.geneval_judge(detector, clip, sanity_images=sanity, device=where).scorer]
-    elif suite == "geneval":
+    tools = _load_tools(suite, lpips, clip, extractor, detector, sanity, _device(device))
+    if suite == "geneval" and not (detector and clip):
         _console.print(
             "no GenEval score without --detector (Mask2Former) and --clip (ViT-L/14); "
             f"the images are in GenEval's own layout under {out / 'images'}",
             style="yellow",
             highlight=False,
         )
-    wanted += scorers.pixel_scorers()
-    if lpips:
-        wanted.append(scorers.lpips_scorer(lpips, device=where))
-    if clip:
-        embedder = next((e for e in loaded if isinstance(e, extractors.ClipExtractor)), None)
-        wanted.append(scorers.ClipScorer(embedder or extractors.ClipExtractor(clip, device=where)))
+    if suite == "scenes" and tools.extractors and reference is None:
+        reference = judges.write_ground_truth(RunFolder(out))
     with _progress("scoring") as update:
-        score(out, wanted, loaded, reference=reference, bounds=bounds, batch_size=batch_size, progress=update)
+        score(
+            out,
+            tools.scorers,
+            tools.extractors,
+            reference=reference,
+            bounds=tools.bounds,
+            batch_size=batch_size,
+            progress=update,
+        )
 
 
 @app.command("report")
@@ -254,6 +248,9 @@ def all_command(**options: Any) -> None:
 
     if rank_and_world()[1] > 1:
         raise EvaluationError("`all` is for one process; launch `run`, then `score`, then `report`")
+    # What cannot be loaded should be known before the images are made, not after.
+    names = ("suite", "lpips", "clip", "extractor", "detector", "sanity")
+    _load_tools(*(options[name] for name in names), _device(options["device"]))
     _call(run_command, options)
     _call(score_command, {name: value for name, value in options.items() if name != "batch_size"})
     _call(report_command, options)
@@ -274,6 +271,43 @@ def official_command(
 
     scores = aggregate(official_results(results)).to_dict()
     typer.echo(json.dumps({**scores, "same_rules": same_rules(results)}, indent=2))
+
+
+class _Tools(NamedTuple):
+    """What `score` judges with."""
+
+    scorers: list[Any]
+    extractors: list[Any]
+    bounds: Any
+
+
+def _load_tools(
+    suite: str,
+    lpips: str | None,
+    clip: str | None,
+    extractor: list[str] | None,
+    detector: str | None,
+    sanity: Path | None,
+    device: str,
+) -> _Tools:
+    from accel.evaluation import extractors, judges, scorers
+
+    loaded = [extractors.load(spec, device=device) for spec in extractor or []]
+    wanted: list[scorers.Scorer] = []
+    bounds = None
+    if suite == "scenes":
+        judge = judges.scenes_judge()
+        wanted, bounds = [judge.scorer], judge.bounds
+    elif suite == "geneval" and detector and clip:
+        wanted = [judges.geneval_judge(detector, clip, sanity_images=sanity, device=device).scorer]
+    wanted += scorers.pixel_scorers()
+    if lpips:
+        wanted.append(scorers.lpips_scorer(lpips, device=device))
+    if clip:
+        # Loaded once where both ask for the same model, and never taken for another.
+        same = [e for spec, e in zip(extractor or [], loaded, strict=True) if spec == f"clip:{clip}"]
+        wanted.append(scorers.ClipScorer(same[0] if same else extractors.ClipExtractor(clip, device=device)))
+    return _Tools(wanted, loaded, bounds)
 
 
 def _device(name: str | None) -> str:

@@ -206,10 +206,12 @@ def distances(
         except (EvaluationError, ValueError):
             left_out = []  # enough images for the value, too few for it without a tenth of them
         for key, value in values.items():
-            ends = None
-            if left_out:
-                ends = jackknife_interval(value, [part[key] for part in left_out], bounds=_RANGE[key])
-            result["intervals"][key] = ends
+            replicates = [part[key] for part in left_out]
+            # All alike they say nothing of how far the value is from the next sample's: no certainty.
+            varied = bool(replicates) and not np.allclose(replicates, replicates[0], rtol=1e-6, atol=1e-9)
+            result["intervals"][key] = (
+                jackknife_interval(value, replicates, bounds=_RANGE[key]) if varied else None
+            )
     return result
 
 

@@ -67,6 +67,7 @@ def html(folder: RunFolder, summary: dict[str, Any]) -> str:
         plots=_plots(summary),
         grid=_grid(folder, summary),
         amplify=_AMPLIFY,
+        facts=tables.facts(summary),
         style=(_HERE / "report.css").read_text(encoding="utf-8"),
         script=script,
         policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
@@ -74,20 +75,42 @@ def html(folder: RunFolder, summary: dict[str, Any]) -> str:
 
 
 def _plots(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    speedups = {}
+    for row in summary["configurations"]:
+        pipeline = row["speed"]["pipeline"]
+        if pipeline and pipeline["speedup"]:
+            speedups[row["name"]] = pipeline["speedup"]["value"]
     plots = []
     for metric in tables.metric_names(summary):
         points, higher = [], True
         for row in summary["configurations"]:
-            entry, pipeline = row["metrics"].get(metric), row["speed"]["pipeline"]
-            if not entry or "mean" not in entry or not pipeline or not pipeline["speedup"]:
+            entry = row["metrics"].get(metric)
+            if not entry or "mean" not in entry or row["name"] not in speedups:
                 continue
-            mean, speedup = entry["mean"], pipeline["speedup"]["value"]
+            mean, speedup = entry["mean"], speedups[row["name"]]
             higher = entry["higher_is_better"]
             detail = f"{speedup:.2f}× · {tables.interval(mean)} · n = {mean['n']}"
             points.append(Point(row["name"], speedup, mean["value"], mean["low"], mean["high"], detail))
+        lines = []
+        if metric == summary["suite_metric"]:
+            bounds = summary["bounds"] or {}
+            found = ((name, bounds.get(name)) for name in ("ceiling", "floor"))
+            lines = [(name, bound["overall"]["value"]) for name, bound in found if bound]
         if points:
             title = tables.metric_title(metric, summary)
-            plots.append({"title": title, **layout(points, label=title, higher_is_better=higher)})
+            plots.append(layout(points, label=title, higher_is_better=higher, lines=lines))
+    for to, extractor in dict.fromkeys((d["to"], d["extractor"]) for d in summary["distances"]):
+        points = []
+        for d in summary["distances"]:
+            name = d["configuration"]
+            if (d["to"], d["extractor"]) == (to, extractor) and d.get("fid") is not None and name in speedups:
+                low, high = d["intervals"].get("fid") or (None, None)
+                cell = tables.distance_cell(d["fid"], d["intervals"].get("fid"))
+                detail = f"{speedups[name]:.2f}× · {cell} · n = {d['n']}"
+                points.append(Point(name, speedups[name], d["fid"], low, high, detail))
+        if points:
+            title = f"FID to {to} by {extractor.partition(':')[0]}"
+            plots.append(layout(points, label=title, higher_is_better=False))
     return plots
 
 

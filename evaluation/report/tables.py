@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections.abc import Sequence
 from typing import Any
 
 Summary = dict[str, Any]
@@ -16,11 +17,13 @@ def interval(entry: dict[str, Any] | None, digits: int = 3, *, signed: bool = Fa
     """`0.812 [0.760, 0.860]`; a dash where there is no number."""
     if entry is None:
         return "–"
-    sign = "+" if signed else ""
-    value = f"{entry['value']:{sign}.{digits}f}"
+
+    def number(value: float) -> str:
+        return f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
+
     if entry["low"] is None:
-        return f"{value} [n too small]"
-    return f"{value} [{entry['low']:{sign}.{digits}f}, {entry['high']:{sign}.{digits}f}]"
+        return f"{number(entry['value'])} [n too small]"
+    return f"{number(entry['value'])} [{number(entry['low'])}, {number(entry['high'])}]"
 
 
 def metric_title(metric: str, summary: Summary) -> str:
@@ -54,6 +57,9 @@ def lines(cell: str) -> list[tuple[str, str]]:
     """A cell's parts as (value, its interval or spread), for a table that sets them below each other."""
     parts = []
     for part in cell.split("; "):
+        if part.startswith("n = "):
+            parts.append(("", part))
+            continue
         match = re.match(r"(.*?)(?: ([\[(].*))?$", part, re.DOTALL)
         assert match is not None
         parts.append((match[1], match[2] or ""))
@@ -69,12 +75,13 @@ def main_table(summary: Summary) -> tuple[list[str], list[list[str]]]:
     for row in summary["configurations"]:
         speed = row["speed"]
         pipeline, denoiser = speed["pipeline"], speed["denoiser"]
-        cells = [row["name"], _speedup(pipeline), _spread(pipeline), _speedup(denoiser), _spread(denoiser)]
-        cells.append(f"{pipeline['images_per_second']:.3g}" if pipeline else "–")
+        is_plain = row["name"] == summary["plain"]
+        cells = [row["name"], _speedup(pipeline, is_plain), _spread(pipeline)]
+        cells += [_speedup(denoiser, is_plain), _spread(denoiser)]
+        cells.append(_three_digits(pipeline["images_per_second"]) if pipeline else "–")
         cells.append(
             f"{speed['peak_bytes'] / 2**20:.0f} MiB {speed['peak_kind']}" if speed["peak_bytes"] else "–"
         )
-        is_plain = row["name"] == summary["plain"]
         cells += [metric_cell(row["metrics"].get(metric), plain=is_plain) for metric in metrics]
         rows.append(cells)
     return header, rows
@@ -100,34 +107,33 @@ def task_table(summary: Summary) -> tuple[list[str], list[list[str]]] | None:
             own = [interval(values["tasks"].get(task)) for task in tasks]
             rows.append([title, *own, interval(values["overall"])])
         else:
-            rows.append([f"{title} (not available for this suite)", *["–"] * len(tasks), "–"])
+            rows.append([f"{bound}: not available", *["–"] * len(tasks), "–"])
     return ["configuration", *tasks, "overall"], rows
 
 
 def distance_table(summary: Summary) -> tuple[list[str], list[list[str]]] | None:
-    """Set distances with their n, reference and extractor; a reason where there is no number."""
+    """Set distances with interval, n, reference and extractor; a reason where there is no number."""
     if not summary["distances"]:
         return None
-    names = ["fid", "kid", "cmmd", "precision", "recall"]
+    titles = {"fid": "FID", "kid": "KID", "cmmd": "CMMD", "precision": "precision", "recall": "recall"}
+    shown = [
+        name
+        for name in titles
+        if any(row.get(name) is not None or f"{name}_reason" in row for row in summary["distances"])
+    ]
     rows = []
     for row in summary["distances"]:
-        cells = [row["configuration"], row["to"], row["extractor"], str(row.get("n", "–"))]
-        for name in names:
-            value = row.get(name)
+        to = f"{row['to']} ({row['source']})" if row.get("source") else row["to"]
+        cells = [row["configuration"], to, row["extractor"], str(row.get("n", "–"))]
+        for name in shown or ["fid"]:
             reason = row.get(f"{name}_reason") or row.get("reason")
-            cells.append(f"{value:.4g}" if value is not None else f"none: {reason}" if reason else "–")
+            if row.get(name) is not None:
+                cells.append(distance_cell(row[name], row["intervals"].get(name)))
+            else:
+                cells.append(f"none: {reason}" if reason else "–")
         rows.append(cells)
-    return [
-        "configuration",
-        "compared to",
-        "extractor",
-        "n",
-        "FID",
-        "KID",
-        "CMMD",
-        "precision",
-        "recall",
-    ], rows
+    header = ["configuration", "compared to", "extractor", "n"]
+    return header + [titles[name] for name in shown or ["fid"]], rows
 
 
 def markdown(summary: Summary) -> str:
@@ -160,9 +166,12 @@ def as_csv(summary: Summary) -> str:
                 f"{metric}_difference", entry.get("difference")
             )
         for distance in summary["distances"]:
-            if distance["configuration"] == row["name"]:
-                for key in ("fid", "kid", "cmmd", "precision", "recall"):
-                    flat[f"{key}_to_{distance['to']}[{distance['extractor']}]"] = distance.get(key)
+            if distance["configuration"] != row["name"]:
+                continue
+            for key in ("fid", "kid", "cmmd", "precision", "recall"):
+                low, high = distance.get("intervals", {}).get(key) or (None, None)
+                entry = {"value": distance.get(key), "low": low, "high": high}
+                flat |= _columns(f"{key}_to_{distance['to']}[{distance['extractor']}]", entry)
         rows.append(flat)
     fields = list(dict.fromkeys(key for flat in rows for key in flat))
     buffer = io.StringIO()
@@ -179,22 +188,68 @@ def caption(summary: Summary) -> str:
     where = f" on {session['device']} (torch {session['versions']['torch']})" if session else ""
     return (
         f"{summary['images']} images of {summary['prompts']} prompts (suite {run['suite']['name']}) per "
-        f"configuration{where}. Speedups are medians of ratios to {summary['plain']!r} for the same prompt "
-        "and seed in the same process. Brackets are 95 % intervals, over resampled prompts for quality. "
-        "Pairs share prompt, seed and initial noise."
+        f"configuration{where}. Speedups are medians of ratios to {summary['plain']!r} for the same prompts "
+        "and seeds in the same process, n counts timed calls. Brackets are 95 % intervals, for quality "
+        "over resampled prompts. Pairs share prompt, seed and initial noise."
     )
 
 
-def _speedup(part: dict[str, Any] | None) -> str:
+def facts(summary: Summary) -> list[tuple[str, str]]:
+    """What a reader asks first about how the run was made, as (name, value)."""
+    run = summary["run"]
+    call = ", ".join(f"{name} {value}" for name, value in run.get("call", {}).items())
+    found = [
+        ("model", run["model"]),
+        ("pipeline arguments", call or "the pipeline's own"),
+        ("images per call", str(run.get("batch_size", "–"))),
+        ("images per prompt", str(run.get("samples_per_prompt", "–"))),
+        ("base seed", str(run.get("base_seed", "–"))),
+    ]
+    if summary["sessions"]:
+        last = summary["sessions"][-1]
+        versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items() if version)
+        devices = dict.fromkeys(session["device"] for session in summary["sessions"])
+        cuda = f", CUDA {last['cuda']}" if last["cuda"] else ""
+        found += [
+            ("device", ", ".join(devices) + cuda),
+            ("processor cores and threads", f"{last['cpus']} and {last['threads']}"),
+            ("processes", str(last["world"])),
+            ("Python", f"{last['python']} on {last['platform']}"),
+            ("versions", versions),
+            ("source revision", last["git"] or "not a checkout"),
+            ("command", " ".join(last["command"])),
+            ("last started", f"{last['time']}; {len(summary['sessions'])} start(s) in all"),
+        ]
+    return found
+
+
+def _speedup(part: dict[str, Any] | None, is_plain: bool) -> str:
     if part is None or part["speedup"] is None:
         return "–"
+    if is_plain:
+        return "1×"
     entry = part["speedup"]
     bounds = f"[{entry['low']:.2f}, {entry['high']:.2f}]" if entry["low"] is not None else "[n too small]"
-    return f"{entry['value']:.2f}× {bounds}"
+    return f"{entry['value']:.2f}× {bounds}; n = {entry['n']} call{'s' if entry['n'] != 1 else ''}"
 
 
 def _spread(part: dict[str, Any] | None) -> str:
-    return f"{part['median']:.3g} ({part['p10']:.3g}–{part['p90']:.3g})" if part else "–"
+    if part is None:
+        return "–"
+    median, p10, p90 = (_three_digits(part[name]) for name in ("median", "p10", "p90"))
+    return f"{median} ({p10}–{p90})"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def distance_cell(value: float, ends: Sequence[float] | None) -> str:
+    """`12.31 [10.90, 13.72]`, with as many digits as fit its size."""
+    digits = 1 if abs(value) >= 100 else 2 if abs(value) >= 10 else 4
+    if ends is None:
+        return f"{value:.{digits}f} [no interval]".replace("-", "−")
+    return interval({"value": value, "low": ends[0], "high": ends[1]}, digits)
 
 
 def _columns(name: str, entry: dict[str, Any] | None) -> dict[str, Any]:

@@ -4,10 +4,12 @@ import inspect
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from typer.testing import CliRunner
 
 from accel import cli_evaluate
+from accel.evaluation.errors import WeightsError
 
 
 def test_one_command_runs_scores_and_reports_with_ground_truth_as_reference(tmp_path):
@@ -49,3 +51,15 @@ def test_all_takes_every_option_of_its_stages():
             name: v for name, v in options(command).items() if name not in ("verify", "images", "batch_size")
         }
         assert rest.items() <= together.items()
+
+
+def test_weights_that_are_missing_are_named_before_anything_is_generated(tmp_path):
+    for option, value, says in (
+        ("--extractor", "inception:/nowhere/i.pt", r"i\.pt: no such weight file; expected SHA-256 f58cb9b6"),
+        ("--lpips", "/nowhere/alexnet.pth", r"alexnet\.pth: no such weight file; .*download\.pytorch\.org"),
+        ("--extractor", "scenes:/nowhere/w.safetensors", "the scenes extractor's weights are missing"),
+    ):
+        command = ["all", str(tmp_path / "r"), "--model", "absent.py:make", option, value]
+        with pytest.raises(WeightsError, match=says):
+            CliRunner().invoke(cli_evaluate.app, command, catch_exceptions=False)
+    assert not (tmp_path / "r").exists()

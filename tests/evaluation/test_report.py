@@ -120,6 +120,7 @@ def test_distances_name_extractor_n_and_reference(summary):
     assert found["same", "plain"]["fid"] == pytest.approx(0, abs=1e-6)
     assert found["plain", "reference"]["fid"] == pytest.approx(0, abs=1e-6)
     assert found["few", "plain"]["fid"] > 1
+    assert found["same", "plain"]["intervals"]["fid"] is None  # equal sets: no spread is no certainty
 
 
 def test_csv_and_markdown(folder, summary):
@@ -213,6 +214,24 @@ def test_pareto_front_and_reversed_axis():
     layout([a], label="m", higher_is_better=True)  # one point: no division by its zero spread
 
 
+def test_labels_of_a_crowded_plot_cover_neither_each_other_nor_the_points():
+    points = [Point(f"merge{i}-ratio=0.{i}", 1 + i / 40, 0.8 - i / 200, None, None, "") for i in range(8)]
+    drawn = layout(points, label="m", higher_is_better=True, lines=[("ceiling", 1.0), ("floor", 0.0)])
+    boxes = []
+    for p in drawn["points"]:
+        width = 10 * len(p["shown"])
+        left = p["label_x"] - (width if p["anchor"] == "end" else 0)
+        boxes.append((left, p["label_y"] - 18, left + width, p["label_y"] + 6))
+    for i, a in enumerate(boxes):
+        assert 0 <= a[0] <= a[2] <= drawn["width"]
+        for b in boxes[i + 1 :]:
+            assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+        for p in drawn["points"]:
+            assert not (a[0] < p["x"] < a[2] and a[1] < p["y"] < a[3])
+    long = layout([Point("x" * 60, 1, 1, None, None, "")], label="m", higher_is_better=True)["points"][0]
+    assert (len(long["shown"]), len(long["name"])) == (24, 60)
+
+
 # --- in the browser ------------------------------------------------------------------------------
 
 needs_browser = pytest.mark.skipif(
@@ -226,6 +245,17 @@ def browser(request, tmp_path):
     browser = Browser(tmp_path / "profile", width=request.param)
     yield browser
     browser.close()
+
+
+OVERLAPPING_LABELS = """
+const found = [];
+for (const svg of document.querySelectorAll('svg')) {
+  const boxes = [...svg.querySelectorAll('.point text')].map(t => [t.textContent, t.getBoundingClientRect()]);
+  for (const [i, [a, p]] of boxes.entries()) for (const [b, q] of boxes.slice(i + 1))
+    if (p.left < q.right && q.left < p.right && p.top < q.bottom && q.top < p.bottom) found.push([a, b]);
+}
+return found;
+"""
 
 
 @needs_browser
@@ -243,6 +273,15 @@ def test_the_page_in_a_browser(browser, folder):
     assert browser.js("return [...document.images].every(i => i.complete && i.naturalWidth > 0)")
     assert browser.js("return document.images.length") == 3 * 8 * 2
     assert browser.js("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    assert browser.js(OVERLAPPING_LABELS) == []
+    # At 400 pixels a row is a card: every number is in the window, with its column's name before it.
+    cells = browser.js(
+        "return [...document.querySelectorAll('td')].map(c => [c.dataset.label, "
+        "getComputedStyle(c, '::before').content, c.getBoundingClientRect().right])"
+    )
+    assert all(label for label, _, _ in cells)
+    if browser.js("return document.documentElement.clientWidth") == 400:
+        assert all(label in before and right <= 400 for label, before, right in cells)
     assert [url for url in browser.requests() if not url.startswith(("file:", "data:"))] == []
     assert browser.log("browser") == []
 
