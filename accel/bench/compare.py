@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from accel.evaluation.configurations import Configuration
+from accel.evaluation.configurations import PLAIN, Configuration, resolve
 from accel.evaluation.folder import RunFolder
 from accel.evaluation.judges import scenes_judge
 from accel.evaluation.records import write_atomically
@@ -23,15 +23,18 @@ from accel.evaluation.score import score
 from accel.evaluation.scorers import pixel_scorers
 from accel.evaluation.suites import Suite
 
+from .macs import counted
 from .peers import Peer
 
-PROBLEMS = "problems.json"
+PROBLEMS, MACS = "problems.json", "macs.json"
 
 
 def try_out(
     pipe: Any, configurations: Sequence[Configuration], prompt: str, call: dict[str, Any]
-) -> tuple[list[Configuration], dict[str, str]]:
-    """Run every setting once, which also warms it up: those that work, and why the others do not."""
+) -> tuple[list[Configuration], dict[str, str], dict[str, int]]:
+    """Run every setting once, which also warms it up: those that work, why the others do not, and how many
+    multiply-accumulates the denoiser takes for the image."""
+    macs: dict[str, int] = {}
     working: list[Configuration] = []
     problems: dict[str, str] = {}
     for item in configurations:
@@ -42,13 +45,14 @@ def try_out(
             continue
         steps = {} if item.steps is None else {"num_inference_steps": item.steps}
         try:
-            with item.attach(pipe):
+            with item.attach(pipe), counted(pipe) as count:
                 pipe(prompt, generator=torch.Generator("cpu").manual_seed(0), **{**call, **steps})
         except Exception as error:  # whatever a peer raises belongs into the report
             problems[item.name] = f"{type(error).__name__}: {error}"
         else:
             working.append(item)
-    return working, problems
+            macs[item.name] = count.macs
+    return working, problems, macs
 
 
 def compare(
@@ -70,10 +74,12 @@ def compare(
         call: arguments of every pipeline call; `num_inference_steps` among them.
         limit: number of prompts.
 
-    Settings that are missing or fail are written to problems.json and into the report with their errors.
+    Settings that are missing or fail are written to problems.json and into the report with their errors; the
+    denoiser's multiply-accumulates for the first prompt to macs.json and into the Markdown report.
     """
     names = [c.name for c in configurations if not c.is_plain]
-    working, problems = try_out(pipe, configurations, suite.prompts[0].text, {**call, "output_type": "pil"})
+    tried = resolve(configurations)  # the plain pipeline first, which is always run
+    working, problems, macs = try_out(pipe, tried, suite.prompts[0].text, {**call, "output_type": "pil"})
     folder = run(
         path,
         suite,
@@ -91,14 +97,21 @@ def compare(
         score(path, [judge.scorer, *pixel_scorers()], bounds=judge.bounds)
     else:
         score(path, pixel_scorers())
-    return _report(folder, names, problems)
+    return _report(folder, names, problems, macs)
 
 
-def _report(folder: RunFolder, names: Sequence[str], problems: dict[str, str]) -> Path:
+def _report(folder: RunFolder, names: Sequence[str], problems: dict[str, str], macs: dict[str, int]) -> Path:
     write_atomically(folder.path / PROBLEMS, json.dumps(problems, indent=2) + "\n")
+    write_atomically(folder.path / MACS, json.dumps(macs, indent=2) + "\n")
     page = report(folder.path).with_name("report.md")
+    sections = []
+    if macs:
+        table = [f"| {name} | {n / 1e9:.1f} | {n / macs[PLAIN]:.3f} |" for name, n in macs.items()]
+        head = ["| configuration | GMACs | of plain |", "| --- | --- | --- |"]
+        sections += ["", "## Multiply-accumulates of the denoiser, one image", "", *head, *table]
     lines = [f"- `{name}`: {problems[name]}" for name in names if name in problems]
     if lines:
-        text = page.read_text(encoding="utf-8").rstrip()
-        write_atomically(page, "\n".join([text, "", "## Settings that did not run", "", *lines, ""]))
+        sections += ["", "## Settings that did not run", "", *lines]
+    text = page.read_text(encoding="utf-8").rstrip()
+    write_atomically(page, "\n".join([text, *sections, ""]))
     return page

@@ -14,15 +14,24 @@ from accel.bench.compare import PROBLEMS, _report, try_out
 from accel.evaluation.configurations import PLAIN, Configuration, resolve
 
 
+class Denoiser(torch.nn.Module):
+    def forward(self, x):
+        return x @ x
+
+
 def pipe(calls, fail=()):
     def run(prompt, **call):
         calls.append(call)
+        run.transformer(torch.ones(4, 4))
 
     def enable(config):
         if type(config).__name__ in fail:
             raise ValueError("no such block")
 
-    run.transformer = SimpleNamespace(enable_cache=enable, disable_cache=lambda: calls.append("off"))
+    run.transformer = Denoiser()
+    run.transformer.enable_cache = enable
+    run.transformer.disable_cache = lambda: calls.append("off")
+    run.scheduler = SimpleNamespace()
     return run
 
 
@@ -41,12 +50,13 @@ def test_a_missing_peer_is_named_and_a_failing_one_reported():
     works = peers.Peer("works", package="diffusers", kind="TaylorSeer", options={"cache_interval": 3})
     half = Configuration("steps=2", steps=2)
     calls: list = []
-    working, problems = try_out(
+    working, problems, macs = try_out(
         pipe(calls, fail=("FirstBlockCacheConfig",)), [gone, broken, works, half], "a photo", {"height": 8}
     )
     assert working == [works, half]
     assert problems["gone"] == "skipped: no_such_package is not installed (pip install 'accel-image[bench]')"
     assert problems["broken"] == "ValueError: no such block"
+    assert macs == {"works": 64, "steps=2": 64}  # 4 x 4 x 4
     assert calls[1] == "off"  # the peer left the pipeline as it was
     assert (calls[0]["height"], calls[2]["num_inference_steps"]) == (8, 2)
 
@@ -56,7 +66,9 @@ def test_problems_stand_in_the_report(tmp_path, monkeypatch):
     page.parent.mkdir()
     page.with_name("report.md").write_text("# Report\n")
     monkeypatch.setattr("accel.bench.compare.report", lambda path: page)
-    written = _report(SimpleNamespace(path=tmp_path), ["a", "b"], {"b": "TypeError: no"})
+    macs = {"plain": 4 * 10**9, "a": 10**9}
+    written = _report(SimpleNamespace(path=tmp_path), ["a", "b"], {"b": "TypeError: no"}, macs)
+    assert "| a | 1.0 | 0.250 |" in written.read_text()
     assert written.read_text().endswith("## Settings that did not run\n\n- `b`: TypeError: no\n")
     assert "TypeError" in (tmp_path / PROBLEMS).read_text()
 
