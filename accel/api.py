@@ -9,17 +9,15 @@ from typing import Any
 
 from . import configs, methods
 from .handle import Handle, make_room
-from .run import Target
-from .stats import Stats
 
 
 def accelerate(
     pipe: Any, config: Any | str | PathLike | Mapping[str, Any] = "balanced", *, replace: bool = False
 ) -> Handle:
-    """Make a diffusers pipeline faster, in place, until the handle is removed.
+    """Make a pipeline faster, in place, until the handle is removed.
 
     Args:
-        pipe: a diffusers pipeline of a known model family.
+        pipe: a diffusers pipeline of a known model family; for speculative decoding, an autoregressive pipeline.
         config: a configuration (`TokenMergingConfig(...)`), a preset name, a YAML file or a mapping.
         replace: if this method is already attached to the model, replace it.
 
@@ -40,9 +38,9 @@ def accelerate(
     if isinstance(config, (str, PathLike, Mapping)):
         config = configs.load(config)
     name, method = methods.of(config)
-    target = Target.of(pipe)
+    target = method.Target.of(pipe)  # a method knows which pipelines it takes, and counts in its own Stats
     make_room(target.denoiser, name, replace=replace)
-    stats = Stats(name)
+    stats = method.Stats(name)
     with ExitStack() as stack:  # if attaching fails half-way, everything is undone
         run = method.attach(target, config, stats, stack)
         run.handle = Handle(name, config, target.denoiser, stats, stack.pop_all())

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from .errors import AlreadyAcceleratedError
-from .stats import Stats
 
-#: The handles attached to each denoiser, by method. Weak on both sides: a pipeline that nobody uses must go.
-_ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.WeakValueDictionary[str, Handle]]
+#: The handles attached to each denoiser (or whatever else a method changes), by method. Weak on both sides: a
+#: pipeline that nobody uses must go.
+_ATTACHED: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[str, Handle]]
 _ATTACHED = weakref.WeakKeyDictionary()
 
 
@@ -27,13 +27,12 @@ class Handle:
         stats: what was computed, skipped, rebuilt, and how long it took.
     """
 
-    def __init__(self, method: str, config: Any, denoiser: nn.Module, stats: Stats, undo: ExitStack) -> None:
+    def __init__(self, method: str, config: Any, denoiser: Any, stats: Any, undo: ExitStack) -> None:
         self.method, self.config, self.stats = method, config, stats
         self._undo = undo
         self._denoiser = weakref.ref(denoiser)
         _ATTACHED.setdefault(denoiser, weakref.WeakValueDictionary())[method] = self
-        # A hook attached after a module was compiled and has run would silently be ignored.
-        torch.compiler.reset()
+        _forget_compiled(denoiser)
 
     @property
     def attached(self) -> bool:
@@ -47,7 +46,7 @@ class Handle:
             return
         del _ATTACHED[denoiser][self.method]
         self._undo.close()
-        torch.compiler.reset()
+        _forget_compiled(denoiser)
 
     def __enter__(self) -> Handle:
         return self
@@ -59,7 +58,14 @@ class Handle:
         return f"<accel.Handle {self.config!r}, {'attached' if self.attached else 'removed'}>"
 
 
-def make_room(denoiser: nn.Module, method: str, *, replace: bool) -> None:
+def _forget_compiled(changed: Any) -> None:
+    """A hook attached after a module was compiled and has run would silently be ignored. What is no module has
+    no hooks, and its compiled code stays."""
+    if isinstance(changed, nn.Module):
+        torch.compiler.reset()
+
+
+def make_room(denoiser: Any, method: str, *, replace: bool) -> None:
     """Refuse a second handle of one method on one denoiser, or remove the first if asked to replace it."""
     handle = _attached(denoiser, method)
     if handle is None:
@@ -72,6 +78,6 @@ def make_room(denoiser: nn.Module, method: str, *, replace: bool) -> None:
     handle.remove()
 
 
-def _attached(denoiser: nn.Module, method: str) -> Handle | None:
+def _attached(denoiser: Any, method: str) -> Handle | None:
     handles = _ATTACHED.get(denoiser)
     return None if handles is None else handles.get(method)

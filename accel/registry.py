@@ -98,6 +98,11 @@ def denoiser_of(pipe: Any) -> tuple[nn.Module, nn.Module]:
     candidates = [getattr(pipe, name, None) for name in ("transformer", "unet")]
     module = next((m for m in candidates if m is not None), None)
     if not isinstance(module, nn.Module) or getattr(pipe, "scheduler", None) is None:
+        if callable(getattr(pipe, "decoder", None)):
+            raise UnsupportedError(
+                f"{type(pipe).__name__} makes images token by token and has no denoiser: this method is for "
+                "diffusers pipelines. Autoregressive pipelines take SpeculativeDecodingConfig."
+            )
         raise UnsupportedError(
             "expected a diffusers pipeline with a transformer (or unet) and a scheduler, got "
             f"{type(pipe).__name__}. Pass the pipeline itself, not one of its parts. "

@@ -52,6 +52,7 @@ class PromptedModel:
     ) -> None:
         self.adapter, self.layout = adapter, layout
         self.images, self.vocabulary = len(prompts), adapter.vocabulary
+        self.codebook_VD = adapter.codebook_VD
         self.guided = guidance > 1
         prefix = adapter.prefix(prompts, layout, self.guided)
         _check_fits(prefix, adapter, layout, self.images)
@@ -86,6 +87,9 @@ class PromptedModel:
 
     def check(self) -> None:
         """Say where logits were NaN, if they were. Waits for the device: call it once, at the end.
+
+        In a window, a later token's NaN shows from the window's first slot on: attention multiplies what it does
+        not see by 0.
 
         Raises:
             NumericsError: names the first image and its slot.

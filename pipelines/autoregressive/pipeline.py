@@ -167,7 +167,8 @@ class AutoregressivePipeline:
             prompts,
             guidance,
             forward=self._forward,
-            grow=self.device.type == "cpu",
+            # Elsewhere, and compiled, the few places that need not be looked at cost less than new shapes.
+            grow=self.device.type == "cpu" and self._forward is forward_once,
         )
         with tqdm(total=layout.slots, **self._bar) as bar:
 
