@@ -153,6 +153,14 @@ class Adapter(ABC):
         """V: an image slot holds one of 0 ... V - 1, whatever the model's own numbering is."""
 
     @property
+    def codebook_VD(self) -> Tensor | None:
+        """The code that each token stands for, for methods that ask how alike tokens are; None: not offered.
+
+        The same tensor at every call while the model stays where it is: what is derived from it can be kept.
+        """
+        return None
+
+    @property
     def layers(self) -> int:
         """How many layers of the backbone keep keys and values."""
         config: Any = self.backbone.config

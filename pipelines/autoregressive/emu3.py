@@ -86,6 +86,10 @@ class Emu3(Adapter):
     def vocabulary(self) -> int:
         return self.model.config.vq_config.codebook_size
 
+    @property
+    def codebook_VD(self) -> Tensor:
+        return self.model.model.vqmodel.quantize.embedding.weight
+
     def defaults(self) -> Defaults:
         """The checkpoint's, and where it says nothing the authors' example: guidance 3, top-k 2048."""
         given = self.model.generation_config

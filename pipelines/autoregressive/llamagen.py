@@ -97,6 +97,11 @@ class LlamaGen(Adapter):
         return self.gpt.shape.vocabulary
 
     @property
+    def codebook_VD(self) -> Tensor:
+        """Codes of length 1."""
+        return self.vq.codebook
+
+    @property
     def layers(self) -> int:
         return self.gpt.shape.layers
 

@@ -106,7 +106,10 @@ class VqDecoder(nn.Module):
 
     Attributes:
         scale: pixels along an edge of the image per code: 16 (`vq_ds16`) or 8 (`vq_ds8`).
+        codebook: (V, 8) codes of length 1, as training compared and decoded them; set once the weights are there.
     """
+
+    codebook: Tensor
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -131,14 +134,9 @@ class VqDecoder(nn.Module):
         ]
         self.scale = 2 ** len(stages)
 
-    @property
-    def codebook(self) -> Tensor:
-        """(V, 8) float32 codes of length 1: distances were taken between normalised codes in training."""
-        return F.normalize(self.get_parameter("quantize.embedding.weight").float(), dim=-1)
-
     def forward(self, code_Bhw: Tensor) -> Tensor:
         """Codes (B, h, w) -> pixels (B, 3, scale * h, scale * w), about -1 to 1."""
-        latent = self.codebook.to(self.post_quant_conv.weight.dtype)[code_Bhw].permute(0, 3, 1, 2)
+        latent = self.codebook[code_Bhw].permute(0, 3, 1, 2)
         return self.decoder(self.post_quant_conv(latent))
 
 
@@ -146,4 +144,7 @@ def load_vq(state: Mapping[str, Tensor]) -> VqDecoder:
     """A VQ decoder with the state dict's weights and dtype; the encoder's are left out. Errors: `fill`."""
     with torch.device("meta"):
         module = VqDecoder(state)
-    return fill(module, state, unused=("encoder.", "quant_conv.", "quantize.codebook_used"))
+    fill(module, state, unused=("encoder.", "quant_conv.", "quantize.codebook_used"))
+    codes = F.normalize(module.get_parameter("quantize.embedding.weight"), dim=-1)
+    module.register_buffer("codebook", codes, persistent=False)
+    return module
