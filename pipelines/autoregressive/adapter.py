@@ -123,7 +123,8 @@ class Adapter(ABC):
     makes_pixels: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module, tokenizer: Any = None) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model: Any = model  # transformers' attributes are not typed
+        self.tokenizer = tokenizer
 
     @classmethod
     @abstractmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from .adapter import Adapter, find
 from .loading import class_name
 from .model import PromptedModel, forward_once
 
+Pipeline = TypeVar("Pipeline", bound="AutoregressivePipeline")
 OUTPUT_TYPES = ("pil", "np", "pt", "tokens")
 
 #: Called as diffusers calls it: (pipeline, finished slots, slots of an image, {}).
@@ -58,13 +59,13 @@ class AutoregressivePipeline:
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[Pipeline],
         source: str,
         *,
         torch_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
-    ) -> AutoregressivePipeline:
+    ) -> Pipeline:
         """Load a checkpoint, onto the CPU. Only safetensors are read, and the tensors of LlamaGen's .pt files.
 
         Args:
@@ -93,12 +94,12 @@ class AutoregressivePipeline:
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
 
-    def to(self, *args: Any, **kwargs: Any) -> AutoregressivePipeline:
+    def to(self: Pipeline, *args: Any, **kwargs: Any) -> Pipeline:
         """Move to a device, or to a dtype, as `torch.nn.Module.to`."""
         self.model.to(*args, **kwargs)
         return self
 
-    def compile(self, **options: Any) -> AutoregressivePipeline:
+    def compile(self: Pipeline, **options: Any) -> Pipeline:
         """Compile the forward; the first images of every batch size and window width then take a while.
 
         Args:
@@ -211,8 +212,8 @@ def _generators(
 
 
 def _seed(source: torch.Generator | None) -> int:
-    where = {} if source is None else {"device": source.device}
-    return int(torch.randint(2**63 - 1, (1,), generator=source, **where).item())
+    device = "cpu" if source is None else source.device
+    return int(torch.randint(2**63 - 1, (1,), generator=source, device=device).item())
 
 
 def _as(output_type: str, image_B3HW: Tensor) -> Any:
