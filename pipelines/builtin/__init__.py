@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .scenes_flux import ScenesFluxPipeline
+    from .scenes_janus import ScenesJanusPipeline
 
 FOLDER = Path(__file__).parent / "scenes-flux"
+AUTOREGRESSIVE_FOLDER = Path(__file__).parent / "scenes-janus"
 
 
 def load_pipeline(device: Any = None, dtype: Any = None) -> ScenesFluxPipeline:
@@ -24,10 +26,32 @@ def load_pipeline(device: Any = None, dtype: Any = None) -> ScenesFluxPipeline:
     Raises:
         WeightsError: if a file of the model is missing or corrupt; names the file.
     """
-    import torch
-
     from .scenes_flux import ScenesFluxPipeline
 
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    device, dtype = _defaults(device, dtype)
     return ScenesFluxPipeline.load(FOLDER, dtype).to(device)
+
+
+def load_autoregressive(device: Any = None, dtype: Any = None) -> ScenesJanusPipeline:
+    """The built-in autoregressive model, an `AutoregressivePipeline` (128 px, 256 image tokens).
+
+    Args:
+        device: default: CUDA if there is one, else CPU.
+        dtype: default: bfloat16 on CUDA, float32 on CPU.
+
+    Raises:
+        WeightsError: if a file of the model is missing or corrupt; names the file.
+    """
+    from .scenes_janus import ScenesJanusPipeline
+
+    device, dtype = _defaults(device, dtype)
+    pipe = ScenesJanusPipeline.load(AUTOREGRESSIVE_FOLDER, dtype)
+    pipe.to(device)
+    return pipe
+
+
+def _defaults(device: Any, dtype: Any) -> tuple[Any, Any]:
+    import torch
+
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return device, dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,9 @@ import torch
 from diffusers import FluxPipeline
 
 from accel.backends import dtype_argument
-from accel.errors import AccelWarning, WeightsError
+from accel.errors import WeightsError
+
+from .words import known_prompts
 
 _WEIGHT_FILES = (
     "transformer/diffusion_pytorch_model.safetensors",
@@ -66,11 +67,6 @@ class ScenesFluxPipeline(FluxPipeline):
         pipe.default_sample_size = 64  # latent side; times the autoencoder's 4 = 256 px
         return pipe
 
-    def _unknown_words(self, prompts: list[str]) -> list[str]:
-        known = {token.removeprefix("▁") for token in self.tokenizer_2.get_vocab()}
-        words = {word for prompt in prompts for word in re.findall(r"\w+", prompt.lower())}
-        return sorted(word for word in words if word not in known or (len(word) == 1 and word != "a"))
-
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -84,13 +80,7 @@ class ScenesFluxPipeline(FluxPipeline):
         """See `FluxPipeline.__call__`. `true_cfg_scale=1` turns guidance off and halves the work."""
         if prompt is not None:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-            if unknown := self._unknown_words(prompts):
-                warnings.warn(
-                    f"the built-in model knows only Scenes; these words mean nothing to it: {', '.join(unknown)}",
-                    AccelWarning,
-                    stacklevel=2,
-                )
-            prompt = [text.lower() for text in prompts]
+            prompt = known_prompts(prompts, self.tokenizer_2.get_vocab(), stacklevel=2)
             if true_cfg_scale > 1:
                 # FluxPipeline does not spread one negative prompt over a batch.
                 negative = negative_prompt if negative_prompt is not None else ""
