@@ -53,6 +53,7 @@ PROMPT = 13
 SLOTS = GRID**2
 KINDS = (len(SHAPES) + 1, len(COLOR_NAMES) + 1)  # what a token can belong to; 0 is ground
 NOUN = (len(SHAPES) + 1, len(COLOR_NAMES) + 1)  # 0: no noun, no colour word
+SAMPLING = ("guidance_scale", "temperature", "top_k")
 ASKED = (*NOUN, *NOUN, len(RELATIONS) + 1, 5)  # first noun, second noun, relation, count of the first
 
 
@@ -251,9 +252,23 @@ def export(folder: Path, codes: PatchCodes, args: argparse.Namespace) -> None:
     model.model.vqmodel.load_state_dict(vq.state_dict())
     state = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
     model.config.dtype = torch.bfloat16
+    for name in SAMPLING:
+        setattr(model.generation_config, name, getattr(args, name) or None)
     model.save_pretrained(folder / "model", state_dict=state)
     processor.save_pretrained(folder / "model")
-    names = ("lr", "decay", "batch", "pool", "reuse", "wrong", "heads", "seed", "device", "vq_samples")
+    names = (
+        "lr",
+        "decay",
+        "batch",
+        "pool",
+        "reuse",
+        "wrong",
+        "heads",
+        "seed",
+        "device",
+        "vq_samples",
+        *SAMPLING,
+    )
     recipe = {
         **{name: getattr(args, name) for name in names},
         "samples": saved["state"]["seen"],
@@ -291,6 +306,9 @@ def main() -> None:
     parser.add_argument(
         "--decay", type=float, default=0.5, help="share of the run over which the rate falls to zero"
     )
+    parser.add_argument("--guidance-scale", type=float, default=3.0, help="default of the exported model")
+    parser.add_argument("--temperature", type=float, default=1.0, help="the same")
+    parser.add_argument("--top-k", type=int, default=0, help="the same; 0: all tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

@@ -69,15 +69,8 @@ def draw_curve(curve: list[list[float]], path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("training", type=Path)
-    parser.add_argument("evaluation", type=Path)
-    args = parser.parse_args()
-    recipe = json.loads((args.training / "recipe.json").read_text())
-    report = json.loads((args.evaluation / "report" / "report.json").read_text())
+def score_rows(report: dict) -> str:
+    """Lines of a table: task, score, interval, score of true renders, score of mismatched prompts."""
     plain = next(row for row in report["configurations"] if row["name"] == report["plain"])
     metric = plain["metrics"][report["suite_metric"]]
     bounds = report["bounds"]
@@ -93,6 +86,18 @@ def main() -> None:
         for task, entry in metric["tasks"].items()
     ]
     rows.append(row("**overall**", metric["mean"], bounds["ceiling"]["overall"], bounds["floor"]["overall"]))
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("training", type=Path)
+    parser.add_argument("evaluation", type=Path)
+    args = parser.parse_args()
+    recipe = json.loads((args.training / "recipe.json").read_text())
+    report = json.loads((args.evaluation / "report" / "report.json").read_text())
     call = ", ".join(f"{key} {value}" for key, value in report["run"]["call"].items())
     pipeline = args.training / "pipeline"
     draw_curve(recipe["curve"], pipeline / "loss.png")
@@ -109,7 +114,7 @@ def main() -> None:
         images=report["images"],
         prompts=report["prompts"],
         call=call or "the pipeline's defaults",
-        scores="\n".join(rows),
+        scores=score_rows(report),
     )
     (pipeline / "README.md").write_text(card, encoding="utf-8")
     print(card)

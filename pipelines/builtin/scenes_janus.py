@@ -31,13 +31,15 @@ class ScenesJanusPipeline(AutoregressivePipeline):
             WeightsError: a file is missing or corrupt, or the folder has another model; names the file.
         """
         try:
+            if not folder.is_dir():
+                raise WeightsError(f"{folder}: folder is missing")
             found = class_name(str(folder))
             if found != CLASS:
                 raise WeightsError(f"{folder / 'config.json'}: is of a {found}, not of a {CLASS}")
             return cls.from_pretrained(str(folder), dtype=dtype, local_files_only=True)
         except WeightsError as error:
             advice = "Reinstall the package, or train the model: examples/train_scenes_ar.py"
-            raise WeightsError(f"{error}. {advice}") from error
+            raise WeightsError(f"{str(error).rstrip('.')}. {advice}") from error
 
     def _prompts(self, prompt: Any, copies: int) -> list[Any]:
         prompts = super()._prompts(prompt, copies)
