@@ -16,6 +16,7 @@ from accel.errors import AccelWarning, WeightsError
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SHOWN = 8
+_INSIDE = "; of a diffusers pipeline its model's part, as in subfolder='vision_language_encoder'"
 
 
 def read_json(source: str, name: str, **options: Any) -> dict[str, Any] | None:
@@ -52,12 +53,12 @@ def class_name(source: str, **options: Any) -> str:
         if any(folder.glob("[ct]2i_*")):
             return "LlamaGen"  # published as bare state dicts of these names
         raise WeightsError(
-            f"{folder}: not a model folder (it has no config.json). Pass the folder that save_pretrained wrote"
+            f"{folder}: not a model folder (it has no config.json). Pass the folder that save_pretrained wrote{_INSIDE}"
         )
     config = read_json(source, "config.json", **options)
     if config is None:
         raise WeightsError(
-            f"{source}: has no config.json. Pass a model folder or the id of a model on the hub"
+            f"{source}: has no config.json. Pass a model folder or the id of a model on the hub{_INSIDE}"
         )
     names = config.get("architectures") or []
     if not names:

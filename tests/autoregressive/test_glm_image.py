@@ -14,7 +14,7 @@ from diffusers import (
 )
 from transformers import GlmImageForConditionalGeneration, GlmImageProcessor
 
-from accel.errors import ConfigError, UnsupportedError
+from accel.errors import ConfigError, UnsupportedError, WeightsError
 from accel.pipelines.autoregressive import AutoregressivePipeline
 from accel.pipelines.autoregressive.glm_image import prior_token_ids
 
@@ -34,20 +34,22 @@ def pipe(folder):
     return pipe
 
 
-def stage_two(folder, **parts) -> GlmImagePipeline:
-    """The diffusion stage; without parts, only good for the tokens that it makes itself."""
-    nothing = dict.fromkeys(("tokenizer", "text_encoder", "vae", "transformer", "scheduler"))
+NOTHING = dict.fromkeys(("tokenizer", "text_encoder", "vae", "transformer", "scheduler"))
+
+
+def oracle_of(folder) -> GlmImagePipeline:
+    """diffusers' pipeline with only what makes tokens."""
     model = GlmImageForConditionalGeneration.from_pretrained(folder / "vision_language_encoder").eval()
     # It always samples, and from all that the head gives: among one token it is greedy, and codes are all it gets.
     model.generation_config.top_k = 1
     model.generation_config.suppress_tokens = list(range(tiny_glm_image.CODES, len(tiny_glm_image.VISION)))
     processor = GlmImageProcessor.from_pretrained(folder / "processor")
-    return GlmImagePipeline(**{**nothing, **parts}, vision_language_encoder=model, processor=processor)
+    return GlmImagePipeline(**NOTHING, vision_language_encoder=model, processor=processor)
 
 
 def test_prior_tokens_are_those_of_diffusers_own_pipeline(folder, pipe):
     prompts = list(tiny_glm_image.PROMPTS)
-    expected, *_ = stage_two(folder).generate_prior_tokens(prompts, **SIZE, device=torch.device("cpu"))
+    expected, *_ = oracle_of(folder).generate_prior_tokens(prompts, **SIZE, device=torch.device("cpu"))
     tokens = pipe(prompts, **GREEDY).images
     assert tokens.shape == (3, 6)
     assert tokens.unique().numel() > 3, "a constant image would say nothing"
@@ -56,7 +58,7 @@ def test_prior_tokens_are_those_of_diffusers_own_pipeline(folder, pipe):
 
 def test_all_slots_are_transformers_generate_token_for_token(folder, pipe):
     """Preview grid included, on a tall image; alone, what the batch above gave its rows is not needed."""
-    oracle, prompt, size = stage_two(folder), tiny_glm_image.PROMPTS[2], {"height": 128, "width": 64}
+    oracle, prompt, size = oracle_of(folder), tiny_glm_image.PROMPTS[2], {"height": 128, "width": 64}
     message = {"role": "user", "content": [{"type": "text", "text": prompt}]}
     inputs = oracle.processor.apply_chat_template(
         [message], tokenize=True, target_h=128, target_w=64, return_dict=True, return_tensors="pt"
@@ -96,9 +98,12 @@ def test_positions_restart_with_every_grid(pipe):
         assert (model.forward(token, at) - wrong).abs().max() > 0.01
 
 
-def test_the_diffusion_stage_takes_them(folder, pipe):
-    stage = stage_two(
-        folder,
+def test_the_diffusion_stage_takes_them(pipe):
+    stage = GlmImagePipeline(
+        tokenizer=None,
+        text_encoder=None,
+        processor=None,
+        vision_language_encoder=None,  # as in the module's example
         transformer=GlmImageTransformer2DModel(
             patch_size=2,
             in_channels=4,
@@ -144,7 +149,9 @@ def test_the_diffusion_stage_takes_them(folder, pipe):
     )
 
 
-def test_bad_input(pipe):
+def test_bad_input(folder, pipe):
+    with pytest.raises(WeightsError, match="subfolder='vision_language_encoder'"):
+        AutoregressivePipeline.from_pretrained(str(folder))
     with pytest.raises(ConfigError, match="multiples of 32 pixels"):
         pipe("two", height=64, width=100, output_type="tokens")
     with pytest.raises(ConfigError, match="too long and thin"):
