@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accel.errors import UnsupportedError
@@ -35,6 +36,7 @@ class Janus(Adapter):
     ) -> None:
         super().__init__(model, tokenizer)
         self.mean, self.std = tuple(mean), tuple(std)
+        self._codebook_VD: Tensor | None = None
         generation = model.generation_config
         own = getattr(generation, "generation_kwargs", None) or {}
         self.special = {
@@ -72,6 +74,14 @@ class Janus(Adapter):
     @property
     def vocabulary(self) -> int:
         return int(self._janus.vqmodel.config.num_embeddings)
+
+    @property
+    def codebook_VD(self) -> Tensor:
+        """Codes of length 1, as the VQ model compares and decodes them."""
+        code_VD = self._janus.vqmodel.quantize.embedding.weight
+        if self._codebook_VD is None or self._codebook_VD.device != code_VD.device:
+            self._codebook_VD = F.normalize(code_VD.detach(), dim=-1)
+        return self._codebook_VD
 
     @property
     def _janus(self) -> Any:

@@ -149,6 +149,14 @@ def test_pixels_are_the_vq_models(pipe):
     assert np.abs(np.asarray(pil[3]) / 255 - array[3]).max() <= 0.5 / 255 + 1e-6
 
 
+def test_codebook_is_what_the_vq_model_decodes(pipe):
+    codes = pipe.adapter.codebook_VD
+    token_BT = tokens(pipe)
+    looked_up = pipe.model.model.vqmodel.quantize.get_codebook_entry(token_BT)  # (B, D, rows, columns)
+    torch.testing.assert_close(codes[token_BT], looked_up.flatten(2).transpose(1, 2))
+    assert pipe.adapter.codebook_VD is codes
+
+
 def test_janus_processor_agrees(pipe, folder):
     pytest.importorskip("torchvision", reason="JanusProcessor needs it")
     from transformers import JanusProcessor
