@@ -250,7 +250,7 @@ def all_command(**options: Any) -> None:
         raise EvaluationError("`all` is for one process; launch `run`, then `score`, then `report`")
     # What cannot be loaded should be known before the images are made, not after.
     names = ("suite", "lpips", "clip", "extractor", "detector", "sanity")
-    _load_tools(*(options[name] for name in names), _device(options["device"]))
+    _load_tools(**{name: options[name] for name in names}, device=_device(options["device"]))
     _call(run_command, options)
     _call(score_command, {name: value for name, value in options.items() if name != "batch_size"})
     _call(report_command, options)
@@ -305,7 +305,11 @@ def _load_tools(
         wanted.append(scorers.lpips_scorer(lpips, device=device))
     if clip:
         # Loaded once where both ask for the same model, and never taken for another.
-        same = [e for spec, e in zip(extractor or [], loaded, strict=True) if spec == f"clip:{clip}"]
+        same = [
+            e
+            for spec, e in zip(extractor or [], loaded, strict=True)
+            if spec == f"clip:{clip}" and isinstance(e, extractors.ClipExtractor)
+        ]
         wanted.append(scorers.ClipScorer(same[0] if same else extractors.ClipExtractor(clip, device=device)))
     return _Tools(wanted, loaded, bounds)
 
