@@ -24,6 +24,7 @@ class SpeculationStats:
         runs, images: batches and images decoded.
         plain_runs: batches that were decoded plainly, because windows would have been slower.
         forwards: forwards of the model after the prompt, over batches. NFE.
+        plain_forwards: what plain decoding would have taken.
         needed: the same, summed over images until each was finished: images of a batch do not wait here.
         slots: slots filled by forwards (all but each image's first), over images: plain decoding's forwards.
         spent: total variation spent, summed over slots and images. Exactly 0 if lossless.
@@ -40,6 +41,7 @@ class SpeculationStats:
     images: int = 0
     plain_runs: int = 0
     forwards: int = 0
+    plain_forwards: int = 0
     needed: int = 0
     slots: int = 0
     spent: float = 0.0
@@ -97,6 +99,7 @@ class SpeculationStats:
         self.runs += 1
         self.images += images
         self.forwards += forwards
+        self.plain_forwards += slots - 1
         self.slots += images * (slots - 1)
         self.seconds += seconds
         self.window = window
@@ -116,7 +119,7 @@ class SpeculationStats:
         lines = [
             f"{self.method}: {self.images} image{'s' if self.images != 1 else ''} in {self.runs} "
             f"run{'s' if self.runs != 1 else ''}, {self.tokens_per_forward:.2f} tokens per forward",
-            f"  forwards        {self.forwards} (plain: {self.slots // max(1, self.images) * self.runs})",
+            f"  forwards        {self.forwards}, plain decoding takes {self.plain_forwards}",
             f"  window          {self.window or '-'}",
             f"  time            {self.seconds:.3f} s",
             f"  distance        {self.tv_per_token:.4f} total variation per token"
