@@ -41,3 +41,11 @@ def test_training_writes_a_pipeline_that_loads(tmp_path):
     ).images
     assert image[0].size == (64, 64)
     assert "resumed" in run("train_scenes_diffusion.py", *arguments, cwd=tmp_path).stdout
+
+
+@pytest.mark.slow
+def test_pruning_overhead(tmp_path):
+    out = run("pruning_overhead.py", "--rounds", "1", "--steps", "2", cwd=tmp_path).stdout
+    assert "multiply-accumulates: 0.312 of a plain step" in out
+    assert "time / (budget x plain): " in out
+    assert "operators per step: " in out
