@@ -61,6 +61,12 @@ class Configuration:
 
         return accel.accelerate(pipe, self.method)
 
+    def generate(
+        self, pipe: Any, prompts: list[str], generators: list[Any], arguments: dict[str, Any]
+    ) -> list[Any]:
+        """PIL images of the prompts, from the pipeline that `attach` has changed."""
+        return list(pipe(prompts, generator=generators, output_type="pil", **arguments).images)
+
 
 def parse(spec: str) -> Configuration:
     """Parse `[NAME:]PART[,KEY=VALUE...]`.

@@ -11,6 +11,7 @@ import hashlib
 import io
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from accel.evaluation.records import (
 )
 from accel.evaluation.suites import Prompt, Suite, take
 from accel.evaluation.timing import is_compiled, measure
+from accel.generation import Decoding, Way, is_autoregressive
 
 # Prompts of one sample number differ in seed, samples of one prompt too; a prime keeps them apart
 # for every suite below a million prompts.
@@ -69,7 +71,7 @@ def run(
 
     Args:
         suite: prompts, from `accel.evaluation.suites`.
-        pipe: a diffusers text-to-image pipeline, or anything called like one
+        pipe: a diffusers text-to-image pipeline, an `AutoregressivePipeline`, or anything called like one
             (`pipe(prompts, generator=[...], output_type="pil").images`).
         configurations: `Configuration`s or specs (`accel.evaluation.configurations.parse`). The plain
             pipeline is added if it is not among them.
@@ -88,7 +90,7 @@ def run(
         raise EvaluationError("samples_per_prompt and batch_size must be at least 1, warmup at least 0")
     resolved = resolve(configurations)
     folder = RunFolder(path)
-    settings = {
+    settings: dict[str, Any] = {
         "model": model or type(pipe).__name__,
         "limit": limit,
         "samples_per_prompt": samples_per_prompt,
@@ -96,6 +98,10 @@ def run(
         "batch_size": batch_size,
         "call": call or {},
     }
+    if is_autoregressive(pipe):
+        if any(c.steps for c in resolved) or "num_inference_steps" in settings["call"]:
+            raise EvaluationError("steps are for diffusion models; this one draws every token of an image")
+        settings["sampled"] = True
     folder.prepare(suite, settings, resolved)
     rank, world, _ = rank_and_world()
     done = _done(folder, verify)
@@ -141,17 +147,25 @@ class _Runner:
         self.folder, self.pipe, self.call = folder, pipe, call
         self.base_seed, self.session, self.warmup = base_seed, session, warmup
         self._warm: set[str] = set()
+        self._ways: dict[str, Way] = {}
+        self._draws = is_autoregressive(pipe)
         # Attaching to a compiled pipeline makes it compile anew, so then every attachment is warmed.
         self._always_warm = is_compiled(pipe)
 
     def generate(self, configuration: Configuration, batch: Sequence[Unit]) -> list[Record]:
-        with configuration.attach(self.pipe):
+        if configuration.name not in self._ways:
+            self._ways[configuration.name] = Way(self.pipe, configuration.attach)
+        with self._ways[configuration.name].ready() as (pipe, handle):
             if self._always_warm or configuration.name not in self._warm:
                 for _ in range(max(self.warmup, int(self._always_warm))):
-                    self._call(configuration, batch)
+                    self._call(pipe, configuration, batch)
                 self._warm.add(configuration.name)
-            with measure(self.pipe) as measured:
-                images = self._call(configuration, batch)
+            stats = handle.stats if self._draws and handle is not None else None
+            if stats is not None:
+                stats.reset()
+            with measure(pipe) as measured:
+                images = self._call(pipe, configuration, batch)
+            decoding = Decoding.of(stats, measured.calls) if self._draws else None
         if len(images) != len(batch):
             raise EvaluationError(f"the pipeline returned {len(images)} images for {len(batch)} prompts")
         common = {
@@ -164,16 +178,16 @@ class _Runner:
             "batch": len(batch),
             "session": self.session,
             "time": _now(),
+            **(asdict(decoding) if decoding else {}),
         }
         return [self._save(unit, image, common) for unit, image in zip(batch, images, strict=True)]
 
-    def _call(self, configuration: Configuration, batch: Sequence[Unit]) -> list[Image.Image]:
+    def _call(self, pipe: Any, configuration: Configuration, batch: Sequence[Unit]) -> list[Image.Image]:
         steps = {} if configuration.steps is None else {"num_inference_steps": configuration.steps}
         # Generators on the CPU: the same noise on every device.
         generators = [torch.Generator("cpu").manual_seed(self._seed(unit)) for unit in batch]
         prompts = [unit.prompt.text for unit in batch]
-        output = self.pipe(prompts, generator=generators, output_type="pil", **{**self.call, **steps})
-        return list(output.images)
+        return configuration.generate(pipe, prompts, generators, {**self.call, **steps})
 
     def _seed(self, unit: Unit) -> int:
         return self.base_seed + _SEED_STRIDE * unit.sample + unit.prompt.id

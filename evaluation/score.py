@@ -51,6 +51,10 @@ def score(
     """
     folder = RunFolder(path)
     plain, prompts = folder.plain, folder.prompts()
+    if folder.settings.get("sampled"):
+        # Drawn tokens: the same seed may give another image that is as good. A distance between the two says
+        # nothing; sets of images can be compared.
+        scorers = [scorer for scorer in scorers if not scorer.paired]
     rank, world, _ = rank_and_world()
     if not (folder.path / "samples").is_dir():
         raise RecordError(f"{folder.path}: nothing to score yet; `accel evaluate run` comes first")

@@ -1,4 +1,7 @@
-"""Time and memory of one pipeline call: device-synchronised, denoiser apart, peak of that call only."""
+"""Time and memory of one pipeline call: device-synchronised, denoiser apart, peak of that call only.
+
+Of an autoregressive pipeline, the denoiser is the causal transformer that every token goes through.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,13 @@ import torch
 
 
 class Measurement:
-    """`seconds` of the whole call, `denoiser_seconds` of it in the denoiser (None: not measurable),
+    """`seconds` of the whole call, `denoiser_seconds` of it in `calls` of the denoiser (None: not measurable),
     `peak_bytes` of `peak_kind` memory ("device": allocated by torch; "host": resident set)."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self.denoiser_seconds: float | None = None
+        self.calls: int | None = None
         self.peak_bytes: int | None = None
         self.peak_kind: str | None = None
 
@@ -49,7 +53,8 @@ def measure(pipe: Any) -> Iterator[Measurement]:
     finally:
         for handle in handles:
             handle.remove()
-    result.denoiser_seconds = laps.total() if denoiser is not None else None
+    if denoiser is not None:
+        result.denoiser_seconds, result.calls = laps.total(), laps.count
     if peak_is_ours:
         result.peak_bytes, result.peak_kind = _peak(device)
 
@@ -67,6 +72,10 @@ class _Laps:
 
     def stop(self, *_: Any) -> None:
         self._mark()
+
+    @property
+    def count(self) -> int:
+        return len(self._marks) // 2
 
     def total(self) -> float | None:
         pairs = list(zip(self._marks[::2], self._marks[1::2], strict=False))
@@ -90,23 +99,26 @@ def is_compiled(pipe: Any) -> bool:
     """Whether some part of the pipeline runs through torch.compile."""
     components = getattr(pipe, "components", None) or vars(pipe)
     return any(
-        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+        _compiled(module)
         for component in components.values()
         if isinstance(component, torch.nn.Module)
         for module in component.modules()
     )
 
 
+def _compiled(module: Any) -> bool:
+    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+
+
 def _denoiser(pipe: Any) -> torch.nn.Module | None:
+    """What is timed; None if it is compiled: a hook would be compiled along and break its graph."""
     for name in ("transformer", "unet"):
         module = getattr(pipe, name, None)
         if isinstance(module, torch.nn.Module):
-            # A hook on a compiled module would be compiled along and break its graph.
-            compiled = getattr(module, "_compiled_call_impl", None) is not None or hasattr(
-                module, "_orig_mod"
-            )
-            return None if compiled else module
-    return None
+            return None if _compiled(module) else module
+    backbone = getattr(getattr(pipe, "adapter", None), "backbone", None)
+    whole = hasattr(getattr(pipe, "_forward", None), "_torchdynamo_orig_callable")
+    return None if whole or not isinstance(backbone, torch.nn.Module) or _compiled(backbone) else backbone
 
 
 def _device(pipe: Any) -> torch.device:
