@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from . import __version__, cli_bench, cli_evaluate, cli_generate, cli_info
+from . import __version__, cli_bench, cli_demo, cli_evaluate, cli_generate, cli_info
 from .errors import AccelError, AccelWarning
 
 app = typer.Typer(
@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-app.command()(cli_generate.demo)
+app.command()(cli_demo.demo)
 app.command()(cli_generate.generate)
 app.command()(cli_info.info)
 app.add_typer(cli_evaluate.app, name="evaluate")

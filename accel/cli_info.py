@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, backends, configs
-from .pipelines.builtin import FOLDER
+from . import __version__, backends, configs, methods
+from .pipelines import builtin
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 
@@ -27,17 +27,43 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def _builtin() -> dict[str, str]:
+    """Folder of each built-in model, or how to make it."""
+    found = {}
+    for name, folder, index, script in (
+        ("builtin", builtin.FOLDER, "model_index.json", "train_scenes_diffusion.py"),
+        ("builtin-ar", builtin.AUTOREGRESSIVE_FOLDER, "config.json", "train_scenes_ar.py"),
+    ):
+        missing = f"missing: train it with examples/{script}"
+        found[name] = str(folder) if (folder / index).is_file() else missing
+    return found
+
+
+def _presets() -> dict[str, list[str]]:
+    """Names of presets, by the method they configure."""
+    found: dict[str, list[str]] = {}
+    for name in configs.names():
+        method, _ = methods.of(configs.load(name))
+        found.setdefault(method, []).append(name)
+    return found
+
+
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Versions, device, which backends are active and why the others are not, presets."""
-    probes = backends.probes()
-    has_model = (FOLDER / "model_index.json").is_file()
-    builtin = str(FOLDER) if has_model else "missing: train it with examples/train_scenes_diffusion.py"
+    """Versions, device, which backends are active and why the others are not, presets, model families."""
+    from . import registry
+    from .pipelines.autoregressive import adapter
+
+    probes, models, presets = backends.probes(), _builtin(), _presets()
     if as_json:
         report = {
             "versions": _versions(),
             "backends": {probe.name: probe.as_dict() for probe in probes},
             "presets": configs.names(),
-            "builtin": builtin,
+            "presets_by_method": presets,
+            "builtin": models["builtin"],
+            "builtin_ar": models["builtin-ar"],
+            "denoisers": registry.known(),
+            "autoregressive_models": adapter.known(),
         }
         typer.echo(json.dumps(report, indent=2))
         return
@@ -52,5 +78,9 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
             probe.detail,
         )
     console.print(table)
-    console.print(f"presets: {', '.join(configs.names())}", highlight=False)
-    console.print(f"built-in model: {builtin}", highlight=False, soft_wrap=True)
+    lines = [f"presets, {method}: {', '.join(names)}" for method, names in presets.items()]
+    lines += [f"model {name}: {where}" for name, where in models.items()]
+    lines.append(f"denoisers: {', '.join(registry.known())}")
+    lines.append(f"autoregressive models: {', '.join(adapter.known())}")
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
