@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from . import cli_common as c
+from .errors import ConfigError
 
 app = typer.Typer(help="Compare with what people use today, on this machine.", no_args_is_help=True)
 _console = Console(stderr=True)
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps `peers` a command of its own: with a single command typer would drop its name."""
 
 
 @app.command()
@@ -40,14 +41,10 @@ def peers(
     """
     from .bench.compare import compare
     from .bench.peers import fewer_steps, ours, theirs
-    from .errors import ConfigError
     from .evaluation import suites
     from .generation import load_pipeline
 
-    try:
-        wanted = re.compile(only)
-    except re.error as error:
-        raise ConfigError(f"--only {only!r} is not a regular expression: {error}") from error
+    wanted = _pattern(only)
     chosen = [c for c in (*fewer_steps(steps), *theirs(steps), *ours(steps)) if wanted.search(c.name)]
     if not chosen:
         raise ConfigError(f"--only {only!r} matches none of the settings")
@@ -65,3 +62,81 @@ def peers(
     )
     typer.echo(page.read_text(encoding="utf-8"))
     _console.print(f"report: {page.with_name('index.html')}", highlight=False, soft_wrap=True)
+
+
+@app.command("ar")
+def autoregressive(
+    out: Annotated[
+        Path, typer.Argument(help="Folder for images, records and report; continued if it exists.")
+    ],
+    model: Annotated[str, typer.Option(help="builtin-ar, a folder, or a hub id.")] = "builtin-ar",
+    limit: Annotated[int, typer.Option(min=1, help="Number of prompts, tasks in turn.")] = 60,
+    samples: Annotated[int, typer.Option("--seeds", min=1, help="Images per prompt, each its own seed.")] = 1,
+    batch_sizes: Annotated[str, typer.Option(help="Images per call, comma-separated.")] = "1,2,4,8,16,32",
+    repeats: Annotated[int, typer.Option(min=1, help="Calls at each batch size above 1.")] = 3,
+    window: Annotated[int, typer.Option(min=2, help="Window of all but the sweep over windows.")] = 32,
+    only: Annotated[
+        str, typer.Option(help="Regular expression: only the settings whose name it finds, and plain.")
+    ] = "",
+    guidance: c.Guidance = None,
+    temperature: c.Temperature = None,
+    top_k: c.TopK = None,
+    top_p: c.TopP = None,
+    seed: Annotated[int, typer.Option(help="Base seed.")] = 0,
+    device: c.Device = None,
+    dtype: c.Dtype = None,
+) -> None:
+    """transformers' generate, plain decoding, SJD, lossless couplings, GSD, mixtures, windows; one run.
+
+    Writes report/autoregressive.md, .json, .csv and plots. A stopped run continues.
+    """
+    from .bench.autoregressive import bench, settings
+    from .evaluation import suites
+    from .generation import Settings
+
+    wanted = _pattern(only)
+    chosen = [item for item in settings(window=window) if item.is_plain or wanted.search(item.name)]
+    sizes = _sizes(batch_sizes)
+    pipe = c.load(model, device, dtype)
+    call = Settings(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+    call.check(pipe)
+    with _bar() as update:
+        page = bench(
+            out,
+            pipe,
+            suites.scenes(),
+            chosen,
+            call=call.arguments(pipe),
+            model=model,
+            limit=limit,
+            samples=samples,
+            seed=seed,
+            batch_sizes=sizes,
+            repeats=repeats,
+            progress=update,
+        )
+    typer.echo(page.read_text(encoding="utf-8"))
+    _console.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[tuple[int, int, str]], None]]:
+    """A bar for what `accel.evaluation.run` says: (done, total, configuration) of the batch size at hand."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=_console, transient=True) as bars:
+        task = bars.add_task("", total=None)
+        yield lambda state: bars.update(task, completed=state[0], total=state[1], description=state[2])
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ConfigError(f"--only {text!r} is not a regular expression: {error}") from error
+
+
+def _sizes(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) >= 1 for part in parts):
+        raise ConfigError(f"--batch-sizes {text!r}: expected whole numbers >= 1, such as 1,4,16")
+    return [int(part) for part in parts]
