@@ -21,6 +21,37 @@ def test_generate_from_script(tmp_path):
     assert (tmp_path / "batch-0.png").is_file()
 
 
+def test_quality_vs_speed_with_a_pipeline_and_prompts_of_ones_own(tmp_path):
+    """Two starts: the second finds everything done."""
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    own = Path(__file__).parent / "evaluation" / "fake_pipeline.py"
+    arguments = ["--model", f"{own}:make", "--prompts", "prompts.txt", "--out", "out", "--ratios"]
+    for counted in ("6/6 images", ""):
+        out = run("quality_vs_speed.py", *arguments, cwd=tmp_path).stdout
+        assert counted in out
+        assert "| steps=12 | " in out.replace("\\", "")
+        assert "| steps=8 | " in out.replace("\\", "")  # 0.4 of the pipeline's 20
+    assert "images" not in out.splitlines()[0]
+    assert (tmp_path / "out/report/index.html").is_file()
+
+
+@pytest.mark.slow
+def test_quality_vs_speed_on_the_built_in_model(tmp_path):
+    out = run("quality_vs_speed.py", "--limit", "2", "--ratios", "0.5", "--steps", "2", cwd=tmp_path).stdout
+    assert "| merge-0.5 | " in out
+    assert "ceiling: ground-truth pictures" in out
+
+
+@pytest.mark.slow
+def test_training_the_extractor_writes_weights_that_load(tmp_path):
+    from accel.evaluation import extractors
+
+    file = tmp_path / "w.safetensors"
+    run("train_scenes_extractor.py", "--images", "192", "--out", str(file), cwd=tmp_path)
+    assert extractors.load(f"scenes:{file}").name.startswith("scenes:w.safetensors@")
+    assert "100% of the objects circles" in file.with_suffix(".json").read_text()
+
+
 @pytest.mark.slow
 def test_wrap_your_pipeline(tmp_path):
     out = run("wrap_your_pipeline.py", cwd=tmp_path)
