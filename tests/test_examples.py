@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_janus
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -80,3 +81,13 @@ def test_pruning_overhead(tmp_path):
     assert "multiply-accumulates: 0.312 of a plain step" in out
     assert "time / (budget x plain): " in out
     assert "operators per step: " in out
+
+
+def test_speculative_decoding(tmp_path):
+    folder = tiny_janus.save(tmp_path / "janus", tiny_janus.model(context=256))
+    arguments = ["--model", str(folder), "--prompt", "two", "--num", "2", "--out", "runs.png"]
+    (tmp_path / "windows.yaml").write_text("method: speculative_decoding\nwindow: 4\nauto_disable: false\n")
+    out = run("speculative_decoding.py", *arguments, "--preset", "windows.yaml", cwd=tmp_path)
+    assert "speculative_decoding: 2 images" in out.stdout
+    assert "2 of 2 images are plain decoding's" in out.stdout
+    assert (tmp_path / "runs.png").is_file()
