@@ -134,6 +134,14 @@ def test_a_class_that_no_adapter_knows(capsys, tmp_path):
     assert "JanusForConditionalGeneration" in err
 
 
+@pytest.mark.parametrize("model", ["no/such/folder", "nobody/nothing"])
+def test_a_model_that_is_not_there(capsys, tmp_path, monkeypatch, model):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, _, err = accel(capsys, "generate", "two", "--model", model, "--out", tmp_path / "images")
+    assert code == 2
+    assert model in err
+
+
 def test_demo_on_the_built_in_model(capsys, folder, tmp_path, monkeypatch, windows):
     monkeypatch.setattr(builtin, "AUTOREGRESSIVE_FOLDER", folder)
     code, out, err = accel(capsys, "demo", "--ar", "--config", windows, "--out", tmp_path / "demo", "--json")

@@ -71,7 +71,7 @@ def _janus(
 ) -> torch.Tensor:
     """(B, T) tokens of `JanusForConditionalGeneration.generate`, which pads prompts on the left."""
     adapter = pipe.adapter
-    text = [f"{prompt.lower()}{adapter.tokenizer.boi_token}" for prompt in prompts]
+    text = [f"{prompt}{adapter.tokenizer.boi_token}" for prompt in prompts]
     inputs = adapter.tokenizer(text, padding=True, padding_side="left", return_tensors="pt").to(pipe.device)
     extra: dict[str, Any] = {"temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
     if temperature == 0:

@@ -9,11 +9,12 @@ import math
 import numpy as np
 import pytest
 import tiny_janus
+import torch
 
 from accel.bench import autoregressive as bench
 from accel.bench.autoregressive_report import speedup
 from accel.evaluation import suites
-from accel.evaluation.configurations import PLAIN, resolve
+from accel.evaluation.configurations import PLAIN, Configuration, resolve
 from accel.evaluation.errors import EvaluationError
 from accel.evaluation.folder import RunFolder, sample_key
 from accel.generation import load_pipeline
@@ -141,6 +142,24 @@ def test_the_page_has_what_is_needed_to_believe_it(finished):
     assert rows["sjd"]["score"]["n"] == PROMPTS
     assert result["bounds"]["ceiling"]["overall"]["value"] > 0.9
     assert rows["sjd"]["fid"] is None or rows["sjd"]["fid"]["n"] == PROMPTS
+
+
+def test_transformers_draws_from_the_same_distribution(pipe):
+    """Greedy, it is ours; with the sampling that the call asks for, and not its own defaults."""
+    prompts, generators = ["a red circle", "two"], [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+
+    def images(configuration, **arguments):
+        made = configuration.generate(pipe, prompts, generators, arguments)
+        return np.stack([np.asarray(image) for image in made])
+
+    plain, theirs = Configuration(PLAIN), bench.Transformers("transformers")
+    greedy = images(plain, temperature=0)
+    for arguments in ({"temperature": 0}, {"top_k": 1}, {"top_p": 1e-6}):
+        assert (images(theirs, **arguments) == greedy).all()
+    assert (
+        images(theirs, temperature=0, guidance_scale=1.0) == images(plain, temperature=0, guidance_scale=1)
+    ).all()
+    assert (images(theirs) != greedy).any()
 
 
 def test_a_call_of_several_images_is_one_measurement():
