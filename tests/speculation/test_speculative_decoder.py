@@ -20,7 +20,8 @@ from accel.errors import (
     UnsupportedError,
 )
 from accel.methods.speculation import SpeculativeDecoder, SpeculativeDecodingConfig
-from accel.methods.speculation.loop import speculate, step_of
+from accel.methods.speculation.loop import ring_of, speculate, step_of
+from accel.methods.speculation.randomness import Randomness
 from accel.methods.speculation.verify import rule_of
 from accel.methods.speculation.windows import seconds
 
@@ -217,6 +218,22 @@ def test_work_per_image_is_linear_in_its_tokens():
         for config in (FIXED, Config(window=8, auto_disable=False, drafting="maximal")):
             Spy(config)(PictureModel(2, side=side), Sampling(), generators(1, 2))
     assert len(sizes) == 2
+
+
+@pytest.mark.parametrize("config", [Config(), Config(drafting="maximal")])
+def test_reading_a_round_late_changes_nothing_but_one_forward(config):
+    """As on a GPU: the noise is there in time although the host does not know how far the images are."""
+    results = []
+    for late in (False, True):
+        model = PictureModel(5, side=8, vocabulary=32)
+        step = step_of(config, Sampling(), rule_of(config), model.slots)
+        ring = ring_of(config, 6, late)
+        randomness = Randomness(generators(*range(5)), 32, model.slots, ring, torch.device("cpu"))
+        results.append(speculate(model, Sampling(), config, 6, step, randomness, late=late))
+    (prompt, forwards), (behind, more) = results
+    assert more == forwards + 1
+    assert torch.equal(behind.token_BS[:, :64], prompt.token_BS[:, :64])
+    assert torch.equal(behind.forwards_B, prompt.forwards_B)
 
 
 def test_one_slot_and_windows_wider_than_the_image():

@@ -51,7 +51,7 @@ class SpeculativeDecoder:
         self._gain = windows.Gain()
         self._timed: dict[tuple, dict[int, float]] = {}
         self._warned: set[tuple] = set()
-        self._steps: dict[tuple, Step] = {}
+        self._steps: dict[tuple, tuple[Tensor | None, Step]] = {}
 
     @torch.no_grad()
     def __call__(
@@ -75,9 +75,12 @@ class SpeculativeDecoder:
             self.stats.record_plain(model.images, slots, time.perf_counter() - began)
             return token_BN
         device = model.first_BV.device
-        ring = ring_of(self.config, width, device)
+        late = device.type == "cuda"
+        ring = ring_of(self.config, width, late)
         randomness = Randomness(generators, model.vocabulary, slots, ring, device)
-        state, forwards = speculate(model, sampling, self.config, width, step, randomness, on_slots)
+        state, forwards = speculate(
+            model, sampling, self.config, width, step, randomness, on_slots, late=late
+        )
         self.stats.record(state, forwards, width, slots, time.perf_counter() - began)
         assert self.stats.forwards_B is not None
         self._gain.learn(width, (slots - 1) / float(self.stats.forwards_B.double().mean()))
@@ -95,12 +98,16 @@ class SpeculativeDecoder:
                 f"distance_filter={config.distance_filter} needs the model's codebook, which "
                 f"{type(model).__name__} does not offer: pass distance_filter=None"
             )
-        # Kept, because a new one would be compiled anew.
-        key = (sampling, model.forced_N.shape[0], id(codebook_VD))
-        if key not in self._steps:
-            rule = rule_of(config, codebook_VD)
-            self._steps[key] = step_of(config, sampling, rule, model.forced_N.shape[0])
-        return self._steps[key]
+        # Kept, because a new one would be compiled anew. Nothing but the distance filter sees the codebook.
+        key = (sampling, model.forced_N.shape[0], model.first_BV.device)
+        used_VD = codebook_VD if grouped and config.distance_filter is not None else None
+        if key in self._steps:
+            of_VD, step = self._steps[key]
+            if of_VD is used_VD:
+                return step
+        step = step_of(config, sampling, rule_of(config, used_VD), model.forced_N.shape[0])
+        self._steps[key] = used_VD, step
+        return step
 
     def _width(self, model: TokenModel, sampling: Sampling, step: Step) -> int:
         """Tokens to feed per forward; 1: decode plainly."""
@@ -134,7 +141,7 @@ class SpeculativeDecoder:
     def _seconds(self, model: TokenModel, sampling: Sampling, step: Step, width: int) -> float:
         """Time of a round at the image's beginning; what it leaves in the cache is written over later."""
         images, vocabulary, device = model.images, model.vocabulary, model.first_BV.device
-        ring = ring_of(self.config, width, device)
+        ring = ring_of(self.config, width, late=False)
         # Made-up numbers: the images' own generators must not notice.
         randomness = _Constant(images, vocabulary, ring, device)
         if width == 1:

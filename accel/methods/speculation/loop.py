@@ -53,10 +53,10 @@ def _noise_step(
     return noise_step(state, logits_BWV, exponential_BRV, forced_S, **settings)
 
 
-def ring_of(config: SpeculativeDecodingConfig, width: int, device: torch.device) -> int:
-    """Slots whose noise must be there at once: the window, the one that enters behind it, and on a GPU the one
-    by which the host's knowledge is late."""
-    return width * (3 if device.type == "cuda" else 2) if config.drafts_by == "gumbel" else 0
+def ring_of(config: SpeculativeDecodingConfig, width: int, late: bool) -> int:
+    """Slots whose noise must be there at once: the window, the one that enters behind it, and if the host knows
+    only the round before, the window by which it is late."""
+    return width * (3 if late else 2) if config.drafts_by == "gumbel" else 0
 
 
 def start(
@@ -93,28 +93,30 @@ def speculate(
     step: Step,
     randomness: Randomness,
     on_slots: Callable[[int], None] = lambda slots: None,
+    *,
+    late: bool = False,
 ) -> tuple[State, int]:
     """Decode a batch.
-
-    The host waits for the device once per round at most, on a GPU for the round before, so that the device
-    always has a round to work on; a batch then runs one forward more than it needs.
 
     Args:
         width: W, tokens fed per forward, 2 <= W <= N.
         step: what `step_of` gave.
         randomness: with a ring of `ring_of` slots.
         on_slots: called with the number of slots that are finished in every image.
+        late: the host reads how far the images are once per round. True: of the round before, so that a GPU
+            always has a round to work on; a batch then runs one forward more than it needs.
 
     Returns:
         The last state, all finished, and the number of forwards.
     """
-    slots, device = model.forced_N.shape[0], model.first_BV.device
+    slots = model.forced_N.shape[0]
     forced_S = pad(model.forced_N, (0, 2 * width), value=-1)
     known = [1] * model.images
     randomness.refill([0] * model.images)  # slot 0's noise, too
     state = start(model, sampling, config, width, randomness, forced_S)
     uses_uniform = config.verifies_by == "ratio"
-    forwards, pending = 0, None
+    forwards = 0
+    pending: _Readback | None = None
     while min(known) < slots:
         randomness.refill(known)
         token_BW, at_B = feed(state, width)
@@ -122,11 +124,10 @@ def speculate(
         uniform_BW4 = randomness.uniform(width, 4) if uses_uniform else None
         state = step(state, logits_BWV, uniform_BW4, randomness.exponential_BRV, forced_S)
         forwards += 1
-        late, pending = pending, _Readback(state.finished_B)
-        if device.type == "cuda":
-            known = known if late is None else late.read()
-        else:
-            known = pending.read()
+        before, pending = pending, _Readback(state.finished_B)
+        readable = before if late else pending
+        if readable is not None:
+            known = readable.read()
         on_slots(min(known))
     return state, forwards
 

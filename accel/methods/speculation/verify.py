@@ -135,8 +135,11 @@ def group(
 
 
 def near(codebook_VD: Tensor, distance: float) -> Tensor:
-    """(V, V) bool: pairs of codes at a squared distance below `distance`. V x V bytes, built row by row."""
-    return torch.stack([(codebook_VD - code_D).square().sum(-1) < distance for code_D in codebook_VD])
+    """(V, V) bool: pairs of codes at a squared distance below `distance`. V x V bytes, made row by row."""
+    near_VV = torch.empty(len(codebook_VD), len(codebook_VD), dtype=torch.bool, device=codebook_VD.device)
+    for code_D, near_V in zip(codebook_VD, near_VV, strict=True):
+        torch.lt((codebook_VD - code_D).square().sum(-1), distance, out=near_V)
+    return near_VV
 
 
 def _ratio(p: Tensor, q: Tensor, most: float = 1.0) -> Tensor:
