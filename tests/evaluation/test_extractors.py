@@ -1,5 +1,7 @@
 """Extractors against the models' own preprocessing; weights that are missing or wrong."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from PIL import Image
 from accel.evaluation import extractors, metrics
 from accel.evaluation.errors import EvaluationError, IncomparableError, WeightsError
 from accel.evaluation.extractors.base import resize_and_crop, resize_clean
-from accel.evaluation.extractors.scenes import ScenesExtractor, ScenesNet
+from accel.evaluation.extractors.scenes import WEIGHTS, ScenesExtractor, ScenesNet
 from accel.evaluation.features import FeatureSet, FeatureWriter, distances, store_path
 from accel.evaluation.weights import WeightFile, file_sha256, load_pickle_free
 
@@ -152,6 +154,7 @@ def test_names_tell_models_apart(clip_folder, tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     first, second = (extractors.load(f"clip:{folder}").name for folder in (clip_folder, tmp_path))
     assert first.rsplit("@")[1] != second.rsplit("@")[1]
+    assert first.startswith(f"clip:{clip_folder.name}@")  # not where it lies: that differs by machine
 
 
 @pytest.mark.parametrize("spec", ["resnet:x", "clip", "inception", ""])
@@ -170,11 +173,11 @@ def test_scenes_extractor_loads_what_was_saved_and_says_how_to_train(tmp_path):
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
-    net = ScenesNet(outputs=80)
+    net = ScenesNet()
     save_file(net.state_dict(), tmp_path / "w.safetensors")
     extractor = ScenesExtractor(tmp_path / "w.safetensors")
     features = extractor(PICTURES)
-    assert features.shape == (3, 64)
+    assert features.shape == (3, extractor.dim)
     assert not torch.equal(features[0], features[1])
     with pytest.raises(WeightsError, match=r"train_scenes_extractor\.py"):
         ScenesExtractor(tmp_path / "absent.safetensors")
@@ -230,8 +233,82 @@ def test_what_must_not_be_compared_is_refused(tmp_path):
         distances(FeatureSet(e, "plain"), FeatureSet(f, "fast"), tmp_path / "s")
     with pytest.raises(IncomparableError, match="'plain' has 5 images, 'fast' 4"):
         distances(FeatureSet(e, "plain"), FeatureSet(e, "fast"), tmp_path / "s")
+    fill(tmp_path, "e", "other", torch.randn(5, 3), start=1)
+    with pytest.raises(IncomparableError, match="images of other prompts"):
+        distances(FeatureSet(e, "plain"), FeatureSet(e, "other"), tmp_path / "s", paired=True)
     fill(tmp_path, "g", "plain", torch.randn(3, 3))
     result = distances(*[FeatureSet(store_path(tmp_path, "g"), "plain")] * 2, tmp_path / "s")
     assert result["fid"] is None
     assert "n = 3 images are too few" in result["fid_reason"]
     assert result["kid"] is not None
+
+
+def test_rows_are_in_order_of_their_keys_whoever_wrote_them_when(tmp_path):
+    """Pairs are taken row by row; a resumed run has written them in any order."""
+    fill(tmp_path, "e", "plain", torch.arange(4.0).view(4, 1), start=4)
+    fill(tmp_path, "e", "plain", torch.arange(4.0, 8.0).view(4, 1), start=0, rank=1)
+    rows = torch.cat(list(FeatureSet(store_path(tmp_path, "e"), "plain").batches()))
+    assert rows[:, 0].tolist() == [4, 5, 6, 7, 0, 1, 2, 3]
+
+
+def test_every_distance_has_an_interval_where_there_are_images_enough(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 60, 8, generator=generator)
+    for folder, n in ((tmp_path / "many", 60), (tmp_path / "few", 9)):
+        fill(folder, "clip:x", "plain", a[:n])
+        fill(folder, "clip:x", "fast", b[:n])
+    many, few = (
+        distances(*(FeatureSet(store_path(f, "clip:x"), name) for name in ("plain", "fast")), tmp_path / "s")
+        for f in (tmp_path / "many", tmp_path / "few")
+    )
+    assert set(many["intervals"]) == {"fid", "kid", "cmmd", "precision", "recall"}
+    for name, (low, high) in many["intervals"].items():
+        assert low < many[name] < high
+    assert few["fid"] is not None  # nine images for eight features, and none to leave out
+    assert few["intervals"]["fid"] is None
+
+
+# --- the packaged network ------------------------------------------------------------------------
+
+
+def test_the_packaged_features_measure_how_far_a_set_is_from_ground_truth():
+    """96 pictures a side. Ground truth is close to other ground truth, and every corruption takes a set
+    further away the stronger it is; if the weights were noise, none of the orders would hold."""
+    from accel.evaluation import scenes
+
+    extractor = extractors.load("scenes")
+    size = WEIGHTS.stat().st_size
+    assert size <= 2 << 20
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(seed, circles=0.0):
+        drawn = scenes.sample_scenes(scenes.prompts("test", 16, seed), np.random.default_rng(seed))
+        wrong = (drawn.shape_BM >= 0) & (torch.rand(drawn.shape_BM.shape, generator=generator) < circles)
+        shapes = torch.where(wrong, scenes.SHAPES.index("circle"), drawn.shape_BM)
+        drawn = dataclasses.replace(drawn, shape_BM=shapes)
+        return torch.cat([scenes.render(drawn[i : i + 8], 128) for i in range(0, 96, 8)])
+
+    def features(pictures):
+        return extractor((pictures.clamp(0, 1) * 255).round().to(torch.uint8))
+
+    def blurred(pictures, width):
+        pad = torch.nn.functional.pad(pictures, (width // 2,) * 4, mode="replicate")
+        return torch.nn.functional.avg_pool2d(pad, width, 1)
+
+    def fid(pictures):
+        metric = metrics.FrechetDistance()
+        metric.update(reference, reference=True)
+        metric.update(features(pictures), reference=False)
+        return metric.compute()
+
+    reference, other = features(draw(1)), draw(2)
+    near = fid(other)
+    noise = torch.randn(other.shape, generator=generator)
+    series = {
+        "blur": [fid(blurred(other, width)) for width in (3, 5, 9)],
+        "noise": [fid(other + std * noise) for std in (0.03, 0.06, 0.12)],
+        "wrong shapes": [fid(draw(2, share)) for share in (0.3, 0.6, 1.0)],
+    }
+    for name, values in series.items():
+        assert near < values[0] < values[1] < values[2], name
+        assert values[2] > 2 * near, name
