@@ -68,7 +68,7 @@ def build_tokenizer() -> LlamaTokenizerFast:
     Letters are tokens, too, for unknown words. Captions must be in lower case.
     """
     pieces = [*SPECIAL.values(), "▁", *"abcdefghijklmnopqrstuvwxyz"]
-    merges = {}
+    merges: dict[tuple[str, str], None] = {}
     for word in words():
         for end in range(len(word)):
             merges["▁" + word[:end], word[end]] = None

@@ -50,7 +50,9 @@ def test_speculative_decoding_changes_no_greedy_token(family):
     with accel.accelerate(pipe, SpeculativeDecodingConfig(window=4, auto_disable=False)) as handle:
         assert torch.equal(pipe(prompts, **call).images, plain)
     assert (handle.stats.window, handle.stats.plain_runs) == (4, 0)
-    assert handle.stats.tokens_per_forward > 1, "no draft was ever right: rolling back was all that was tested"
+    assert handle.stats.tokens_per_forward > 1, (
+        "no draft was ever right: rolling back was all that was tested"
+    )
 
 
 @pytest.mark.slow
