@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .noise_levels import log_snr
+
 
 class Listener:
     """What follows a clock. `begin`, then for every step `before` and `after`, then `end`.
@@ -38,7 +40,8 @@ class Clock:
     Attributes:
         step: index of the step that is running, from 0 also when the loop starts in the middle.
         total: number of steps of this run.
-        times: the scheduler's timesteps of this run, on the host; what forecasts extrapolate along.
+        timesteps: the scheduler's timesteps of this run, on the host.
+        times: what forecasts run along, rising: the steps' log signal-to-noise ratio (accel.noise_levels).
         running: a loop has been started and has not ended.
         samples: batch of the latents seen by the last `step`, None before the first. The denoiser's batch is
             a multiple of it when guidance is batched.
@@ -47,8 +50,9 @@ class Clock:
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = weakref.ref(scheduler)
         self._listeners: list[Listener] = []
-        self._timesteps = 0
+        self._whole = 0  # timesteps of the schedule, of which a run may skip the first
         self.step = self.total = 0
+        self.timesteps: tuple[float, ...] = ()
         self.times: tuple[float, ...] = ()
         self.running = False
         self.samples: int | None = None
@@ -108,13 +112,13 @@ class Clock:
     def _on_set_timesteps(self, result: Any, *args: Any, **kwargs: Any) -> None:
         scheduler = self._scheduler()
         assert scheduler is not None
-        self._timesteps = len(scheduler.timesteps)
-        self._start(self._timesteps)
+        self._whole = len(scheduler.timesteps)
+        self._start(self._whole)
 
     def _on_set_begin_index(self, result: Any, begin_index: int = 0, *args: Any, **kwargs: Any) -> None:
         # Pipelines call it between set_timesteps and the first denoising call, mostly with 0.
-        if self.running and self.step == 0 and self.total != self._timesteps - begin_index:
-            self._start(self._timesteps - begin_index)
+        if self.running and self.step == 0 and self.total != self._whole - begin_index:
+            self._start(self._whole - begin_index)
 
     def _on_step(self, result: Any, *args: Any, **kwargs: Any) -> None:
         if not self.running:  # a step outside of a run we saw the start of: nothing is ours to count
@@ -133,7 +137,9 @@ class Clock:
         scheduler = self._scheduler()
         assert scheduler is not None
         # Read once per run, before the loop: no step waits for the device.
-        self.times = tuple(float(t) for t in scheduler.timesteps[self._timesteps - total :].tolist())
+        first = self._whole - total
+        self.timesteps = tuple(float(t) for t in scheduler.timesteps[first:].tolist())
+        self.times = log_snr(scheduler)[first:]
         self.step, self.total, self.samples, self.running = 0, total, None, True
         self._tell("begin")
         self._tell("before")

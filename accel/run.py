@@ -63,13 +63,13 @@ class Run(Listener):
         phase: what the running step does; dense while no loop is running.
         grid: (rows, columns) of the image tokens, known from the first call of a run; None before.
         phases: the phases of all steps of this run.
-        time: the scheduler's timestep of the running step.
+        time: of the running step, as forecasts count it (see `Clock.times`).
         outputs: the predictions of this step's calls as the pipeline got them, kept if the method asked for
             them (`keep_outputs`). Their number is the index of the running call.
         correct: set by the method between steps: prediction -> the prediction that the pipeline gets.
             Possibly traced.
         samples: images per step, known after the first step; None before.
-        remembers: set by a method that goes on from what the calls of earlier steps gave.
+        keeps_layers: set by a method that keeps what every layer made in each call of a step.
         branch_skipped: at this step, one of the two branches of guidance was not computed.
     """
 
@@ -77,7 +77,7 @@ class Run(Listener):
         self, target: Target, schedule: Schedule, method: Method, stats: Stats, *, span: bool
     ) -> None:
         self.target, self.schedule, self.method, self.stats, self.span = target, schedule, method, stats, span
-        self.keep_outputs = self.remembers = False
+        self.keep_outputs = self.keeps_layers = False
         # Hooks keep the run alive and the run its handle, so that a handle that nobody kept is still found.
         self.handle: Any = None
         self.clock = Clock.of(target.scheduler)
@@ -143,7 +143,7 @@ class Run(Listener):
         Raises:
             UnsupportedError: second-order schedulers (Heun, KDPM2, ...), repeated timesteps.
         """
-        times = self.clock.times
+        times = self.clock.timesteps
         if len(set(times)) < len(times):
             raise UnsupportedError(
                 f"{type(self.target.scheduler).__name__} calls the model more than once at the same timestep "

@@ -155,6 +155,17 @@ def freeze(pipe):
     return pipe.transformer.register_forward_pre_hook(repeat, with_kwargs=True)
 
 
+def log_snr(scheduler) -> list[float]:
+    """What forecasts run along, written out for the schedulers of the families here."""
+    if hasattr(scheduler, "sigmas"):
+        noise = scheduler.sigmas[:-1].double()
+    else:
+        kept = scheduler.alphas_cumprod[scheduler.timesteps].double()
+        noise = (1 - kept).sqrt() / (kept.sqrt() + (1 - kept).sqrt())
+    noise = noise * (1 - 2e-5) + 1e-5
+    return (1 / noise - 1).log().tolist()
+
+
 class Family:
     """A model family under test: one line in `FAMILIES` adds it to every adapter test."""
 

@@ -1,7 +1,7 @@
 """Whole steps forecast from the last computed ones, at the denoiser's final output only.
 
 The scheme of TaylorSeer (arXiv:2503.06923) on one tensor per call instead of two per layer: memory stays flat,
-and the forecast runs along the scheduler's time, not along step numbers. The optional tolerance is ours: the
+and the forecast runs along the log signal-to-noise ratio, not along step numbers. The optional tolerance is ours: the
 error of a forecast is measured whenever a step is computed, and bounds the steps after it. At the steps that
 are computed, the unconditional branch of guidance may be forecast (accel.methods.guidance).
 """
@@ -96,7 +96,7 @@ class Forecasting:
         self.config = config
         self._blocks = len(target.adapter.sites(target.denoiser))
         self.run = Run(target, config.schedule(), self, stats, span=False)
-        self.run.keep_outputs = self.run.remembers = True
+        self.run.keep_outputs = True
         self.guidance = Guidance(self.run, min(config.order, 1), halves=True)
         self.forget()
 

@@ -2,8 +2,8 @@
 
 The two branches differ by little that changes slowly: FasterCache (arXiv:2410.19355) reuses their difference,
 Adaptive Guidance (arXiv:2312.12487, LinearAG) predicts the unconditional branch linearly from earlier steps.
-Here the difference is continued along the scheduler's time by the forecast that whole steps use, from the steps
-at which both branches were computed: unconditional = conditional - forecast difference.
+Here the difference is continued by the forecast that whole steps use, from the steps at which both branches were
+computed: unconditional = conditional - forecast difference.
 
 Shapes: B images, 2B the batch of a call that takes both branches.
 """
@@ -80,8 +80,8 @@ class Guidance:
         """After the first step: how this pipeline runs guidance.
 
         Raises:
-            UnsupportedError: more than two calls a step; another method that would not see what is answered
-                here; token plans of a whole batch, and guidance in one call.
+            UnsupportedError: more than two calls a step; another method that needs what layers make in the
+                calls answered here; token plans of a whole batch, and guidance in one call.
         """
         run, every = self.run, self.run.schedule.guidance_every
         calls, others = len(run.outputs), [r for r in run.beside() if r is not run]
@@ -100,10 +100,10 @@ class Guidance:
                 stacklevel=2,
             )
             return
-        if any(other.remembers for other in others):
+        if any(other.keeps_layers for other in others):
             raise UnsupportedError(
-                f"guidance_every={every}: another method on this model forecasts from what all its calls give. "
-                "Put guidance_every into that method's configuration, and into no other."
+                f"guidance_every={every}: token pruning on this model keeps keys and values of both branches. Put "
+                "guidance_every into its TokenPruningConfig, and into no other."
             )
         if self._batched and (others or not self._halves):
             raise UnsupportedError(

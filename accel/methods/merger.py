@@ -55,7 +55,6 @@ class TokenMerging:
         self.groups = [_Group(self, blocks) for blocks in _layer_groups(first, last, config.refresh_layers)]
         self.run = Run(target, config.schedule(), self, stats, span=config.scope == "span")
         self.run.keep_outputs = self.carries or (config.protect > 0 and config.importance != "detail")
-        self.run.remembers = self.carries
         self.forget()
 
     def attach(self, stack: ExitStack) -> Run:

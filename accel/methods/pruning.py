@@ -155,7 +155,8 @@ class TokenPruning:
         self.target, self.config = target, config
         self.sites = list(target.adapter.sites(target.denoiser))
         self.run = Run(target, config.schedule(), self, stats, span=True)
-        self.run.keep_outputs = self.run.remembers = True
+        self.run.keep_outputs = True
+        self.run.keeps_layers = config.keys_values == "all"
         self.guidance = Guidance(self.run, min(config.order, 1), halves=False)
         self.span = Span(lambda x_BNC: self.plan, pick=True)
         self.kept = KeyValues(lambda: len(self.run.outputs))

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import FAMILIES, freeze, make_flux
+from conftest import FAMILIES, freeze, log_snr, make_flux
 from diffusers import FlowMatchHeunDiscreteScheduler
 
 import accel
@@ -115,7 +115,7 @@ def test_forecast_follows_an_independent_loop(family, options):
         now, call = len(recorded) // calls, len(recorded) % calls
         value = output[0]
         if now in skipped:
-            times = pipe.scheduler.timesteps.tolist()
+            times = log_snr(pipe.scheduler)
             (i, a), (j, b) = [(i, recorded[i * calls + call]) for i in range(now) if i not in skipped][-2:]
             fit = np.polyfit([times[i], times[j]], np.stack([a.double().flatten(), b.double().flatten()]), 1)
             value = torch.from_numpy(np.polyval(fit, times[now])).view_as(value).float()

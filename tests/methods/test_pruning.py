@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FAMILIES, freeze, make_flux, make_pixart
+from conftest import FAMILIES, freeze, log_snr, make_flux, make_pixart
 from diffusers import FlowMatchHeunDiscreteScheduler
 
 import accel
@@ -162,7 +162,7 @@ def test_the_worst_tokens_are_computed(score):
 
         def keep(pipe, step, timestep, kwargs):
             nonlocal times
-            times = pipe.scheduler.timesteps.tolist()
+            times = log_snr(pipe.scheduler)
             return kwargs
 
         family.latents(pipe, steps=6, guidance=3.0, callback_on_step_end=keep)
