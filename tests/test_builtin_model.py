@@ -1,6 +1,8 @@
 """The built-in model draws what it is asked for, and merged tokens do not change that. Few images, so the bounds
 are wide; the measured scores are in the model card."""
 
+from dataclasses import replace
+
 import pytest
 
 from accel import configs, generation
@@ -17,13 +19,15 @@ def images():
     jobs = [generation.Job(line.prompt, 100 + index) for index, line in enumerate(lines)]
     settings = generation.Settings()
     plain = generation.timed(pipe, jobs, settings)
-    merged = generation.timed(pipe, jobs, settings, configs.load("balanced"))
-    return lines, plain, merged
+    balanced = configs.load("balanced")
+    merged = generation.timed(pipe, jobs, settings, balanced)
+    copied = generation.timed(pipe, jobs, settings, replace(balanced, unmerge="copy"))
+    return lines, plain, merged, copied
 
 
 @pytest.mark.parametrize("which", ["plain", "merged"])
 def test_images_show_their_prompts(images, which):
-    lines, plain, merged = images
+    lines, plain, merged, _ = images
     found = scenes.detect((plain if which == "plain" else merged).images)
     right = [score(objects, line).correct for objects, line in zip(found, lines, strict=True)]
     wrong = [score(objects, line).correct for objects, line in zip(found, lines[1:] + lines[:1], strict=True)]
@@ -34,10 +38,12 @@ def test_images_show_their_prompts(images, which):
 
 
 def test_merging_half_the_tokens_keeps_the_images(images):
-    _, plain, merged = images
+    _, plain, merged, copied = images
     assert merged.stats.share < 0.7
-    # 20 steps, the first 4 and the last dense, a new plan at every third of the other 15
-    assert (merged.stats.plans_built, merged.stats.plans_reused) == (5, 10)
+    # 20 steps, the first 5 and the last dense, a new plan at each of the others
+    assert (merged.stats.plans_built, merged.stats.plans_reused) == (14, 0)
     close = psnr(plain.images, merged.images)
     far = psnr(plain.images, plain.images.roll(1, 0))
     assert close.mean() > far.mean() + 6, (close, far)
+    # What carrying detail on is for (measured: 3 dB).
+    assert close.mean() > psnr(plain.images, copied.images).mean() + 1
