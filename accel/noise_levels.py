@@ -22,7 +22,8 @@ def log_snr(scheduler: Any) -> tuple[float, ...]:
     shares = _noise_shares(scheduler, timesteps)
     if shares is None:
         return tuple(-t for t in timesteps)
-    inner = [_END + (1 - 2 * _END) * share for share in shares]  # shrunk, not clamped: equal times would divide by 0
+    # Shrunk, not clamped: at equal times a forecast would divide by zero.
+    inner = [_END + (1 - 2 * _END) * share for share in shares]
     return tuple(math.log((1 - share) / share) for share in inner)
 
 

@@ -39,6 +39,7 @@ class Schedule:
         cycle: budgets in [0, 1].
         dense_first, dense_last: number of dense steps at either end.
         refresh_every: refresh at every n-th step that is not dense; 0: at the first one only.
+        late_cycle: budgets in place of `cycle` from this share of all steps on, `late_from`; None: the same.
         refresh_at: steps at which to refresh, not `refresh_every`; the first reduced step always does.
         guidance_every: both branches of guidance at every n-th of the steps in between that compute anything,
             counted from the dense head, so that the first of them has one branch; 1: always.
@@ -50,10 +51,13 @@ class Schedule:
     refresh_every: int = 0
     refresh_at: tuple[int, ...] = ()
     guidance_every: int = 1
+    late_cycle: tuple[float, ...] | None = None
+    late_from: float = 0.5
 
     def __post_init__(self) -> None:
-        if not self.cycle or not all(0 <= b <= 1 for b in self.cycle):
-            raise ConfigError(f"cycle must hold budgets in [0, 1], got {self.cycle}")
+        for name, cycle in (("cycle", self.cycle), ("late_cycle", self.late_cycle)):
+            if cycle is not None and not (cycle and all(0 <= b <= 1 for b in cycle)):
+                raise ConfigError(f"{name} must hold budgets in [0, 1], got {cycle}")
         for name in ("dense_first", "dense_last", "refresh_every"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
@@ -62,16 +66,26 @@ class Schedule:
             raise ConfigError(f"guidance_every must be a whole number >= 1, got {self.guidance_every!r}")
 
     @property
+    def budgets(self) -> tuple[float, ...]:
+        """All that occur between the dense steps at either end."""
+        return (*self.cycle, *(self.late_cycle or ()))
+
+    @property
     def reduces(self) -> bool:
         """Whether any step computes less than everything."""
-        return min(self.cycle) < 1 or self.guidance_every > 1
+        return min(self.budgets) < 1 or self.guidance_every > 1
 
     def phases(self, total: int) -> tuple[Phase, ...]:
         """The phases of a run of `total` steps."""
         phases, reduced, computed = [], 0, 0
+        # 1e-9: 0.3 x 10 is 3.
+        late = total if self.late_cycle is None else math.ceil(self.late_from * total - 1e-9)
+        late = max(late, self.dense_first)
         for step in range(total):
             middle = self.dense_first <= step < total - self.dense_last
-            budget = self.cycle[(step - self.dense_first) % len(self.cycle)] if middle else 1.0
+            first, cycle = (self.dense_first, self.cycle) if step < late else (late, self.late_cycle)
+            assert cycle is not None
+            budget = cycle[(step - first) % len(cycle)] if middle else 1.0
             computed += middle and budget > 0
             guided = not middle or budget == 0 or _every(self.guidance_every, computed)
             if budget >= 1:

@@ -19,5 +19,9 @@ def is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def is_share(value: object) -> bool:
+    return is_number(value) and 0 < value < 1  # type: ignore[operator]
+
+
 def is_wholes(value: object) -> bool:
     return isinstance(value, tuple) and all(is_whole(v) and v >= 0 for v in value)

@@ -20,7 +20,7 @@ from accel.run import Run, Target
 from accel.schedule import Phase, Schedule
 from accel.stats import Stats, StepStats
 
-from .checks import check, is_number, is_whole
+from .checks import check, is_number, is_share, is_whole
 from .forecast import History, growth, memory
 from .guidance import Guidance
 
@@ -32,6 +32,8 @@ class ForecastConfig:
     Attributes:
         cycle: for each step between the dense first and last ones, repeated: 1 computes it, 0 forecasts it.
             (0, 0, 1) computes every third step, (1,) all of them, for `guidance_every`.
+        late_cycle: takes the place of `cycle` from the step at this share of all on, `late_from`, in (0, 1):
+            early, predictions change faster. None: the same.
         order: degree of the polynomial that is continued, 0 (hold the last prediction), 1 or 2.
         tolerance: forecast a step only if the error it would have, relative to the prediction, is at most
             this much; else compute it. The error is extrapolated from the one measured at the last computed
@@ -47,6 +49,8 @@ class ForecastConfig:
     """
 
     cycle: tuple[int, ...] = (0, 0, 1)
+    late_cycle: tuple[int, ...] | None = None
+    late_from: float = 0.5
     order: int = 1
     tolerance: float | None = None
     guidance_every: int = 1
@@ -54,13 +58,17 @@ class ForecastConfig:
     dense_steps_last: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.cycle, list):  # YAML has lists
-            object.__setattr__(self, "cycle", tuple(self.cycle))
-        valid = isinstance(self.cycle, tuple) and len(self.cycle) > 0 and all(b in (0, 1) for b in self.cycle)
-        check(valid, "cycle", "a list of 1 (compute) and 0 (forecast)", self.cycle)
+        for name in ("cycle", "late_cycle"):
+            if isinstance(getattr(self, name), list):  # YAML has lists
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+            value = getattr(self, name)
+            valid = isinstance(value, tuple) and len(value) > 0 and all(b in (0, 1) for b in value)
+            valid = valid or (name == "late_cycle" and value is None)
+            check(valid, name, "a list of 1 (compute) and 0 (forecast)", value)
+        check(is_share(self.late_from), "late_from", "in (0, 1)", self.late_from)
         valid = is_whole(self.guidance_every) and self.guidance_every >= 1
         check(valid, "guidance_every", "a whole number >= 1", self.guidance_every)
-        if all(self.cycle) and self.guidance_every == 1:
+        if all((*self.cycle, *(self.late_cycle or ()))) and self.guidance_every == 1:
             raise ConfigError(
                 f"cycle={self.cycle} forecasts nothing: at least one entry must be 0, or guidance_every above 1"
             )
@@ -79,6 +87,8 @@ class ForecastConfig:
             dense_first=self.dense_steps_first,
             dense_last=self.dense_steps_last,
             guidance_every=self.guidance_every,
+            late_cycle=self.late_cycle,
+            late_from=self.late_from,
         )
 
 

@@ -29,7 +29,7 @@ from accel.span import Span
 from accel.stats import Stats, StepStats
 
 from . import importance, selection
-from .checks import check, is_number, is_whole
+from .checks import check, is_number, is_share, is_whole
 from .forecast import History, growth, memory
 from .guidance import Guidance
 
@@ -48,6 +48,8 @@ class TokenPruningConfig:
         budget: share of the tokens that a partial step computes, in (0, 1].
         cycle: budgets of the steps between the dense first and last ones, repeated: 1 is a dense step, 0
             forecasts all tokens, anything between computes that share. None: (0, budget, 0, 1).
+        late_cycle: takes the place of `cycle` from the step at this share of all on, `late_from`, in (0, 1):
+            early, predictions change faster. None: the same.
         order: degree of the polynomial that continues a token which is not computed: 0 (hold), 1 or 2.
         score: which tokens are computed. "error": those whose forecast is expected to be worst, from the error
             measured whenever a token was computed, grown by age^(order + 1) and pooled over 3x3 tokens;
@@ -72,6 +74,8 @@ class TokenPruningConfig:
 
     budget: float = 0.25
     cycle: tuple[float, ...] | None = None
+    late_cycle: tuple[float, ...] | None = None
+    late_from: float = 0.5
     order: int = 1
     score: Literal["error", "change", "age"] = "error"
     clusters: int = 0
@@ -84,13 +88,15 @@ class TokenPruningConfig:
     dense_steps_last: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.cycle, list):  # YAML has lists
-            object.__setattr__(self, "cycle", tuple(self.cycle))
+        for name in ("cycle", "late_cycle"):
+            if isinstance(getattr(self, name), list):  # YAML has lists
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+            value = getattr(self, name)
+            valid = isinstance(value, tuple) and len(value) > 0
+            valid = valid and all(is_number(b) and 0 <= b <= 1 for b in value)
+            check(value is None or valid, name, "a list of budgets in [0, 1] or None", value)
+        check(is_share(self.late_from), "late_from", "in (0, 1)", self.late_from)
         check(is_number(self.budget) and 0 < self.budget <= 1, "budget", "in (0, 1]", self.budget)
-        if self.cycle is not None:
-            valid = isinstance(self.cycle, tuple) and len(self.cycle) > 0
-            valid = valid and all(is_number(b) and 0 <= b <= 1 for b in self.cycle)
-            check(valid, "cycle", "a list of budgets in [0, 1] or None", self.cycle)
         check(is_whole(self.order) and 0 <= self.order <= 2, "order", "0, 1 or 2", self.order)
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
@@ -140,6 +146,8 @@ class TokenPruningConfig:
             dense_first=self.dense_steps_first,
             dense_last=self.dense_steps_last,
             guidance_every=self.guidance_every,
+            late_cycle=self.late_cycle,
+            late_from=self.late_from,
         )
 
 
@@ -172,7 +180,7 @@ class TokenPruning:
 
     def attach(self, stack: ExitStack) -> Run:
         denoiser = self.target.denoiser
-        if self.config.keys_values == "all" and any(0 < b < 1 for b in self.config.schedule().cycle):
+        if self.config.keys_values == "all" and any(0 < b < 1 for b in self.config.schedule().budgets):
             self.kept.attach(denoiser, self.attentions, stack)
         # After the hooks on the attentions: those are inside.
         self.span.attach(denoiser, self.sites, stack, bias=False)

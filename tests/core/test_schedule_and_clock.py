@@ -23,6 +23,15 @@ def test_dense_ends_and_cycle():
     assert budgets(Schedule((1, 0, 0.25, 0), dense_first=1), 7) == [1, 1, 0, 0.25, 0, 1, 0]
 
 
+def test_a_late_cycle_takes_over_at_its_share_of_the_steps():
+    schedule = Schedule((0, 1), dense_first=1, dense_last=1, late_cycle=(0, 0, 0.5))
+    assert budgets(schedule, 12) == [1, 0, 1, 0, 1, 0, 0, 0, 0.5, 0, 0, 1]
+    assert budgets(Schedule((0,), late_cycle=(0.5,), late_from=0.3), 10) == [0] * 3 + [0.5] * 7
+    # Dense first steps that reach beyond it: it starts after them.
+    assert budgets(Schedule((0,), dense_first=3, late_cycle=(0.5, 1)), 5) == [1, 1, 1, 0.5, 1]
+    assert Schedule((1,), late_cycle=(0.5,)).reduces
+
+
 def test_refresh_points():
     assert refreshes(Schedule((0.5,), dense_first=1, refresh_every=3), 9) == [1, 4, 7]
     assert refreshes(Schedule((0.5,), dense_first=2), 9) == [2]

@@ -87,6 +87,14 @@ def test_steps_are_skipped_and_counted(family):
     assert "oldest token 1 steps" in str(handle.stats)
 
 
+def test_a_late_cycle(family):
+    pipe = family.make()
+    config = Config(cycle=(0, 1), late_cycle=(0, 0, 1), dense_steps_first=2)
+    with accel.accelerate(pipe, config) as handle:
+        family.latents(pipe, steps=12)
+    assert [s.computed > 0 for s in handle.stats.steps] == [c == "1" for c in "110101001001"]
+
+
 def test_memory_stays_flat(family):
     pipe = family.make()
     sizes = []
@@ -265,6 +273,8 @@ def test_compiled_equals_eager(family, how):
         ({"cycle": ()}, "cycle must be a list of 1"),
         ({"cycle": (0.5,)}, "cycle must be a list of 1"),
         ({"cycle": (1, 1)}, "forecasts nothing"),
+        ({"late_cycle": (0.5,)}, "late_cycle must be a list of 1"),
+        ({"late_from": 1}, r"late_from must be in \(0, 1\)"),
         ({"tolerance": 0}, "tolerance must be > 0"),
         ({"dense_steps_first": 0}, "dense_steps_first must be a whole number >= 1"),
         ({"dense_steps_last": -1}, "dense_steps_last must be a whole number >= 0"),

@@ -150,6 +150,13 @@ def test_stats(family):
     assert stats.cache_bytes == 4 * (2 * rows * 32 + 2 * output + 2 * 96)
 
 
+def test_a_late_cycle_may_be_the_only_one_with_partial_steps(family):
+    pipe, tokens = family.make(), 96 * (5 if family is FAMILIES["flux"] else 3)
+    with accel.accelerate(pipe, Config(cycle=(0, 1), late_cycle=(0, 0.5), dense_steps_first=2)) as handle:
+        family.latents(pipe, steps=8)
+    assert [s.computed / tokens for s in handle.stats.steps] == [1, 1, 0, 1, 0, 0.5, 0, 1]
+
+
 @pytest.mark.parametrize("score", ["error", "change", "age"])
 def test_the_worst_tokens_are_computed(score):
     """With guidance in two calls; scores computed again from the pipeline's own predictions."""
@@ -277,6 +284,8 @@ def test_compiled_equals_eager(family):
         ({"budget": 1.5}, r"budget must be in \(0, 1\]"),
         ({"cycle": (0.5, 1.2)}, r"cycle must be a list of budgets in \[0, 1\]"),
         ({"cycle": ()}, r"cycle must be a list"),
+        ({"late_cycle": (0.5, -1)}, r"late_cycle must be a list of budgets in \[0, 1\]"),
+        ({"late_from": 0}, r"late_from must be in \(0, 1\)"),
         ({"order": 3}, "order must be 0, 1 or 2"),
         ({"score": "errors"}, "error, change, age"),
         ({"clusters": -1}, "clusters must be a whole number >= 0"),
