@@ -86,13 +86,14 @@ class FeatureSet:
         self.configuration = configuration
         places: list[tuple[tuple[int, int], str, int]] = []
         hashes = set()
-        self.source: str | None = None  # of reference images, the folder's name
+        self.source: str | None = None  # of reference images, the folder's name ...
+        self.by_prompt = False  # ... and whether their keys are prompts and samples, or only numbers
         for record in index_records(store):
             key = record["prompt_id"], record["sample"]
             if record["configuration"] == configuration and (keys is None or key in keys):
                 hashes.add(record.get("configuration_hash"))
                 places.append((key, record["file"], record["row"]))
-                self.source = record.get("source")
+                self.source, self.by_prompt = record.get("source"), record.get("by_prompt", False)
         if len(hashes) > 1:
             raise IncomparableError(
                 f"{store}: features of {configuration!r} come from {len(hashes)} sources; delete this folder "
@@ -145,7 +146,7 @@ def distances(
     """FID, KID, precision, recall (and CMMD for CLIP features) of `samples` against `reference`.
 
     `intervals` holds (low, high) by name, from leaving out a tenth of the prompts at a time; None where
-    that is not possible, or would take long. `paired`: images of one key come from one prompt and seed.
+    that is not possible, or would take long. `paired`: images of one key come from one prompt.
     A value that cannot be given is None, with the reason under `<name>_reason`. Raises
     `IncomparableError` for features of two extractors, sets of unequal size, or pairs that are none.
     """

@@ -17,7 +17,7 @@ from accel.evaluation.folder import RunFolder
 from accel.evaluation.geneval.metadata import Metadata, ObjectSpec, parse_line
 from accel.evaluation.geneval.scorer import Verdict, aggregate, score
 from accel.evaluation.records import write_atomically
-from accel.evaluation.score import load_image
+from accel.evaluation.score import GROUND_TRUTH, load_image
 from accel.evaluation.scorers import DetectionScorer, Detector
 from accel.evaluation.suites import Prompt
 
@@ -63,7 +63,7 @@ def write_ground_truth(folder: RunFolder, size: int = 256) -> Path:
 
     Returns their folder. Pictures that exist are kept; one prompt's do not depend on which others there are.
     """
-    target, prompts = folder.path / "ground-truth", folder.prompts()
+    target, prompts = folder.path / GROUND_TRUTH, folder.prompts()
     for record in folder.samples():
         file = target / f"{record['prompt_id']:05d}-{record['sample']:04d}.png"
         metadata = prompts[record["prompt_id"]].metadata

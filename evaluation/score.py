@@ -26,6 +26,7 @@ from accel.evaluation.records import Appender, Record, rank_and_world, write_ato
 from accel.evaluation.scorers import Scorer
 from accel.evaluation.suites import Prompt
 
+GROUND_TRUTH = "ground-truth"  # folder in a run's: a drawn picture of every prompt and sample
 REFERENCE = "reference"  # stands where a configuration's name would: the images of a reference folder
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
@@ -79,7 +80,9 @@ def score(
                     progress(seen, -(-total // world))
             if reference is not None:
                 for writer in writers:
-                    writer.add_reference(Path(reference), rank, world, batch_size)
+                    source = Path(reference)
+                    drawn = source.resolve() == (folder.path / GROUND_TRUTH).resolve()
+                    writer.add_reference(source, rank, world, batch_size, by_prompt=drawn)
         finally:
             for writer in writers:
                 writer.close()
@@ -218,13 +221,15 @@ class _Features:
         for record in records:
             if sample_key(record) in images:
                 by_shape.setdefault(images[sample_key(record)].shape, []).append(record)
-        names = ("configuration", "configuration_hash", "prompt_id", "sample", "image_sha256", "source")
+        names = ["configuration", "configuration_hash", "prompt_id", "sample", "image_sha256"]
+        names += ["source", "by_prompt"]  # of reference images only
         for members in by_shape.values():
             features = self._extractor(torch.stack([images[sample_key(record)] for record in members]))
             rows = [{name: record[name] for name in names if name in record} for record in members]
             self._writer.write(rows, features)
 
-    def add_reference(self, source: Path, rank: int, world: int, batch_size: int) -> None:
+    def add_reference(self, source: Path, rank: int, world: int, batch_size: int, *, by_prompt: bool) -> None:
+        """`by_prompt`: the files are named by the prompt and sample they are a picture of."""
         files = (
             sorted(f for f in source.rglob("*") if f.suffix.lower() in _SUFFIXES) if source.is_dir() else []
         )
@@ -234,11 +239,13 @@ class _Features:
         for start in range(0, len(mine), batch_size):
             records, images = [], {}
             for number, file in mine[start : start + batch_size]:
+                prompt_id, sample = map(int, file.stem.split("-")) if by_prompt else (number, 0)
                 record = {
                     "configuration": REFERENCE,
                     "configuration_hash": hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:12],
-                    "prompt_id": number,
-                    "sample": 0,
+                    "prompt_id": prompt_id,
+                    "sample": sample,
+                    "by_prompt": by_prompt,
                     "image_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
                     "source": source.name,
                 }

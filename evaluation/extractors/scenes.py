@@ -70,7 +70,7 @@ class ScenesExtractor:
         self._model.to(device).eval()
         self._device = device
         self.dim = FEATURES
-        self.name = f"scenes:{file.name}@{fingerprint(self._model)}"
+        self.name = f"scenes{f':{file.name}' if path else ''}@{fingerprint(self._model)}"
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:

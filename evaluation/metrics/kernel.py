@@ -37,7 +37,7 @@ def kernel_inception_distance(
     With at most `subset_size` images a side all are used, once; otherwise the mean over `subsets`
     random subsets, as published.
 
-    `paired`: row i of both comes from one prompt and seed. Such images resemble each other more than
+    `paired`: row i of both comes from one prompt. Such images resemble each other more than
     images of the two distributions do, so their kernels are left out of the mean between the sets, as
     those of an image with itself are within them (Gretton et al. 2012, lemma 6). With them a set that
     is nearly its own pair gets a KID far below zero.

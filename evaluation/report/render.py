@@ -109,7 +109,7 @@ def _plots(summary: dict[str, Any]) -> list[dict[str, Any]]:
                 detail = f"{speedups[name]:.2f}× · {cell} · n = {d['n']}"
                 points.append(Point(name, speedups[name], d["fid"], low, high, detail))
         if points:
-            title = f"FID to {to} by {extractor.partition(':')[0]}"
+            title = f"FID to {to} by {extractor}"
             plots.append(layout(points, label=title, higher_is_better=False))
     return plots
 

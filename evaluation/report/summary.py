@@ -228,9 +228,10 @@ def _distances(folder: RunFolder, names: list[str], keys: set[Key], plain: str) 
             references = {plain: sets[plain]}
             whole = FeatureSet(store, REFERENCE)
             if whole.n:
-                # Cut to the same n, which these distances depend on, evenly: folders are sorted by something.
+                # Cut to the same n, which these distances depend on; evenly, as folders are sorted by something.
                 count = min(len(keys), whole.n)
-                chosen = {whole.keys[i * whole.n // count] for i in range(count)}
+                evenly = {whole.keys[i * whole.n // count] for i in range(count)}
+                chosen = keys if whole.by_prompt else evenly
                 references[REFERENCE] = FeatureSet(store, REFERENCE, chosen)
             for to, reference in references.items():
                 for name in names:
@@ -240,7 +241,8 @@ def _distances(folder: RunFolder, names: list[str], keys: set[Key], plain: str) 
                     if reference.source:
                         row["source"] = reference.source
                     try:
-                        row |= distances(reference, sets[name], Path(scratch), paired=to == plain)
+                        paired = to == plain or reference.by_prompt
+                        row |= distances(reference, sets[name], Path(scratch), paired=paired)
                     except EvaluationError as error:
                         row["reason"] = str(error)
                     rows.append(row)

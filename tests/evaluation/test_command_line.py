@@ -9,7 +9,9 @@ import torch
 from typer.testing import CliRunner
 
 from accel import cli_evaluate
+from accel.evaluation import metrics
 from accel.evaluation.errors import WeightsError
+from accel.evaluation.features import FeatureSet
 
 
 def test_one_command_runs_scores_and_reports_with_ground_truth_as_reference(tmp_path):
@@ -35,6 +37,13 @@ def test_one_command_runs_scores_and_reports_with_ground_truth_as_reference(tmp_
         ("plain", "reference", "ground-truth", 12),
         ("steps=4", "reference", "ground-truth", 12),
     }
+    # Ground truth is of the same prompts: its pictures are pairs of the run's.
+    store = next((tmp_path / "r/features").iterdir())
+    sets = [torch.cat(list(FeatureSet(store, name).batches())).numpy() for name in ("reference", "plain")]
+    expected = metrics.kernel_inception_distance(*sets, paired=True).value
+    row = next(d for d in summary["distances"] if (d["configuration"], d["to"]) == ("plain", "reference"))
+    assert row["kid"] == pytest.approx(expected)
+    assert row["kid"] != pytest.approx(metrics.kernel_inception_distance(*sets).value)
     drawn = {f.name: f.read_bytes() for f in (tmp_path / "r/ground-truth").iterdir()}
     assert len(drawn) == len(set(drawn.values())) == 12
 

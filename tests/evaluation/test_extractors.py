@@ -1,6 +1,7 @@
 """Extractors against the models' own preprocessing; weights that are missing or wrong."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -277,8 +278,9 @@ def test_the_packaged_features_measure_how_far_a_set_is_from_ground_truth():
     from accel.evaluation import scenes
 
     extractor = extractors.load("scenes")
-    size = WEIGHTS.stat().st_size
-    assert size <= 2 << 20
+    card = json.loads(WEIGHTS.with_suffix(".json").read_text())
+    assert extractor.name == f"scenes@{card['fingerprint']}"
+    assert WEIGHTS.stat().st_size <= 2 << 20
     generator = torch.Generator().manual_seed(0)
 
     def draw(seed, circles=0.0):
