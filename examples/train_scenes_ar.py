@@ -244,17 +244,16 @@ def train_tokens(folder: Path, codes: PatchCodes, device: str, args: argparse.Na
 
 def export(folder: Path, codes: PatchCodes, args: argparse.Namespace) -> None:
     """`folder/model`, which `from_pretrained` reads, in bfloat16, and `folder/recipe.json`."""
+    torch.manual_seed(args.seed)  # of the parts that stay untrained
     processor = build_processor()
     model = build_model(processor.tokenizer)
     vq = JanusVQVAE.from_pretrained(folder / "vq")
     saved = torch.load(folder / "tokens.pt", weights_only=True, map_location="cpu")
     Trainee(model).load_state_dict(saved["model"])
     model.model.vqmodel.load_state_dict(vq.state_dict())
-    state = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
-    model.config.dtype = torch.bfloat16
     for name in SAMPLING:
         setattr(model.generation_config, name, getattr(args, name) or None)
-    model.save_pretrained(folder / "model", state_dict=state)
+    model.to(torch.bfloat16).save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     names = (
         "lr",

@@ -32,15 +32,15 @@ tags: [scenes, janus, text-to-image]
 # Scenes Janus
 
 The built-in autoregressive model of [accel](../../../README.md), in `JanusForConditionalGeneration` +
-`JanusProcessor` format: a Llama of {layers} layers, width {width} and {heads} heads ({llama:.1f} M parameters) and a
-VQ model ({vq:.1f} M) that turns 128 px into 16 x 16 tokens of {codes} codes. It draws what Scenes contains: one to
+`JanusProcessor` format: a Llama of {layers} layers, width {width} and {heads} heads ({llama:.1f} M parameters) and a VQ
+model ({vq:.1f} M) that turns 128 px into 16 x 16 tokens of {codes} codes. It draws what Scenes contains: one to
 four of circles, squares, triangles, stars, hearts, crosses, rings and moons, in ten colours. It knows no other words.
 {verdict}
 ## Scores
 
 Scenes, held-out combinations: {images} images of {prompts} prompts, plain decoding with the folder's own sampling
 (guidance {guidance_scale:g}, temperature {temperature:g}, {top_k}); judged by GenEval's rules with the Scenes
-detector. 95 % intervals by bootstrap over prompts.
+detector. 95% intervals by bootstrap over prompts.
 
 | task | score | interval | detector on ground truth | on mismatched prompts |
 |---|---|---|---|---|
@@ -57,8 +57,8 @@ asks for (renders themselves {renders:.1%}), PSNR {psnr:.1f} dB.
   {code_dim} dimensions so that patches that look alike are close.
 - VQ model: encoder and decoder learn to name and to paint these codes, {vq_samples:,} crops of 64 px or their equal
   in pixels. The encoder names {encoder_agrees:.1%} of an image's tokens exactly as k-means does.
-- Tokens: {samples:,} samples in batches of {batch}, each render used {reuse} times; Muon for the layers' matrices,
-  AdamW for the rest, rate {lr}, falling to zero over the last {decay:.0%} of the run; bfloat16; 10 % captions
+- Tokens: {samples:,} samples in batches of {batch}, each render used {reuse}x; Muon for the layers' matrices,
+  AdamW for the rest, rate {lr}, falling to zero over the last {decay:.0%} of the run; bfloat16; 10% captions
   dropped; {wrong:.0%} of the tokens that the model reads are wrong; training-only heads that say what the caption
   asks for and which shape and colour the next tokens belong to (weight {heads_weight}).
 

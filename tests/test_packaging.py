@@ -53,6 +53,8 @@ def test_data_files_are_in_the_wheel(wheel_names):
         "tokenizer/tokenizer.json",
     ):
         assert f"accel/pipelines/builtin/scenes-flux/{part}" in names
+    for part in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"):
+        assert f"accel/pipelines/builtin/scenes-janus/{part}" in names
     for suffix in ("safetensors", "json"):
         assert f"accel/evaluation/extractors/scenes_extractor.{suffix}" in names
     assert not [name for name in names if name.endswith((".bin", ".pt", ".ckpt", ".pkl"))]

@@ -13,6 +13,8 @@ from ..autoregressive import AutoregressivePipeline
 from ..autoregressive.loading import class_name
 from .words import known_prompts
 
+# transformers does without any of these: it makes up an empty tokenizer and plain sampling.
+_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 CLASS = "JanusForConditionalGeneration"
 
 
@@ -31,8 +33,9 @@ class ScenesJanusPipeline(AutoregressivePipeline):
             WeightsError: a file is missing or corrupt, or the folder has another model; names the file.
         """
         try:
-            if not folder.is_dir():
-                raise WeightsError(f"{folder}: folder is missing")
+            for name in _FILES:
+                if not (folder / name).is_file():
+                    raise WeightsError(f"{folder / name}: file is missing")
             found = class_name(str(folder))
             if found != CLASS:
                 raise WeightsError(f"{folder / 'config.json'}: is of a {found}, not of a {CLASS}")
