@@ -90,6 +90,7 @@ def layout(
                 "label_x": label_x,
                 "label_y": label_y,
                 "anchor": anchor,
+                "leader": abs(label_y - y) > 36,  # too far off to be taken for this point's
                 "on_front": point in front,
             }
         )
