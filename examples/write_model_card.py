@@ -44,13 +44,14 @@ Scenes detector. 95 % intervals by bootstrap over prompts.
 
 `examples/train_scenes_diffusion.py`, seed {seed}, {device}, {minutes:.0f} minutes for the flow stage.
 
-- Text side: {text_steps} batches of 192 captions; learns to parse them (colour, number and relation of every
-  noun), then stays frozen.
+- Text side: {text_steps} batches of 192 captions; learns to say of every noun the sum of its shape's, colour's,
+  number's and relation's vectors, then stays frozen. It reads captions of held-out combinations, too; images of
+  them are never rendered.
 - Autoencoder: {vae_samples} renders of 64 px or their equal in pixels; PSNR at 256 px {vae_psnr:.1f} dB.
 - Flow: {stages}; batches of {batches}; Muon for the blocks' matrices, AdamW for the rest, rate {lr}, falling to zero
   over the last {decay:.0%} of the run; bfloat16; 10 % captions dropped; a training-only head that predicts each
   token's shape and colour (weight 0.2); a moving average of the weights, started afresh at each size.
-
+{history}
 ![Loss](loss.png)
 """
 
@@ -110,6 +111,7 @@ def main() -> None:
         minutes=recipe["seconds"] / 60,
         stages=stages(recipe["plan"]),
         batches=", ".join(map(str, recipe["batches"])),
+        history=f"\n{recipe['history']}\n" if "history" in recipe else "",
         shapes="circles, squares, triangles, stars, hearts, crosses, rings and moons",
         images=report["images"],
         prompts=report["prompts"],
