@@ -32,6 +32,10 @@ class TokenModel(Protocol):
         forced_N: (N,) int64 on the device: the token that stands at each slot, -1 where it is sampled. A forced
             token may lie outside of 0 ... V - 1: it is only ever fed, not sampled.
         first_BV: float32 logits for slot 0, from the prompt.
+
+    It may say more, which decoders can do without: `codebook_VD`, the code that each token stands for (`Adapter`),
+    and `row`, how many slots after a token the one right below it stands. If it has `at_most`, a decoder that knows
+    how far the images are sets it before each forward: no `at_B` is larger, so that nothing behind need be looked at.
     """
 
     images: int

@@ -62,6 +62,13 @@ class Layout:
         """N."""
         return len(self.forced)
 
+    @property
+    def row(self) -> int:
+        """How many slots after a token the one right below it stands."""
+        if self.picture is not None:
+            return self.columns
+        return -(-self.slots // self.rows)  # the last row may have no end of line
+
     def finished(self, token_BN: Tensor) -> Tensor:
         """Tokens of all slots (B, N) → those of the finished image (B, rows * columns), row by row."""
         picture = self.picture

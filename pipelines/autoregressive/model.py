@@ -52,7 +52,7 @@ class PromptedModel:
     ) -> None:
         self.adapter, self.layout = adapter, layout
         self.images, self.vocabulary = len(prompts), adapter.vocabulary
-        self.codebook_VD = adapter.codebook_VD
+        self.codebook_VD, self.row = adapter.codebook_VD, layout.row
         self.guided = guidance > 1
         prefix = adapter.prefix(prompts, layout, self.guided)
         _check_fits(prefix, adapter, layout, self.images)
@@ -66,6 +66,8 @@ class PromptedModel:
         self.key_values = KeyValues(adapter.layers, len(prefix.lengths), self.places)
         self._forward, self._grow, self._fed = forward or forward_once, grow, 0
         self.first_BV = self._prefill(prefix)
+        #: The furthest slot that the next forward can begin at, if a decoder knows.
+        self.at_most: int | None = None
         #: The first place of each image whose logits were NaN; `places` if there is none.
         self.nan_B = torch.where(self.first_BV.sum(-1).isnan(), self.start_R[: self.images] - 1, self.places)
 
@@ -79,10 +81,12 @@ class PromptedModel:
     def forward(self, token_BW: Tensor, at_B: Tensor) -> Tensor:
         """See `accel.decoding.TokenModel`."""
         # No image can be further than the number of tokens fed so far: all slots before a token were fed, too.
-        self._fed += token_BW.shape[1]
-        seen = self.places
+        # Windows are fed again and again, so that this is soon far too much: then the decoder should know better.
+        width, seen = token_BW.shape[1], self.places
+        self._fed += width
         if self._grow:
-            seen = min(-(-(self._longest + self._fed) // _STEP) * _STEP, self.places)
+            fed = self._fed if self.at_most is None else min(self._fed, self.at_most + width)
+            seen = min(-(-(self._longest + fed) // _STEP) * _STEP, self.places)
         return self._forward(self, token_BW, at_B, seen)
 
     def check(self) -> None:

@@ -45,7 +45,9 @@ class TableModel(Written):
         guidance: float = 1.0,
         seed: int = 0,
         sharpness: float = 1.5,
+        row: int = 0,
     ) -> None:
+        self.row = row
         generator = torch.Generator().manual_seed(seed)
         prefixes = (vocabulary + 1) ** (len(forced) - 1) * 2
         both = sharpness * torch.randn(2, prefixes, vocabulary, generator=generator)
@@ -88,7 +90,7 @@ class PictureModel(Written):
 
     def __init__(self, images: int, side: int = 12, vocabulary: int = 128, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.side = side
+        self.side = self.row = side
         self.codebook_VD = torch.randn(vocabulary, 6, generator=generator)
         self.prompt_BD = torch.randn(images, 6, generator=generator)
         self.bias_V = 0.5 * torch.randn(vocabulary, generator=generator)

@@ -20,6 +20,10 @@ LOSSLESS = {
     "gumbel": Config(drafting="gumbel", verification="ratio"),
     "gumbel, uniform": Config(drafting="gumbel", verification="ratio", fresh="uniform"),
     "noise": Config(),
+    "maximal, last": Config(drafting="maximal", fresh="last"),
+    "gumbel, last": Config(drafting="gumbel", verification="ratio", fresh="last"),
+    "noise, last": Config(fresh="last"),
+    "sjd, above": Config(drafting="independent"),
 }
 SAMPLINGS = {
     "temperature": Sampling(temperature=1.4),
@@ -32,7 +36,7 @@ LINES = (-1, -1, -1, 7, -1, -1)
 
 
 def sequences(model, config, sampling, width, seed, wrap=lambda step: step):
-    step = wrap(step_of(config, sampling, rule_of(config), model.slots))
+    step = wrap(step_of(config, sampling, rule_of(config), model.slots, model.row))
     state, _ = speculate(model, sampling, config, width, step, OneGenerator(model, width, seed))
     return state
 
@@ -44,7 +48,7 @@ def test_joint_law_of_a_ragged_batch(name, guidance, sampling):
     """6000 images in one batch, each at its own position after the first forward. A seed of its own for every
     case: |z| < 4 is then missed once in thousands of cases (chi-square's tail), and never by chance again."""
     case = list(LOSSLESS).index(name) * 10 + list(SAMPLINGS).index(sampling) + (guidance > 1) * 100
-    model = TableModel(6000, forced=FREE, guidance=guidance, seed=case)
+    model = TableModel(6000, forced=FREE, guidance=guidance, seed=case, row=2)
     state = sequences(model, LOSSLESS[name], SAMPLINGS[sampling], 3, seed=case)
     assert state.forwards_B.unique().numel() > 1, "the batch is not ragged"
     assert abs(z_score(state.token_BS[:, :5], model.law(SAMPLINGS[sampling]))) < 4
@@ -54,7 +58,7 @@ def test_joint_law_of_a_ragged_batch(name, guidance, sampling):
 @pytest.mark.parametrize("width", [2, 4, 6])
 @pytest.mark.parametrize("name", LOSSLESS)
 def test_joint_law_around_forced_tokens(name, width):
-    model = TableModel(6000, forced=LINES, seed=width)
+    model = TableModel(6000, forced=LINES, seed=width, row=4)
     state = sequences(model, LOSSLESS[name], Sampling(), width, seed=width)
     assert state.token_BS[:, 3].eq(7).all()
     drawn = state.token_BS[:, [0, 1, 2, 4, 5]]
@@ -107,10 +111,11 @@ def shortest_row(step):
     return broken
 
 
+@pytest.mark.parametrize("row", [0, 2])  # fresh drafts from the window's end, from above
 @pytest.mark.parametrize("name", ["maximal", "gumbel"])
 @pytest.mark.parametrize("wrap", [stale_q, shortest_row])
-def test_the_known_mistakes_are_seen(name, wrap):
-    model = TableModel(10000, forced=FREE)
+def test_the_known_mistakes_are_seen(name, wrap, row):
+    model = TableModel(10000, forced=FREE, row=row)
     state = sequences(model, LOSSLESS[name], Sampling(), 4, seed=3, wrap=wrap)
     assert z_score(state.token_BS[:, :5], model.law(Sampling())) > 10
 
@@ -133,11 +138,13 @@ def test_numbers_that_serve_twice_are_seen():
 
 @pytest.mark.parametrize("forced", [FREE, LINES])
 @pytest.mark.parametrize("window", [2, 3, 5])
-def test_noise_verification_gives_the_images_of_plain_decoding(forced, window):
+@pytest.mark.parametrize("row", [0, 1, 2, 4])
+def test_noise_verification_gives_the_images_of_plain_decoding(forced, window, row):
     seeds, sampling = range(40), Sampling(temperature=1.2, top_k=3)
     plain = decode(TableModel(40, forced=forced), sampling, generators(*seeds))
     decoder = SpeculativeDecoder(Config(window=window, auto_disable=False))
-    assert torch.equal(decoder(TableModel(40, forced=forced), sampling, generators(*seeds)), plain)
+    model = TableModel(40, forced=forced, row=row)
+    assert torch.equal(decoder(model, sampling, generators(*seeds)), plain)
     assert decoder.stats.tokens_per_forward > 1.1
 
 
@@ -151,7 +158,7 @@ def test_greedy_is_plain_greedy(name):
     greedy = Sampling(temperature=0)
     plain = decode(TableModel(1, forced=LINES), greedy, generators(0))
     for seed in range(5):
-        model = TableModel(1, forced=LINES)
+        model = TableModel(1, forced=LINES, row=4)
         decoder = SpeculativeDecoder(replace(config, window=4, auto_disable=False))
         assert torch.equal(decoder(model, greedy, generators(seed)), plain)
 
@@ -161,7 +168,7 @@ def test_an_image_depends_on_its_own_seed_alone(name):
     config = replace(LOSSLESS[name], window=3, auto_disable=False)
 
     def tokens(*seeds):
-        model = TableModel(len(seeds), forced=LINES)
+        model = TableModel(len(seeds), forced=LINES, row=4)
         return SpeculativeDecoder(config)(model, Sampling(), generators(*seeds))
 
     together = tokens(*range(12))
@@ -169,3 +176,23 @@ def test_an_image_depends_on_its_own_seed_alone(name):
     for seed in (0, 7, 11):
         assert torch.equal(tokens(seed)[0], together[seed])
     assert torch.equal(tokens(5, 5, 9), together[[5, 5, 9]])
+
+
+def stale_one_hot(step):
+    """A draft from above is verified as if it had been drawn from the law at the window's end."""
+
+    def broken(state, logits_BWV, *inputs):
+        new = step(state, logits_BWV, *inputs)
+        width = state.q_BWV.shape[1]
+        entered = (new.finished_B - state.finished_B)[:, None] + torch.arange(width) > width
+        law_BV = Sampling().probabilities(logits_BWV[:, -1:])
+        return new._replace(q_BWV=torch.where(entered[..., None], law_BV, new.q_BWV))
+
+    return broken
+
+
+@pytest.mark.parametrize("name", ["sjd, above", "maximal", "gumbel"])
+def test_a_draft_from_above_is_not_one_from_a_law(name):
+    model = TableModel(10000, forced=FREE, row=2)
+    state = sequences(model, LOSSLESS[name], Sampling(), 2, seed=3, wrap=stale_one_hot)
+    assert z_score(state.token_BS[:, :5], model.law(Sampling())) > 10

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from accel.decoding import Sampling
 from accel.methods.speculation import SpeculativeDecodingConfig, verify
-from accel.methods.speculation.draft import carry, inverse_cdf, residual
+from accel.methods.speculation.draft import above, carry, inverse_cdf, residual
 from accel.methods.speculation.loop import step_of
 from accel.methods.speculation.step import State, begin
 
@@ -169,21 +169,42 @@ def test_inverse_cdf_draws_the_law_and_no_token_of_weight_zero():
 
 def test_drafts_that_stay_take_the_new_law_with_them():
     p = torch.rand(2, 4, 5).softmax(-1)
-    q = carry(p, torch.tensor([1, 3]), "last")
+    enters = torch.rand(2, 4, 5)
+    q = carry(p, enters, torch.tensor([1, 3]))
     assert torch.equal(q[0], p[0, [1, 2, 3]])
-    assert torch.equal(q[1], p[1, [3, 3, 3]])
-    q = carry(p, torch.tensor([2, 4]), "uniform")
-    assert torch.equal(q[0, :2], p[0, [2, 3]])
-    assert q[0, 2].eq(0.2).all()
-    assert q[1].eq(0.2).all()
+    assert torch.equal(q[1], torch.stack([p[1, 3], *enters[1, :2]]))
+    q = carry(p, enters, torch.tensor([2, 4]))
+    assert torch.equal(q[0], torch.stack([*p[0, [2, 3]], enters[0, 0]]))
+    assert torch.equal(q[1], enters[1, :3])
+
+
+def test_where_the_token_above_stands():
+    """In a window of 3 before slots 3, 4, 5: a row of 4 back, or of 2 back, twice if once is behind the window."""
+    device = torch.device("cpu")
+    assert above(3, 4, device).tolist() == [-1, 0, 1]
+    assert above(3, 2, device).tolist() == [1, 2, 1]
+    assert above(3, 1, device).tolist() == [2, 2, 2]
+
+
+def test_sorting_packed_numbers_is_sorting():
+    """As a compiler sorts, and a GPU: stable, zeros and ties in the order of tokens."""
+    p = torch.rand(3, 5, 40).softmax(-1)
+    p[..., ::3] = 0
+    p[..., 1::5] = p[..., 1:2]
+    by_torch = p.sort(dim=-1, stable=True)
+    values, order = verify.ranked(p)
+    assert torch.equal(values, by_torch.values)
+    assert torch.equal(order, by_torch.indices)
 
 
 # A step neither waits for the device nor depends on data for its shapes.
 
 STEPS = {
     "noise": Config(),
+    "noise, last": Config(fresh="last"),
     "maximal": Config(drafting="maximal"),
     "gumbel": Config(drafting="gumbel", verification="ratio"),
+    "gumbel, last": Config(drafting="gumbel", verification="ratio", fresh="last"),
     "sjd": Config.sjd(),
     "group": Config(group_size=8),
     "group, budget": Config(tv_budget=0.05),
@@ -200,7 +221,7 @@ def a_step(name, sampling, images=3, width=4, vocabulary=16, slots=9):
     forced[4] = 20
     forced_S = pad(forced, (0, 2 * width), value=-1)
     codebook = torch.randn(vocabulary, 3, generator=generator)
-    step = step_of(config, sampling, verify.rule_of(config, codebook), slots)
+    step = step_of(config, sampling, verify.rule_of(config, codebook), slots, row=3)
     first_BV = torch.randn(images, vocabulary, generator=generator)
     logits_BWV = torch.randn(images, width, vocabulary, generator=generator)
     q_BWV = (logits_BWV[:, :-1] + 0.3).softmax(-1)[:, :, torch.randperm(vocabulary, generator=generator)]

@@ -33,8 +33,9 @@ class SpeculativeDecodingConfig:
             distribution, so that images are plain decoding's (only for gumbel, nothing relaxed); "ratio": it
             passes with probability min(1, p / q) (speculative sampling, arXiv:2211.17192), a little more
             often. "auto": noise for gumbel when lossless, else ratio.
-        fresh: where drafts of slots that enter the window come from: "last", the distribution at the window's
-            end; "uniform", all tokens alike (as published).
+        fresh: where drafts of slots that enter the window come from: "above", the token right above in the
+            image (a model that does not say how long its rows are: "last"); "last", the distribution at the
+            window's end; "uniform", all tokens alike (as published).
         relaxation: what is verified if the budget, the group or the weight allow a loss. "group": groups of
             tokens of similar probability (GSD, arXiv:2508.07747); "mixture": w p + (1 - w) q, which accepts as
             much as any rule can for the distance it causes.
@@ -58,7 +59,7 @@ class SpeculativeDecodingConfig:
     window: int | Literal["auto"] = "auto"
     drafting: Literal["auto", "gumbel", "maximal", "independent"] = "auto"
     verification: Literal["auto", "noise", "ratio"] = "auto"
-    fresh: Literal["last", "uniform"] = "last"
+    fresh: Literal["above", "last", "uniform"] = "above"
     relaxation: Literal["group", "mixture"] = "group"
     group_size: int = 1
     probability_filter: float | None = 0.15
@@ -160,6 +161,6 @@ class SpeculativeDecodingConfig:
 _CHOICES = {
     "drafting": ("auto", "gumbel", "maximal", "independent"),
     "verification": ("auto", "noise", "ratio"),
-    "fresh": ("last", "uniform"),
+    "fresh": ("above", "last", "uniform"),
     "relaxation": ("group", "mixture"),
 }

@@ -99,13 +99,14 @@ class SpeculativeDecoder:
                 f"{type(model).__name__} does not offer: pass distance_filter=None"
             )
         # Kept, because a new one would be compiled anew. Nothing but the distance filter sees the codebook.
-        key = (sampling, model.forced_N.shape[0], model.first_BV.device)
+        slots, row = model.forced_N.shape[0], getattr(model, "row", 0)
+        key = (sampling, slots, row, model.first_BV.device)
         used_VD = codebook_VD if grouped and config.distance_filter is not None else None
         if key in self._steps:
             of_VD, step = self._steps[key]
             if of_VD is used_VD:
                 return step
-        step = step_of(config, sampling, rule_of(config, used_VD), model.forced_N.shape[0])
+        step = step_of(config, sampling, rule_of(config, used_VD), slots, row)
         self._steps[key] = used_VD, step
         return step
 

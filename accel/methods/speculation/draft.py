@@ -36,17 +36,22 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
     return torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
 
 
-def carry(p_BWV: Tensor, advance_B: Tensor, fresh: str) -> Tensor:
+def carry(p_BWV: Tensor, enters_BWV: Tensor, advance_B: Tensor) -> Tensor:
     """What the drafts of the next window are drawn from (B, W - 1, V), when `advance_B` slots have become final.
 
     A draft that stays in the window has just been drawn from the p of its slot, by whichever coupling, so its q
     is that p: also if the coupling kept the token, which otherwise would be verified against a q that it no
-    longer follows. Slots that enter get the p of the window's last slot, or a uniform q.
+    longer follows. Slots that enter have theirs.
     """
     width, vocabulary = p_BWV.shape[1:]
-    index_BW = torch.arange(width - 1, device=p_BWV.device) + advance_B[:, None]
-    at_BWV = index_BW.clamp(max=width - 1)[..., None].expand(-1, -1, vocabulary)
-    q_BWV = p_BWV.gather(1, at_BWV)
-    if fresh == "uniform":
-        q_BWV = torch.where(index_BW[..., None] < width, q_BWV, 1 / vocabulary)
-    return q_BWV
+    index_BW = advance_B[:, None] + torch.arange(width - 1, device=p_BWV.device)
+    return torch.cat([p_BWV, enters_BWV], 1).gather(1, index_BW[..., None].expand(-1, -1, vocabulary))
+
+
+def above(width: int, row: int, device: torch.device) -> Tensor:
+    """(W,) for the W slots behind a window: where, from the window's first slot on, the token right above stands.
+
+    One row up, or more rows until it is not behind the window itself. Negative: before the window.
+    """
+    behind_W = torch.arange(width, device=device)
+    return width + behind_W - row * (behind_W // row + 1)

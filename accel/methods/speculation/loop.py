@@ -25,19 +25,32 @@ from .verify import Rule
 Step = Callable[[State, Tensor, Tensor | None, Tensor, Tensor], State]
 
 
-def step_of(config: SpeculativeDecodingConfig, sampling: Sampling, rule: Rule, slots: int) -> Step:
-    """The step that a configuration asks for; compiled if it says so."""
+def fresh_of(config: SpeculativeDecodingConfig, row: int) -> str:
+    """Where fresh drafts come from: there is no "above" where it is not known how long a row is."""
+    return "last" if config.fresh == "above" and not row else config.fresh
+
+
+def step_of(
+    config: SpeculativeDecodingConfig, sampling: Sampling, rule: Rule, slots: int, row: int = 0
+) -> Step:
+    """The step that a configuration asks for; compiled if it says so.
+
+    Args:
+        row: slots of a row of the image; 0: unknown.
+    """
     step: Callable[..., State]
+    fresh = fresh_of(config, row)
     if config.verifies_by == "noise":
-        step = partial(_noise_step, sampling=sampling, slots=slots)
+        step = partial(_noise_step, sampling=sampling, fresh=fresh, slots=slots, row=row)
     else:
         step = partial(
             ratio_step,
             sampling=sampling,
             rule=rule,
             drafting=config.drafts_by,
-            fresh=config.fresh,
+            fresh=fresh,
             slots=slots,
+            row=row,
         )
     return torch.compile(step, fullgraph=True, dynamic=False) if config.compile else step
 
@@ -76,7 +89,7 @@ def start(
         token_B = inverse_cdf(p_BV, randomness.uniform(1)[:, 0])
     if config.fresh == "uniform":
         q_BWV = torch.full_like(q_BWV, 1 / model.vocabulary)
-    if config.drafts_by == "gumbel" and config.fresh == "last":
+    if config.drafts_by == "gumbel" and config.fresh != "uniform":
         draft_BW = draw(q_BWV, randomness.exponential_BRV[:, 1:width])
     else:
         draft_BW = inverse_cdf(q_BWV, randomness.uniform(width - 1))
@@ -119,6 +132,8 @@ def speculate(
     pending: _Readback | None = None
     while min(known) < slots:
         randomness.refill(known)
+        if hasattr(model, "at_most"):
+            model.at_most = max(known) - 1 + (width if late else 0)
         token_BW, at_B = feed(state, width)
         logits_BWV = model.forward(token_BW, at_B)
         uniform_BW4 = randomness.uniform(width, 4) if uses_uniform else None

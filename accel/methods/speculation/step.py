@@ -5,11 +5,11 @@ compiled or captured in a CUDA graph.
 
 Why it is exact. Call everything that is drawn for slot j, in any round, its noise. A draft and its q at slot j are
 functions of the noise of slots <= j and < j; whether slot j is verified in a round depends on slots < j alone.
-By induction over rounds a draft follows its q given the noise of the slots before: a fresh one was drawn from it, a
-re-draft is drawn from the new p, whose window is a function of earlier slots (fresh noise, or the slot's own old
-noise again, which no earlier slot has seen). So speculative sampling at slot j gives p given everything before,
-whatever happens behind it. Verification may not use the noise that the draft came from: given the draft it is no
-longer noise. Verification by noise is simpler: the token is the one that the slot's noise gives for p, whatever
+By induction over rounds a draft follows its q given the noise of the slots before: a fresh one was drawn from it, or
+is an earlier slot's token, so that q is one-hot; a re-draft is drawn from the new p, whose window is a function of
+earlier slots (fresh noise, or the slot's own old noise again, which no earlier slot has seen). So speculative
+sampling at slot j gives p given everything before, whatever happens behind it. Verification may not use the noise
+that the draft came from: given the draft it is no longer noise. Verification by noise is simpler: the token is the one that the slot's noise gives for p, whatever
 the draft was, and the draft only decides whether the forward that saw it can be used for the next slot.
 
 Shapes: B images, W slots of a window, V vocabulary, N slots of an image, S = N + 2 W with room for windows that
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from accel.decoding import Sampling, draw
 
-from .draft import carry, inverse_cdf, residual
+from .draft import above, carry, inverse_cdf, residual
 from .verify import Rule, accepted, exact
 
 
@@ -94,6 +94,7 @@ def ratio_step(
     drafting: str,
     fresh: str,
     slots: int,
+    row: int = 0,
 ) -> State:
     """Verify by p / q, or by a relaxation of it.
 
@@ -101,6 +102,7 @@ def ratio_step(
         logits_BWV: after each fed token, so for slots finished_B ... finished_B + W - 1.
         uniform_BW4: in [0, 1): to pass, to replace, to re-draft independently, for fresh drafts.
         exponential_BRV: noise of the slots, for drafting "gumbel".
+        row: slots of a row, for fresh "above".
     """
     width, vocabulary = logits_BWV.shape[1:]
     p_BWV = sampling.probabilities(logits_BWV)
@@ -134,17 +136,23 @@ def ratio_step(
     token_BW = torch.where(index_W < count_B[:, None], draft_BW, token_BW)
     spent_BW = torch.where(sampled_BW[:, :-1], spent_BW, 0.0)
 
-    if drafting == "gumbel" and fresh == "last":
-        enters_BW = draw(p_BWV[:, -1:], _noise_at(exponential_BRV, window.slot_BW + width))
+    token_BS = _written(state, window, token_BW)
+    if fresh == "above":
+        enters_BW = _from_above(token_BS, window, row, vocabulary)
+        enters_BWV = torch.zeros_like(p_BWV).scatter_(-1, enters_BW[..., None], 1.0)
     elif fresh == "last":
-        enters_BW = inverse_cdf(p_BWV[:, -1:].expand_as(p_BWV), uniform_BW4[..., 3])
+        enters_BWV = p_BWV[:, -1:].expand_as(p_BWV)
+        if drafting == "gumbel":
+            enters_BW = draw(p_BWV[:, -1:], _noise_at(exponential_BRV, window.slot_BW + width))
+        else:
+            enters_BW = inverse_cdf(enters_BWV, uniform_BW4[..., 3])
     else:
+        enters_BWV = torch.full_like(p_BWV, 1 / vocabulary)
         enters_BW = (uniform_BW4[..., 3] * vocabulary).long()
-    state = _advance(state, window, count_B, token_BW, enters_BW, forced_S, slots)
-    advance_B = count_B + 1
+    state = _advance(state, window, token_BS, count_B, enters_BW, forced_S, slots)
     return state._replace(
         spent_BS=state.spent_BS.scatter(1, window.slot_BW[:, :-1], spent_BW),
-        q_BWV=carry(p_BWV, advance_B, fresh),
+        q_BWV=carry(p_BWV, enters_BWV, count_B + 1),
     )
 
 
@@ -155,7 +163,9 @@ def noise_step(
     forced_S: Tensor,
     *,
     sampling: Sampling,
+    fresh: str,
     slots: int,
+    row: int = 0,
 ) -> State:
     """Verify by the slots' noise: the tokens are those of plain decoding with it, whatever the drafts are."""
     width = logits_BWV.shape[1]
@@ -163,8 +173,12 @@ def noise_step(
     window = _window(state, width, forced_S)
     token_BW = draw(p_BWV, _noise_at(exponential_BRV, window.slot_BW))
     pass_BW = (token_BW == window.draft_BW)[:, :-1] | (window.forced_BW >= 0)[:, :-1]
-    enters_BW = draw(p_BWV[:, -1:], _noise_at(exponential_BRV, window.slot_BW + width))
-    return _advance(state, window, accepted(pass_BW), token_BW, enters_BW, forced_S, slots)
+    token_BS = _written(state, window, token_BW)
+    if fresh == "above":
+        enters_BW = _from_above(token_BS, window, row, p_BWV.shape[-1])
+    else:
+        enters_BW = draw(p_BWV[:, -1:], _noise_at(exponential_BRV, window.slot_BW + width))
+    return _advance(state, window, token_BS, accepted(pass_BW), enters_BW, forced_S, slots)
 
 
 def _window(state: State, width: int, forced_S: Tensor) -> Window:
@@ -178,29 +192,41 @@ def _noise_at(exponential_BRV: Tensor, slot_BW: Tensor) -> Tensor:
     return exponential_BRV.gather(1, (slot_BW % ring)[..., None].expand(-1, -1, vocabulary))
 
 
+def _from_above(token_BS: Tensor, window: Window, row: int, vocabulary: int) -> Tensor:
+    """(B, W) drafts for the slots behind the window: the tokens right above, in the first row the window's last.
+
+    They are certain, given earlier slots: their q is one-hot. Drawing from the law of the slot above instead takes
+    as many forwards (built-in model, 16 images, window 16: 55.5 against 55.1; from the window's end 65.6).
+    """
+    at_BW = window.slot_BW[:, :1] + above(window.slot_BW.shape[1], row, token_BS.device)
+    at_BW = torch.where(at_BW < 0, window.slot_BW[:, -1:], at_BW)
+    return token_BS.gather(1, at_BW).clamp(max=vocabulary - 1)  # a forced token cannot be drafted
+
+
+def _written(state: State, window: Window, token_BW: Tensor) -> Tensor:
+    """The batch's tokens with the window's in their places. What is not final yet is written again when it is."""
+    token_BW = torch.where(window.forced_BW >= 0, window.forced_BW, token_BW)
+    return state.token_BS.scatter(1, window.slot_BW, token_BW)
+
+
 def _advance(
     state: State,
     window: Window,
+    token_BS: Tensor,
     count_B: Tensor,
-    token_BW: Tensor,
     enters_BW: Tensor,
     forced_S: Tensor,
     slots: int,
 ) -> State:
-    """Write the window's tokens and the drafts behind it, and move on by the accepted ones and one more.
-
-    What is written at slots that are not final yet is written again when they are.
-    """
+    """Write the drafts behind the window, and move on by the accepted tokens and one more."""
     running_B = state.finished_B < slots
     forwards_B = state.forwards_B + running_B
-    behind_BW = window.slot_BW + token_BW.shape[1]
+    behind_BW = window.slot_BW + window.slot_BW.shape[1]
     entering_forced_BW = forced_S[behind_BW]
-    token_BW = torch.where(window.forced_BW >= 0, window.forced_BW, token_BW)
     enters_BW = torch.where(entering_forced_BW >= 0, entering_forced_BW, enters_BW)
-    token_BS = state.token_BS.scatter(1, window.slot_BW, token_BW).scatter(1, behind_BW, enters_BW)
-    round_BW = forwards_B[:, None].expand_as(token_BW).int()
+    round_BW = forwards_B[:, None].expand_as(window.slot_BW).int()
     return state._replace(
-        token_BS=token_BS,
+        token_BS=token_BS.scatter(1, behind_BW, enters_BW),
         finished_B=(state.finished_B + count_B + 1).clamp(max=slots),
         forwards_B=forwards_B,
         round_BS=state.round_BS.scatter(1, window.slot_BW, round_BW),

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -107,7 +108,7 @@ def group(
     per member instead.
     """
     # Ascending, so that sums over improbable tokens are differences of small numbers.
-    p_BWV, order_BWV = p_BWV.sort(dim=-1, stable=True)
+    p_BWV, order_BWV = ranked(p_BWV)
     q_BWV = q_BWV.gather(-1, order_BWV)
     excess_BWV = (p_BWV - q_BWV).clamp(min=0)
     excess_BWV = excess_BWV / excess_BWV.sum(-1, keepdim=True).clamp(min=1e-30)
@@ -132,6 +133,19 @@ def group(
         spent_BW = torch.where(better_BW, tv_BW, spent_BW)
     rank_BW = (order_BWV == draft_BW[..., None]).long().argmax(-1)
     return at(f_BWV, rank_BW), spent_BW
+
+
+def ranked(p_BWV: Tensor) -> tuple[Tensor, Tensor]:
+    """(p ascending, the tokens in this order): a stable sort.
+
+    torch sorts (15, 512) numbers in 280 us on a core with AVX-512, numpy the same packed into integers in 34.
+    """
+    if p_BWV.device.type != "cpu" or type(p_BWV) is not Tensor or torch.compiler.is_compiling():
+        return p_BWV.sort(dim=-1, stable=True)
+    token_V = torch.arange(p_BWV.shape[-1])
+    packed = (p_BWV.contiguous().view(torch.int32).long() << 32) | token_V  # floats >= 0 rank like their bits
+    order_BWV = torch.from_numpy(np.sort(packed.numpy(), axis=-1)) & 0xFFFFFFFF
+    return p_BWV.gather(-1, order_BWV), order_BWV
 
 
 def near(codebook_VD: Tensor, distance: float) -> Tensor:
@@ -160,8 +174,11 @@ def _run_ratios(p_BWV: Tensor, q_BWV: Tensor, delta: float | None) -> Callable[[
     p_sums, q_sums = (pad(values.cumsum(-1), (1, 0)) for values in (p_BWV, q_BWV))
     lowest = highest = None
     if delta is not None:
-        lowest = torch.searchsorted(p_BWV, p_BWV - delta, right=True)
-        highest = torch.searchsorted(p_BWV, p_BWV + delta)
+        # Only tokens of at least delta have others that far below them, or are that far above others.
+        few = min(p_BWV.shape[-1], int(1 / delta) + 2)
+        rest, most = p_BWV.shape[-1] - few, p_BWV[..., -few:].contiguous()
+        lowest = pad(torch.searchsorted(p_BWV, most - delta, right=True), (rest, 0))
+        highest = rest + torch.searchsorted(most, p_BWV + delta)
 
     def of_size(size: int) -> Tensor:
         first_V, size = _members(p_BWV, size)
