@@ -74,7 +74,7 @@ def autoregressive(
     samples: Annotated[int, typer.Option("--seeds", min=1, help="Images per prompt, each its own seed.")] = 1,
     batch_sizes: Annotated[str, typer.Option(help="Images per call, comma-separated.")] = "1,2,4,8,16,32",
     repeats: Annotated[int, typer.Option(min=1, help="Calls at each batch size above 1.")] = 3,
-    window: Annotated[int, typer.Option(min=2, help="Window of all but the sweep over windows.")] = 32,
+    window: Annotated[int, typer.Option(min=2, help="Window of all but the sweep over windows.")] = 16,
     only: Annotated[
         str, typer.Option(help="Regular expression: only the settings whose name it finds, and plain.")
     ] = "",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from accel.configs import load
 from accel.evaluation.configurations import PLAIN, Configuration
 from accel.evaluation.errors import EvaluationError
 from accel.evaluation.extractors import ScenesExtractor
@@ -29,9 +30,11 @@ from accel.generation import Way, is_autoregressive
 from accel.methods.speculation import SpeculativeDecodingConfig
 from accel.pictures import to_pil
 
-TRANSFORMERS, AGAIN, AUTO = "transformers", "plain-again", "lossless-auto"
+TRANSFORMERS, AGAIN = "transformers", "plain-again"
+#: The presets, as a user has them: they choose their window, or not to speculate.
+AUTO = {"lossless-auto": "lossless", "grouped-auto": "grouped"}
 #: Which ways are run at every batch size (of the groupings, the last), and calls of each.
-_BY_BATCH_SIZE, REPEATS = re.compile(rf"{PLAIN}|{TRANSFORMERS}|lossless-(\d+|auto)|grouped-\d+"), 3
+_BY_BATCH_SIZE, REPEATS = re.compile(rf"{PLAIN}|{TRANSFORMERS}|lossless-(\d+|auto)|grouped-(\d+|auto)"), 3
 _OTHER_SEEDS = 500_009  # what `plain-again` adds to every seed
 _MATCHED = 4  # images on which the mixture's weight is found
 
@@ -110,10 +113,10 @@ class Again(Configuration):
 
 
 def settings(
-    *, window: int = 32, windows: Sequence[int] = (8, 16, 32, 64), groups: Sequence[int] = (4, 8, 16, 32)
+    *, window: int = 16, windows: Sequence[int] = (8, 16, 32, 64), groups: Sequence[int] = (4, 8, 16, 32)
 ) -> list[Configuration]:
-    """What is compared, without the mixtures that `matched` adds. All but `lossless-auto` decode speculatively
-    whether it pays or not.
+    """What is compared, without the mixtures that `matched` adds. All but the presets decode speculatively whether
+    it pays or not.
 
     Args:
         window: of everything but the sweep over windows.
@@ -130,7 +133,7 @@ def settings(
         Again(AGAIN),
         way("sjd", **published),
         *(way(f"lossless-{size}", window=size) for size in dict.fromkeys((window, *windows))),
-        Configuration(AUTO, Config()),
+        *(Configuration(name, load(preset)) for name, preset in AUTO.items()),
         way("lossless-gumbel-ratio", drafting="gumbel", verification="ratio"),
         way("lossless-maximal", drafting="maximal"),
         *(way(f"gsd-{size}", group_size=size, **published) for size in groups),
@@ -234,7 +237,7 @@ def bench(
     chosen = [item for item in configurations if item.name not in problems]
     if match:
         texts = [prompt.text for prompt in take(suite.prompts, _MATCHED)]
-        chosen += [matched(pipe, c, texts, call, folder) for c in chosen if c.name.startswith("grouped-")]
+        chosen += [matched(pipe, c, texts, call, folder) for c in chosen if _grouping(c)]
 
     def generate(target: Path, ways: Sequence[Configuration], prompts: int, batch_size: int) -> None:
         run(
@@ -252,7 +255,7 @@ def bench(
         )
 
     generate(folder.path, chosen, limit, 1)
-    groupings = [item for item in chosen if item.name.startswith("grouped-")]
+    groupings = [item for item in chosen if _grouping(item)]
     ways = [c for c in chosen if _BY_BATCH_SIZE.fullmatch(c.name) and c not in groupings[:-1]]
     sizes = sorted({int(size) for size in batch_sizes} - {1})
     for size in sizes:
@@ -262,6 +265,10 @@ def bench(
         extractors = [ScenesExtractor(device=pipe.device)] if WEIGHTS.is_file() else []
         score(folder.path, [judge.scorer], extractors, bounds=judge.bounds)
     return write(folder, {size: RunFolder(batch_folder(folder, size)) for size in sizes}, problems)
+
+
+def _grouping(item: Configuration) -> bool:
+    return item.name.startswith("grouped-") and item.name not in AUTO
 
 
 def batch_folder(folder: RunFolder, size: int) -> Path:
