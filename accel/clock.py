@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .noise_levels import log_snr
+from .noise_levels import log_snr, step_lengths
 
 
 class Listener:
@@ -42,6 +42,7 @@ class Clock:
         total: number of steps of this run.
         timesteps: the scheduler's timesteps of this run, on the host.
         times: what forecasts run along, rising: the steps' log signal-to-noise ratio (accel.noise_levels).
+        lengths: what each step multiplies the prediction with before it adds it to the sample; None: unknown.
         running: a loop has been started and has not ended.
         samples: batch of the latents seen by the last `step`, None before the first. The denoiser's batch is
             a multiple of it when guidance is batched.
@@ -54,6 +55,7 @@ class Clock:
         self.step = self.total = 0
         self.timesteps: tuple[float, ...] = ()
         self.times: tuple[float, ...] = ()
+        self.lengths: tuple[float, ...] | None = None
         self.running = False
         self.samples: int | None = None
 
@@ -140,6 +142,8 @@ class Clock:
         first = self._whole - total
         self.timesteps = tuple(float(t) for t in scheduler.timesteps[first:].tolist())
         self.times = log_snr(scheduler)[first:]
+        lengths = step_lengths(scheduler)
+        self.lengths = None if lengths is None else lengths[first:]
         self.step, self.total, self.samples, self.running = 0, total, None, True
         self._tell("begin")
         self._tell("before")

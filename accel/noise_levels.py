@@ -1,8 +1,10 @@
-"""What forecasts run along: the log signal-to-noise ratio of each step, for any diffusers scheduler."""
+"""Where a scheduler's steps are: the log signal-to-noise ratio of each, which forecasts run along, and how far
+each goes."""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 #: Pure noise and no noise are infinitely far away; this far from either they are taken to be.
@@ -40,3 +42,17 @@ def _noise_shares(scheduler: Any, timesteps: list[float]) -> list[float] | None:
     known = alphas.tolist()
     kept = [known[min(max(round(t), 0), len(known) - 1)] for t in timesteps]
     return [(1 - a) ** 0.5 / (a**0.5 + (1 - a) ** 0.5) for a in kept]
+
+
+def step_lengths(scheduler: Any) -> tuple[float, ...] | None:
+    """What each step multiplies the prediction with before it adds it to the sample; None: not known to be that
+    simple. Read from the device once.
+
+    Known for Euler steps without added noise: flow matching, and predictions of the noise.
+    """
+    config, name = scheduler.config, type(scheduler).__name__
+    flow = name == "FlowMatchEulerDiscreteScheduler" and not config.get("stochastic_sampling")
+    noise = name == "EulerDiscreteScheduler" and config.get("prediction_type") == "epsilon"
+    if not (flow or noise) or len(scheduler.sigmas) != len(scheduler.timesteps) + 1:
+        return None
+    return tuple(later - now for now, later in pairwise(scheduler.sigmas.tolist()))

@@ -90,11 +90,16 @@ class History:
         self.stamps = _push(self.stamps, torch.full_like(self.stamps[0], now), computed)
 
 
-def memory(*histories: History | None) -> int:
-    """Bytes that histories hold, counting once what they share."""
-    known = [h for h in histories if h is not None]
-    tensors = {t.data_ptr(): t for h in known for t in (*h.stamps, *(v for vs in h.values for v in vs))}
+def memory(*held: History | Tensor | None) -> int:
+    """Bytes that histories, and tensors beside them, hold, counting once what they share."""
+    tensors = {t.data_ptr(): t for item in held for t in _tensors(item)}
     return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _tensors(item: History | Tensor | None) -> Sequence[Tensor]:
+    if item is None or isinstance(item, Tensor):
+        return () if item is None else (item,)
+    return (*item.stamps, *(v for values in item.values for v in values))
 
 
 def _push(entries: list[Tensor], new: Tensor, where: Tensor | None) -> list[Tensor]:

@@ -3,11 +3,13 @@
 The scheme of TaylorSeer (arXiv:2503.06923) on one tensor per call instead of two per layer: memory stays flat,
 and the forecast runs along the log signal-to-noise ratio, not along step numbers. The optional tolerance is ours: the
 error of a forecast is measured whenever a step is computed, and bounds the steps after it. At the steps that
-are computed, the unconditional branch of guidance may be forecast (accel.methods.guidance).
+are computed, the unconditional branch of guidance may be forecast (accel.methods.guidance), or what forecasts
+missed made up for (accel.methods.correction).
 """
 
 from __future__ import annotations
 
+import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -15,12 +17,13 @@ import torch
 from torch import Tensor
 
 from accel.clock import Readback
-from accel.errors import ConfigError
+from accel.errors import AccelWarning, ConfigError
 from accel.run import Run, Target
 from accel.schedule import Phase, Schedule
 from accel.stats import Stats, StepStats
 
 from .checks import check, is_number, is_share, is_whole
+from .correction import Correction
 from .forecast import History, growth, memory
 from .guidance import Guidance
 
@@ -39,6 +42,9 @@ class ForecastConfig:
             this much; else compute it. The error is extrapolated from the one measured at the last computed
             step. The measured value is read once per step in question, which waits for the device. None:
             always as `cycle` says.
+        correct: at every computed step, make up for what the forecasts before it missed, as far as the line
+            between the computed predictions says. Under schedulers that take Euler steps without noise (flow
+            matching; predictions of the noise); a warning under others.
         guidance_every: with classifier-free guidance, compute the unconditional branch at every n-th of the
             steps in between that are computed only, and forecast how it differs from the conditional one at
             the others (to `order`, at most 1). 1: always.
@@ -53,6 +59,7 @@ class ForecastConfig:
     late_from: float = 0.5
     order: int = 1
     tolerance: float | None = None
+    correct: bool = False
     guidance_every: int = 1
     dense_steps_first: int = 2
     dense_steps_last: int = 1
@@ -76,6 +83,11 @@ class ForecastConfig:
         if self.tolerance is not None:
             valid = is_number(self.tolerance) and self.tolerance > 0
             check(valid, "tolerance", "> 0 or None", self.tolerance)
+        check(isinstance(self.correct, bool), "correct", "true or false", self.correct)
+        if self.correct and self.guidance_every > 1:
+            raise ConfigError(
+                f"correct=True needs both branches at every computed step: guidance_every={self.guidance_every} must be 1"
+            )
         valid = is_whole(self.dense_steps_first) and self.dense_steps_first >= 1
         check(valid, "dense_steps_first", "a whole number >= 1", self.dense_steps_first)
         valid = is_whole(self.dense_steps_last) and self.dense_steps_last >= 0
@@ -103,11 +115,12 @@ class Forecasting:
     """Whole-step forecasts at work on one denoiser."""
 
     def __init__(self, target: Target, config: ForecastConfig, stats: Stats) -> None:
-        self.config = config
+        self.target, self.config = target, config
         self._blocks = len(target.adapter.sites(target.denoiser))
         self.run = Run(target, config.schedule(), self, stats, span=False)
         self.run.keep_outputs = True
         self.guidance = Guidance(self.run, min(config.order, 1), halves=True)
+        self.correction = Correction()
         self.forget()
 
     # Between steps (see accel.run.Method).
@@ -116,18 +129,38 @@ class Forecasting:
         self.history: History | None = None
         self._age = 0
         self._error: Tensor | None = None  # relative error per growth of the last forecast that was checked
+        self._made: tuple[Tensor, ...] = ()  # predictions of a corrected step as the model made them
+        self._last = 0.0  # time of the last computed step
         self.guidance.forget()
+        self.correction.forget()
 
     def prepare(self, run: Run) -> None:
+        run.correct, self._made = None, ()
         if run.clock.step == 0:
             run.check_times()
+            if self.config.correct and run.clock.lengths is None:
+                warnings.warn(
+                    f"correct=True has no effect: how far {type(self.target.scheduler).__name__} steps along a "
+                    "prediction is not known (it is for Euler steps without noise).",
+                    AccelWarning,
+                    stacklevel=2,
+                )
         if not run.phase.dense and self._too_far(run):
             run.phase = Phase(1.0)
         if run.phase.dense:
             self.guidance.prepare()
+            if self.correction.due:
+                assert run.clock.lengths is not None
+                self.correction.prepare(run.time - self._last, run.clock.lengths[run.clock.step])
+                run.correct = self._correct
             return
         assert self.history is not None
-        run.answer(self.history.forecasts(run.time))
+        forecasts = self.history.forecasts(run.time)
+        if self.config.correct and run.clock.lengths is not None:
+            latest = [values[0] for values in self.history.values]
+            age, length = run.time - self._last, run.clock.lengths[run.clock.step]
+            self.correction.add(forecasts, latest, age, length)
+        run.answer(forecasts)
 
     def _too_far(self, run: Run) -> bool:
         """Whether a forecast of this step is expected to miss the tolerance."""
@@ -147,18 +180,30 @@ class Forecasting:
             self._observe(run)
         self._age = 0 if run.phase.dense else self._age + 1
         assert self.history is not None
-        held = memory(self.history, self.guidance.history)
+        held = memory(self.history, self.guidance.history, *self.correction.tensors)
         return StepStats(tokens, tokens, cache_bytes=held, oldest_age=self._age)
 
     def _observe(self, run: Run) -> None:
+        self._last = run.time
+        outputs = self._made if run.correct is not None else run.outputs
+        self.correction.forget()
         if self.history is None:
             self.history = History(self.config.order)
-            self.history.start(run.outputs, run.time)
+            self.history.start(outputs, run.time)
             return
-        run.check_calls(len(run.outputs), len(self.history.values))
+        run.check_calls(len(outputs), len(self.history.values))
         if self.config.tolerance is not None:
             age = self.history.age(run.time)
-            pairs = zip(run.outputs, self.history.forecasts(run.time), strict=True)
+            pairs = zip(outputs, self.history.forecasts(run.time), strict=True)
             errors = [(v - f).float().norm() / v.float().norm() for v, f in pairs]
             self._error = torch.stack(errors).max() / growth(age, self.config.order)
-        self.history.add(run.outputs, run.time)
+        self.history.add(outputs, run.time)
+
+    # Inside the denoiser, possibly traced.
+
+    def _correct(self, prediction: Tensor) -> Tensor:
+        call = len(self.run.outputs)
+        assert self.history is not None
+        self.run.check_calls(max(call + 1, len(self.history.values)), len(self.history.values))
+        self._made = (*self._made, prediction)
+        return self.correction.apply(call, prediction, self.history.values[call][0])

@@ -8,7 +8,7 @@ import diffusers
 import pytest
 import torch
 
-from accel.noise_levels import log_snr
+from accel.noise_levels import log_snr, step_lengths
 
 # diffusers' schedulers hand torch tensors to numpy 2 the old way.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -69,3 +69,37 @@ def test_pure_noise_and_none_are_finite_and_apart():
 
 def test_a_scheduler_of_its_own_kind_gives_its_timesteps():
     assert log_snr(made("IPNDMScheduler")) == tuple(-t for t in made("IPNDMScheduler").timesteps.tolist())
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+        ("EulerDiscreteScheduler", {}),
+        ("EulerDiscreteScheduler", {"use_karras_sigmas": True, "timestep_spacing": "trailing"}),
+    ],
+)
+def test_step_lengths_are_what_the_scheduler_steps(name, config):
+    scheduler = made(name, **config)
+    lengths, g = step_lengths(scheduler), torch.Generator().manual_seed(0)
+    assert len(lengths) == 10
+    sample = torch.randn(1, 3, 4, generator=g, dtype=torch.float64)
+    for length, timestep in zip(lengths, scheduler.timesteps, strict=True):
+        prediction = torch.randn(1, 3, 4, generator=g, dtype=torch.float64)
+        after = scheduler.step(prediction, timestep, sample).prev_sample
+        torch.testing.assert_close(after, sample + length * prediction, rtol=1e-4, atol=1e-4)
+        sample = after
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+        ("EulerDiscreteScheduler", {"prediction_type": "v_prediction"}),
+        ("EulerAncestralDiscreteScheduler", {}),
+        ("DPMSolverMultistepScheduler", {}),
+        ("DDIMScheduler", {}),
+    ],
+)
+def test_other_steps_have_no_length(name, config):
+    assert step_lengths(made(name, **config)) is None
