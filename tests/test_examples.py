@@ -36,6 +36,19 @@ def test_quality_vs_speed_with_a_pipeline_and_prompts_of_ones_own(tmp_path):
     assert (tmp_path / "out/report/index.html").is_file()
 
 
+def test_sweep_policies(tmp_path):
+    """Two starts: the second reads what the first has measured, and measures what is new."""
+    forecast = "{method: forecast, cycle: [0, 1], dense_steps_last: 0, dense_steps_first: %d}"
+    arguments = ["sweep.jsonl", "--policies", "mine.yaml", "--steps", "4", "--limit", "2", "--size", "64"]
+    for policies in ({"two": 2}, {"two": 2, "three": 3}):
+        lines = [f"{name}: {forecast % dense}" for name, dense in policies.items()]
+        (tmp_path / "mine.yaml").write_text("\n".join(lines))
+        out = run("sweep_policies.py", *arguments, cwd=tmp_path).stdout
+        assert " | two | 3.00 | 1.33x | " in out
+    assert out.startswith("three: cost 3.00")
+    assert len((tmp_path / "sweep.jsonl").read_text().splitlines()) == 2
+
+
 @pytest.mark.slow
 def test_quality_vs_speed_on_the_built_in_model(tmp_path):
     out = run("quality_vs_speed.py", "--limit", "2", "--ratios", "0.5", "--steps", "2", cwd=tmp_path).stdout
