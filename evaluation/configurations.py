@@ -72,7 +72,7 @@ def parse(spec: str) -> Configuration:
     """Parse `[NAME:]PART[,KEY=VALUE...]`.
 
     PART is `plain`, a preset, a YAML file or `steps=N`; `steps=N` may follow a preset, and any other
-    KEY=VALUE replaces a setting of it: `plain`, `steps=8`, `balanced`, `half:balanced,ratio=0.5`,
+    KEY=VALUE replaces a setting of it: `plain`, `steps=8`, `balanced`, `mild:merging,ratio=0.3`,
     `mine.yaml,steps=12`.
     """
     match = re.match(r"([A-Za-z0-9][\w.+-]*):(?=.)", spec)

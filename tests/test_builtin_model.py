@@ -19,16 +19,17 @@ def images():
     jobs = [generation.Job(line.prompt, 100 + index) for index, line in enumerate(lines)]
     settings = generation.Settings()
     plain = generation.timed(pipe, jobs, settings)
-    balanced = configs.load("balanced")
-    merged = generation.timed(pipe, jobs, settings, balanced)
-    copied = generation.timed(pipe, jobs, settings, replace(balanced, unmerge="copy"))
-    return lines, plain, merged, copied
+    merging = configs.load("merging")
+    merged = generation.timed(pipe, jobs, settings, merging)
+    copied = generation.timed(pipe, jobs, settings, replace(merging, unmerge="copy"))
+    balanced = generation.timed(pipe, jobs, settings, configs.load("balanced"))
+    return lines, plain, merged, copied, balanced
 
 
-@pytest.mark.parametrize("which", ["plain", "merged"])
+@pytest.mark.parametrize("which", ["plain", "merged", "balanced"])
 def test_images_show_their_prompts(images, which):
-    lines, plain, merged, _ = images
-    found = scenes.detect((plain if which == "plain" else merged).images)
+    lines, plain, merged, _, balanced = images
+    found = scenes.detect({"plain": plain, "merged": merged, "balanced": balanced}[which].images)
     right = [score(objects, line).correct for objects, line in zip(found, lines, strict=True)]
     wrong = [score(objects, line).correct for objects, line in zip(found, lines[1:] + lines[:1], strict=True)]
     if which == "plain":
@@ -38,7 +39,7 @@ def test_images_show_their_prompts(images, which):
 
 
 def test_merging_half_the_tokens_keeps_the_images(images):
-    _, plain, merged, copied = images
+    _, plain, merged, copied, _ = images
     assert merged.stats.share < 0.7
     # 20 steps, the first 5 and the last dense, a new plan at each of the others
     assert (merged.stats.plans_built, merged.stats.plans_reused) == (14, 0)
@@ -47,3 +48,9 @@ def test_merging_half_the_tokens_keeps_the_images(images):
     assert close.mean() > far.mean() + 6, (close, far)
     # What carrying detail on is for (measured: 3 dB).
     assert close.mean() > psnr(plain.images, copied.images).mean() + 1
+
+
+def test_the_balanced_preset_stays_close(images):
+    _, plain, merged, _, balanced = images
+    assert balanced.stats.share == pytest.approx(11 / 20)
+    assert psnr(plain.images, balanced.images).mean() > psnr(plain.images, merged.images).mean() + 3

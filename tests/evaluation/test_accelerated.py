@@ -47,12 +47,12 @@ def flux():
 
 
 def test_presets_and_their_variants():
-    balanced, less = parse("balanced"), parse("less:balanced,ratio=0.3")
+    merged, less = parse("merging"), parse("less:merging,ratio=0.3")
     assert less.method.ratio == 0.3
     assert less.name == "less"
-    assert len({balanced.hash, less.hash, parse("balanced,steps=4").hash}) == 3
+    assert len({merged.hash, less.hash, parse("merging,steps=4").hash}) == 3
     with pytest.raises(EvaluationError, match=r"no setting 'ration'; valid: .*ratio"):
-        parse("balanced,ration=0.3")
+        parse("merging,ration=0.3")
 
 
 def test_acceleration_is_measured_while_attached_and_leaves_the_plain_images_alone(tmp_path, flux):
