@@ -32,7 +32,8 @@ def peers(
     ] = "",
     size: Annotated[int | None, typer.Option(help="Height and width; default: the pipeline's.")] = None,
     seed: Annotated[int, typer.Option(help="Base seed.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cuda, cpu; default: cuda if there is one.")] = None,
+    device: c.Device = None,
+    dtype: c.Dtype = None,
 ) -> None:
     """Plain, fewer steps, tomesd's scheme, diffusers' caches, cache-dit and accel, interleaved in one run.
 
@@ -48,7 +49,7 @@ def peers(
     chosen = [c for c in (*fewer_steps(steps), *theirs(steps), *ours(steps)) if wanted.search(c.name)]
     if not chosen:
         raise ConfigError(f"--only {only!r} matches none of the settings")
-    pipe = load_pipeline(model, device)
+    pipe = load_pipeline(model, device, dtype)
     if hasattr(pipe, "set_progress_bar_config"):
         pipe.set_progress_bar_config(disable=True)
     call = {"num_inference_steps": steps} | ({} if size is None else {"height": size, "width": size})

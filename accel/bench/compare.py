@@ -23,6 +23,7 @@ from accel.evaluation.score import score
 from accel.evaluation.scorers import pixel_scorers
 from accel.evaluation.suites import Suite
 
+from . import frontier
 from .macs import counted
 from .peers import Peer
 
@@ -97,7 +98,17 @@ def compare(
         score(path, [judge.scorer, *pixel_scorers()], bounds=judge.bounds)
     else:
         score(path, pixel_scorers())
-    return _report(folder, names, problems, macs)
+    page = _report(folder, names, problems, macs)
+    _frontier(page, working)
+    return page
+
+
+def _frontier(page: Path, configurations: Sequence[Configuration]) -> None:
+    summary = json.loads(page.with_name("report.json").read_text(encoding="utf-8"))
+    items = frontier.entries(summary, configurations)
+    text = page.read_text(encoding="utf-8").rstrip()
+    write_atomically(page, f"{text}\n{frontier.markdown(items)}\n")
+    frontier.plot(items, page.with_name("frontier.png"))
 
 
 def _report(folder: RunFolder, names: Sequence[str], problems: dict[str, str], macs: dict[str, int]) -> Path:

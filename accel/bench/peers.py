@@ -9,11 +9,12 @@ import copy
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
+from accel import configs
 from accel.evaluation.configurations import Configuration
 from accel.methods.forecasting import ForecastConfig
 from accel.methods.merging import TokenMergingConfig
@@ -194,25 +195,27 @@ def theirs(steps: int) -> list[Peer]:
 
 
 def ours(steps: int) -> list[Configuration]:
-    """Settings of accel's own methods; whole-step forecasts too, which pruning has to beat."""
-    cycles = {"2nd": (0, 1), "3rd": (0, 0, 1), "4th": (0, 0, 0, 1), "6th": (0, 0, 0, 0, 0, 1)}
-    partial = {
-        "25": (0, 0.25, 0, 1),
-        "50": (0, 0.5, 0, 1),
-        "10": (0, 0.1, 0, 1),
-        "25-long": (0, 0.25, 0, 0.25, 0, 1),
-        "25-short": (0, 0.25, 1),
-    }
+    """The presets, each without what makes up for forecasts, and accel's other methods."""
+    presets = {name: configs.load(name) for name in ("quality", "balanced", "fast")}
+    sparse = ForecastConfig(cycle=(0, 0, 0, 0, 1), dense_steps_first=5, dense_steps_last=0, correct=True)
+    cycles = {"2nd": (0, 1), "3rd": (0, 0, 1), "4th": (0, 0, 0, 1)}
+    late: dict[str, Any] = {"dense_steps_first": 7, "dense_steps_last": 0}
+    partial = {"25": (0, 0.25, 1), "50": (0, 0.5, 1), "25-long": (0, 0.25, 0, 1)}
     return [
-        Configuration("tomesd", TokenMergingConfig.tomesd(0.5)),
+        *(Configuration(name, config) for name, config in presets.items()),
+        Configuration("sparse", sparse),
+        *(Configuration(f"{n}-uncorrected", replace(c, correct=False)) for n, c in presets.items()),
         *(Configuration(f"forecast-{name}", ForecastConfig(cycle=cycle)) for name, cycle in cycles.items()),
-        Configuration("forecast-3rd-order2", ForecastConfig(cycle=(0, 0, 1), order=2)),
-        *(Configuration(f"prune-{name}", TokenPruningConfig(cycle=cycle)) for name, cycle in partial.items()),
-        Configuration("prune-25-no-kv", TokenPruningConfig(keys_values="none")),
-        Configuration("prune-25-clusters", TokenPruningConfig(clusters=16)),
+        Configuration("tomesd", TokenMergingConfig.tomesd(0.5)),
+        Configuration("merging", configs.load("merging")),
+        *(
+            Configuration(f"prune-{name}", TokenPruningConfig(cycle=cycle, **late))
+            for name, cycle in partial.items()
+        ),
+        Configuration("prune-25-no-kv", TokenPruningConfig(cycle=(0, 0.25, 1), keys_values="none", **late)),
+        Configuration("prune-25-clusters", TokenPruningConfig(cycle=(0, 0.25, 1), clusters=16, **late)),
         Configuration("guidance-2nd", ForecastConfig(cycle=(1,), guidance_every=2)),
         Configuration("guidance-2nd-forecast-2nd", ForecastConfig(cycle=(0, 1), guidance_every=2)),
-        Configuration("guidance-2nd-prune-25", TokenPruningConfig(guidance_every=2)),
         *([Configuration("cat", TokenPruningConfig.cat())] if steps > 6 else []),
     ]
 

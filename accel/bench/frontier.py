@@ -1,0 +1,107 @@
+"""Who is fastest at a given distance from the plain pictures: the table and the plot of `accel bench peers`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accel.evaluation.configurations import Configuration
+
+from .peers import Peer
+
+LEVELS = range(28, 43, 2)  # dB
+OURS, PEERS, STEPS = "accel", "peers", "fewer steps"
+#: Schemes of others that accel computes for comparison.
+_COMPARED = ("tomesd", "cat")
+_STYLES = {OURS: ("o", "#0b6e4f"), PEERS: ("s", "#c8553d"), STEPS: ("^", "#8d99ae")}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A configuration: whose it is, its speedup, and its PSNR, mean and 10th percentile over prompts."""
+
+    name: str
+    group: str
+    speedup: float
+    mean: float
+    p10: float
+
+
+def group_of(item: Configuration) -> str:
+    if isinstance(item, Peer) or item.name in _COMPARED:
+        return PEERS
+    return STEPS if item.method is None else OURS
+
+
+def entries(summary: Mapping[str, Any], configurations: Sequence[Configuration]) -> list[Entry]:
+    """What a report says of all but the plain pipeline; speedups are of the denoiser."""
+    groups = {item.name: group_of(item) for item in configurations}
+    found = []
+    for row in summary["configurations"]:
+        speed, psnr = row["speed"]["denoiser"], row["metrics"].get("psnr", {})
+        if row["name"] == summary["plain"] or row["name"] not in groups or not (speed and "mean" in psnr):
+            continue
+        ratio = speed["speedup"]["value"]
+        found.append(Entry(row["name"], groups[row["name"]], ratio, psnr["mean"]["value"], psnr["p10"]))
+    return found
+
+
+def fastest(items: Sequence[Entry], group: str, level: float, key: str) -> Entry | None:
+    """Of a group, the fastest that is at least this close; None: none is."""
+    close = [item for item in items if item.group == group and getattr(item, key) >= level]
+    return max(close, key=lambda item: item.speedup, default=None)
+
+
+def markdown(items: Sequence[Entry]) -> str:
+    """For each level and for both readings of it: the fastest of each group, and accel's over the peers'."""
+    lines = []
+    for key, title in (("mean", "Mean PSNR"), ("p10", "10th percentile of PSNR")):
+        lines += [
+            "",
+            f"## Fastest by distance: {title} to the plain pictures",
+            "",
+            f"| at least | {PEERS} | {STEPS} | {OURS} | accel / the faster of the others |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for level in LEVELS:
+            best = {group: fastest(items, group, level, key) for group in (PEERS, STEPS, OURS)}
+            others = [e.speedup for g, e in best.items() if e and g != OURS]
+            own = best[OURS]
+            ratio = f"{own.speedup / max([1.0, *others]):.2f}" if own else "slower"
+            cells = [f"{e.speedup:.2f}x `{e.name}`" if e else "none: 1x" for e in best.values()]
+            lines.append(f"| {level} dB | {' | '.join(cells)} | {ratio} |")
+    return "\n".join(lines)
+
+
+def plot(items: Sequence[Entry], path: Path) -> None:
+    """Speedup against both readings of PSNR, with the front of each group; better is up and to the right."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    for axes, (key, title) in zip(
+        figure.subplots(1, 2), (("mean", "mean"), ("p10", "10th percentile over prompts")), strict=True
+    ):
+        for group, (marker, color) in _STYLES.items():
+            own = [item for item in items if item.group == group]
+            x, y = [e.speedup for e in own], [getattr(e, key) for e in own]
+            axes.scatter(x, y, s=28, color=color, marker=marker, label=group)
+            front = [e for e in own if fastest(own, group, getattr(e, key), key) is e]
+            front.sort(key=lambda e: e.speedup)
+            axes.plot([e.speedup for e in front], [getattr(e, key) for e in front], color=color, linewidth=1)
+            for e in own:
+                axes.annotate(
+                    e.name,
+                    (e.speedup, getattr(e, key)),
+                    (4, 3),
+                    textcoords="offset points",
+                    fontsize=6,
+                    color=color,
+                )
+        axes.set_xlabel("speedup of the denoiser over the plain pipeline")
+        axes.set_ylabel(f"PSNR to the plain pictures, {title} (dB)")
+        axes.grid(color="#eee")
+        axes.set_axisbelow(True)
+    axes.legend()
+    figure.savefig(path, dpi=130)
