@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from accel.decoding import Sampling, decode
 from accel.pipelines.autoregressive import AutoregressivePipeline
+from accel.pipelines.autoregressive import model as model_module
 from accel.pipelines.autoregressive.cache import KeyValues
 from accel.pipelines.autoregressive.janus import Janus
 from accel.pipelines.autoregressive.model import PromptedModel, forward_once
@@ -94,6 +95,30 @@ def test_ragged_windows_with_rollbacks(janus, token_BN, guidance, grow):
     assert went_back
     assert over_the_end
     assert at_B.tolist() == [SLOTS - 1] * len(PROMPTS)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("told", [0, -8])
+def test_a_decoder_that_knows_how_far_the_images_are_need_not_look_behind(janus, token_BN, monkeypatch, told):
+    """Windows of 4 that move on by one token: twice as much is fed as is looked at. With a lie it shows."""
+    monkeypatch.setattr(model_module, "_STEP", 4)
+    expected, looked = one_by_one(prompted(janus), token_BN), []
+
+    def forward(model, token_BW, at_B, seen):
+        looked.append(seen)
+        return forward_once(model, token_BW, at_B, seen)
+
+    model = prompted(janus, grow=True, forward=forward)
+    longest, wrong = int(model.start_R.max()), 0.0
+    for at in range(SLOTS - 4):
+        model.at_most = at + told
+        logits = model.forward(token_BN[:, at : at + 4], torch.full((len(PROMPTS),), at))
+        wrong = max(wrong, float((logits - expected[:, at + 1 : at + 5]).abs().max()))
+    if told:
+        assert not wrong < 1e-2  # NaN or far off
+    else:
+        assert wrong < 1e-4
+        assert all(seen < longest + at + 4 + 4 for at, seen in enumerate(looked))
 
 
 @torch.no_grad()
