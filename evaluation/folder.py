@@ -55,7 +55,14 @@ class RunFolder:
         rows = [{"name": item.name, "hash": item.hash, **item.describe()} for item in configurations]
         wanted = {"format": 1, "suite": suite.describe(), **settings, "configurations": rows}
         wanted = json.loads(json.dumps(wanted, default=str))
-        if (self.path / "run.json").exists():
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RecordError(
+                f"{self.path}: cannot be a run folder ({error.strerror}); name another one"
+            ) from None
+        # Without an image nothing could be mixed: what was only tried may be tried otherwise.
+        if (self.path / "run.json").exists() and self._holds_images():
             wanted["configurations"] = self._merge(self.settings, wanted)
         elif self._holds_other_files():
             raise RecordError(f"{self.path}: exists and is not a run folder; name an empty or new one")
@@ -64,9 +71,10 @@ class RunFolder:
         )
         write_atomically(self.path / "run.json", json.dumps(wanted, indent=2) + "\n")
 
+    def _holds_images(self) -> bool:
+        return any(file.stat().st_size for file in (self.path / "samples").glob("rank-*.jsonl"))
+
     def _holds_other_files(self) -> bool:
-        if not self.path.is_dir():
-            return False
         names = {item.name for item in self.path.iterdir() if not item.name.startswith(".")}
         # Looked at last: another process may have been starting the same run in the meantime.
         return bool(names - {"prompts.jsonl"}) and not (self.path / "run.json").exists()
@@ -90,8 +98,16 @@ class RunFolder:
     def prompts(self) -> dict[int, Prompt]:
         """The suite's prompts by id."""
         file = self.path / "prompts.jsonl"
+        prompts = []
         with open(file, encoding="utf-8") as lines:
-            prompts = [Prompt.from_json(line, str(file), number) for number, line in enumerate(lines, 1)]
+            for number, line in enumerate(lines, 1):
+                try:
+                    prompts.append(Prompt.from_json(line, str(file), number))
+                except (ValueError, KeyError, TypeError) as error:
+                    raise RecordError(
+                        f"{file}, line {number}: unreadable ({error}); the command that started this folder "
+                        "writes the file anew and keeps the images"
+                    ) from None
         return {prompt.id: prompt for prompt in prompts}
 
     @property
@@ -118,7 +134,7 @@ class RunFolder:
             if problem:
                 warnings.warn(
                     f"{self.path / record['image']}: {problem}; this sample counts as not done, "
-                    "`accel evaluate run` makes it again",
+                    "`accel evaluate run` (of existing images, `score --images`) makes up for it",
                     AccelWarning,
                     stacklevel=2,
                 )

@@ -14,7 +14,7 @@ from accel.evaluation.errors import MetadataError, RecordError
 from accel.evaluation.folder import RunFolder, sample_key
 from accel.evaluation.geneval.metadata import parse_line
 from accel.evaluation.geneval.scorer import Detection, Verdict, score
-from accel.evaluation.records import Appender
+from accel.evaluation.records import Appender, rank_and_world
 from accel.evaluation.suites import Prompt, Suite
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
@@ -25,15 +25,20 @@ def import_images(path: str | Path, folders: Mapping[str, str | Path]) -> RunFol
 
     `folders` maps configuration names to image folders; the first is the reference the others are
     paired with. GenEval's layout (`<id>/metadata.jsonl`, `<id>/samples/*.png`) brings prompts along
-    and can be judged by a detector; a flat folder is paired by file name. Imported images have no
-    timings, so the report shows no speed for them.
+    and can be judged by a detector; images without metadata, or in a flat folder, are paired by their
+    names. Imported images have no timings, so the report shows no speed for them.
     """
+    if rank_and_world()[1] > 1:
+        raise RecordError(
+            "--images is for one process: import and score there, or `accel evaluate score OUT --images ...` "
+            "once with nothing else, and launch `score OUT` without --images then"
+        )
     listings = {name: list(_listing(Path(source))) for name, source in folders.items()}
     first = next(iter(listings.values()))
+    prompts = list({prompt.id: prompt for prompt, _, _ in first}.values())
+    described = all(prompt.metadata for prompt in prompts)
     suite = Suite(
-        "geneval" if first[0][0].metadata else "prompts",
-        list({prompt.id: prompt for prompt, _, _ in first}.values()),
-        {"imported": True},
+        "geneval" if described else "prompts", prompts, {"imported": True, "named_by_file": not described}
     )
     known = {prompt.id: prompt for prompt in suite.prompts}
     for name, listing in listings.items():
@@ -48,13 +53,14 @@ def import_images(path: str | Path, folders: Mapping[str, str | Path]) -> RunFol
     ]
     folder = RunFolder(path)
     folder.prepare(suite, {"model": "imported images"}, configurations)
-    done = {sample_key(record) for record in folder.samples()}
+    done = {sample_key(record): record["image_sha256"] for record in folder.samples()}
     with Appender(folder.path / "samples" / "rank-00000.jsonl") as records:
         for configuration in configurations:
             for prompt, sample, file in listings[configuration.name]:
-                if (configuration.name, prompt.id, sample) in done:
-                    continue
                 content = file.read_bytes()
+                digest = hashlib.sha256(content).hexdigest()
+                if done.get((configuration.name, prompt.id, sample)) == digest:
+                    continue
                 records.write(
                     {
                         "prompt_id": prompt.id,
@@ -62,7 +68,7 @@ def import_images(path: str | Path, folders: Mapping[str, str | Path]) -> RunFol
                         "prompt": prompt.text,
                         "seed": None,
                         "image": str(file.resolve()),
-                        "image_sha256": hashlib.sha256(content).hexdigest(),
+                        "image_sha256": digest,
                         "image_bytes": len(content),
                         "configuration": configuration.name,
                         "configuration_hash": configuration.hash,
@@ -75,15 +81,17 @@ def import_images(path: str | Path, folders: Mapping[str, str | Path]) -> RunFol
 def _listing(folder: Path) -> Iterator[tuple[Prompt, int, Path]]:
     if not folder.is_dir():
         raise RecordError(f"{folder}: no such image folder")
-    in_layout = sorted(folder.glob("*/metadata.jsonl"))
+    in_layout = sorted(samples.parent for samples in folder.glob("*/samples"))
     found = False
-    for number, metadata in enumerate(in_layout):
-        text = metadata.read_text(encoding="utf-8").strip()
-        prompt_id = int(metadata.parent.name) if metadata.parent.name.isdigit() else number
-        parsed = parse_line(text, str(metadata), 1)
-        for sample, file in enumerate(_pictures(metadata.parent / "samples")):
+    for number, place in enumerate(in_layout):
+        metadata, parsed = place / "metadata.jsonl", None
+        if metadata.exists():
+            parsed = parse_line(metadata.read_text(encoding="utf-8").strip(), str(metadata), 1)
+        prompt_id = int(place.name) if place.name.isdigit() else number
+        prompt = Prompt(prompt_id, parsed.prompt if parsed else place.name, parsed)
+        for sample, file in enumerate(_pictures(place / "samples")):
             found = True
-            yield Prompt(prompt_id, parsed.prompt, parsed), sample, file
+            yield prompt, sample, file
     if not in_layout:
         for number, file in enumerate(_pictures(folder)):
             found = True

@@ -102,6 +102,10 @@ def run(
         if any(c.steps for c in resolved) or "num_inference_steps" in settings["call"]:
             raise EvaluationError("steps are for diffusion models; this one draws every token of an image")
         settings["sampled"] = True
+    ways = {item.name: Way(pipe, item.attach) for item in resolved}
+    for way in ways.values():  # a method that this pipeline cannot have is refused before any image is made
+        with way.ready():
+            pass
     folder.prepare(suite, settings, resolved)
     rank, world, _ = rank_and_world()
     done = _done(folder, verify)
@@ -112,6 +116,8 @@ def run(
     ]
     total = sum(len(batch) * len(missing) for _, batch, missing in todo)
     if not total:
+        if progress:
+            progress(Progress(0, 0, ""))
         return folder
 
     with (
@@ -120,14 +126,14 @@ def run(
     ):
         session = f"{rank}.{sum(1 for _ in read_records(sessions.path))}"
         sessions.write({"session": session, "rank": rank, "world": world, "time": _now(), **environment()})
-        runner = _Runner(folder, pipe, call or {}, base_seed, session, warmup)
+        runner = _Runner(folder, pipe, ways, call or {}, base_seed, session, warmup)
         finished = 0
         for _, batch, missing in todo:
             for configuration in missing:
-                new = runner.generate(configuration, batch)
-                # A batch is always generated whole (pictures may depend on what shares their batch),
-                # but nothing is recorded twice.
-                records.write(*(record for record in new if sample_key(record) not in done))
+                # A batch is always generated whole (pictures may depend on what shares their batch), but
+                # what is recorded is kept: it may have come from another batch, and its hash with it.
+                keep = [key in done for key in _keys(configuration, batch)]
+                records.write(*runner.generate(configuration, batch, keep))
                 finished += len(batch)
                 if progress:
                     progress(Progress(finished, total, configuration.name))
@@ -139,22 +145,23 @@ class _Runner:
         self,
         folder: RunFolder,
         pipe: Any,
+        ways: dict[str, Way],
         call: dict[str, Any],
         base_seed: int,
         session: str,
         warmup: int,
     ) -> None:
-        self.folder, self.pipe, self.call = folder, pipe, call
+        self.folder, self._ways, self.call = folder, ways, call
         self.base_seed, self.session, self.warmup = base_seed, session, warmup
         self._warm: set[str] = set()
-        self._ways: dict[str, Way] = {}
         self._draws = is_autoregressive(pipe)
         # Attaching to a compiled pipeline makes it compile anew, so then every attachment is warmed.
         self._always_warm = is_compiled(pipe)
 
-    def generate(self, configuration: Configuration, batch: Sequence[Unit]) -> list[Record]:
-        if configuration.name not in self._ways:
-            self._ways[configuration.name] = Way(self.pipe, configuration.attach)
+    def generate(
+        self, configuration: Configuration, batch: Sequence[Unit], keep: Sequence[bool]
+    ) -> list[Record]:
+        """Records of the images of a batch that were saved: all but those to `keep` as they are."""
         with self._ways[configuration.name].ready() as (pipe, handle):
             if self._always_warm or configuration.name not in self._warm:
                 for _ in range(max(self.warmup, int(self._always_warm))):
@@ -180,7 +187,8 @@ class _Runner:
             "time": _now(),
             **(asdict(decoding) if decoding else {}),
         }
-        return [self._save(unit, image, common) for unit, image in zip(batch, images, strict=True)]
+        made = zip(batch, images, keep, strict=True)
+        return [self._save(unit, image, common) for unit, image, old in made if not old]
 
     def _call(self, pipe: Any, configuration: Configuration, batch: Sequence[Unit]) -> list[Image.Image]:
         steps = {} if configuration.steps is None else {"num_inference_steps": configuration.steps}
@@ -236,8 +244,8 @@ def _rotated(configurations: list[Configuration], by: int) -> list[Configuration
     return configurations[shift:] + configurations[:shift]
 
 
-def _keys(configuration: Configuration, batch: Sequence[Unit]) -> set[tuple[str, int, int]]:
-    return {(configuration.name, unit.prompt.id, unit.sample) for unit in batch}
+def _keys(configuration: Configuration, batch: Sequence[Unit]) -> list[tuple[str, int, int]]:
+    return [(configuration.name, unit.prompt.id, unit.sample) for unit in batch]
 
 
 def _now() -> str:

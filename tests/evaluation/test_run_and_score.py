@@ -1,5 +1,6 @@
 """The stages: what they record, what they redo, what they refuse."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -122,6 +123,51 @@ def test_batches_are_generated_whole_but_recorded_once(tmp_path, suite, fake):
         run(tmp_path / "r", suite, fake, [], batch_size=4, warmup=0)
     assert [len(prompts) for prompts, _ in fake.calls] == [4]
     assert len((tmp_path / "r/samples/rank-00000.jsonl").read_text().splitlines()) == 7
+
+
+def test_what_is_finished_is_not_replaced_by_an_image_of_a_larger_batch(tmp_path, suite, fake):
+    """On real hardware an image differs a little with what shares its batch; its recorded hash must hold."""
+    original = type(fake).__call__
+
+    class Batched(type(fake)):
+        def __call__(self, prompt, **arguments):
+            result = original(self, prompt, **arguments)
+            for image in result.images:
+                image.putpixel((0, 0), (len(prompt), 0, 0))
+            return result
+
+    run(tmp_path / "r", suite, Batched(), [], model="m", batch_size=4, limit=2)
+    folder = run(tmp_path / "r", suite, Batched(), [], model="m", batch_size=4, limit=4)
+    files = {folder.path / r["image"]: r["image_sha256"] for r in records(folder).values()}
+    assert [Image.open(file).getpixel((0, 0))[0] for file in files] == [2, 2, 4, 4]
+    assert all(hashlib.sha256(file.read_bytes()).hexdigest() == digest for file, digest in files.items())
+
+
+def test_a_start_that_made_no_image_fixes_nothing(tmp_path, suite, fake):
+    """Out of memory at the first call: a smaller batch may go into the same folder."""
+
+    class Full(type(fake)):
+        def __call__(self, *args, **kwargs):
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError):
+        run(tmp_path / "r", suite, Full(), ["steps=4"], model="m", batch_size=6)
+    folder = run(tmp_path / "r", suite, fake, ["steps=8"], model="m", batch_size=2)
+    assert list(folder.configurations) == ["plain", "steps=8"]
+    assert folder.settings["batch_size"] == 2
+
+
+def test_a_place_that_cannot_be_a_folder_and_lost_prompts_are_named(tmp_path, suite, fake):
+    (tmp_path / "file").touch()
+    with pytest.raises(RecordError, match=r"file: cannot be a run folder"):
+        run(tmp_path / "file", suite, fake, [])
+    folder = run(tmp_path / "r", suite, fake, [], limit=1)
+    prompts = tmp_path / "r/prompts.jsonl"
+    prompts.write_bytes(prompts.read_bytes()[:-12])
+    with pytest.raises(RecordError, match=r"prompts\.jsonl, line 6: unreadable"):
+        score(folder.path, [])
+    run(tmp_path / "r", suite, fake, [], limit=1)
+    score(folder.path, [])
 
 
 @pytest.mark.parametrize(
@@ -267,8 +313,26 @@ def test_flat_folders_are_paired_by_name(tmp_path, fake):
     (tmp_path / "b/y.png").rename(tmp_path / "b/z.png")
     with pytest.raises(RecordError, match=r"z\.png: configuration 'b' has another prompt here than 'a'"):
         importing.import_images(tmp_path / "t", {"a": tmp_path / "a", "b": tmp_path / "b"})
+    (tmp_path / "b/z.png").rename(tmp_path / "b/y.png")
+    Image.new("RGB", (32, 32)).save(tmp_path / "b/y.png")  # made again: read anew
+    with pytest.warns(AccelWarning, match=r"y\.png: .*`score --images`"):
+        importing.import_images(tmp_path / "s", {"a": tmp_path / "a", "b": tmp_path / "b"})
+    score(folder.path, pixel_scorers())
+    assert scores(folder)["b", 1, 0, "psnr"]["value"] is not None
     with pytest.raises(RecordError, match="no such image folder"):
         importing.import_images(tmp_path / "t", {"a": tmp_path / "absent"})
+
+
+def test_runs_with_prompts_of_ones_own_can_be_imported_but_not_by_many(tmp_path, suite, fake, monkeypatch):
+    images = run(tmp_path / "r", suite, fake, ["steps=4"], limit=2).path / "images"  # no metadata.jsonl
+    folders = {"a": images / "plain", "b": images / "steps=4"}
+    folder = importing.import_images(tmp_path / "s", folders)
+    assert sorted(records(folder)) == [("a", 0, 0), ("a", 1, 0), ("b", 0, 0), ("b", 1, 0)]
+    assert folder.settings["suite"]["named_by_file"]
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecordError, match="--images is for one process"):
+        importing.import_images(tmp_path / "t", folders)
 
 
 def official_row(line, boxes, correct, **changes):
