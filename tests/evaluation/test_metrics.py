@@ -156,6 +156,10 @@ def test_precision_recall_equals_brute_force():
     assert result == pytest.approx((covered(b, a), covered(a, b)))
     assert 0.05 < result.precision < 0.999  # the case is not trivial
     assert metrics.precision_recall(a, a) == (1.0, 1.0)
+    # Points on the border are inside: of images that repeat, radii are zero and so are the distances.
+    repeated = np.repeat(1e3 + features(40, 300, 12).numpy(), 5, axis=0)
+    assert metrics.precision_recall(repeated, repeated) == (1.0, 1.0)
+    assert metrics.precision_recall(repeated, repeated + 0.1) == (0.0, 0.0)
 
 
 def pictures(seed=0):
