@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Annotated, Any, NamedTuple, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .errors import AccelWarning
 
 app = typer.Typer(
     help="Quality against speed: generate with several configurations, score, report.", no_args_is_help=True
@@ -35,18 +38,20 @@ Configs = Annotated[
 Model = Annotated[str, typer.Option(help="builtin, a diffusers folder, a hub id, or file.py:function.")]
 SuiteName = Annotated[str, typer.Option("--suite", help="scenes, geneval, or a text file of prompts.")]
 MetadataFile = Annotated[Path | None, typer.Option("--metadata", help="GenEval's evaluation_metadata.jsonl.")]
-PerTask = Annotated[int, typer.Option(help="Scenes suite: prompts per task, six tasks.")]
-Limit = Annotated[int | None, typer.Option(help="Only so many prompts, tasks in turn.")]
-Samples = Annotated[int, typer.Option("--samples", help="Images per prompt (GenEval: 4).")]
+PerTask = Annotated[int, typer.Option(min=1, help="Scenes suite: prompts per task, six tasks.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only so many prompts, tasks in turn.")]
+Samples = Annotated[int, typer.Option("--samples", min=1, help="Images per prompt (GenEval: 4).")]
 Seed = Annotated[int, typer.Option(help="Base seed.")]
-BatchSize = Annotated[int, typer.Option(help="Images per pipeline call.")]
-ScoreBatch = Annotated[int, typer.Option(help="Images scored at a time.")]
-Steps = Annotated[int | None, typer.Option(help="Steps of all configurations that do not set their own.")]
-Size = Annotated[int | None, typer.Option(help="Height and width in pixels; default: the pipeline's.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per pipeline call.")]
+ScoreBatch = Annotated[int, typer.Option(min=1, help="Images scored at a time.")]
+Steps = Annotated[
+    int | None, typer.Option(min=1, help="Steps of all configurations that do not set their own.")
+]
+Size = Annotated[str | None, typer.Option(help="Pixels: 512 or WIDTHxHEIGHT; default: the pipeline's.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; default: the pipeline's.")]
 Device = Annotated[str | None, typer.Option(help="cuda, cpu, mps; default: cuda if there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default: the pipeline's.")]
-Warmup = Annotated[int, typer.Option(help="Untimed images per configuration at every start.")]
+Warmup = Annotated[int, typer.Option(min=0, help="Untimed images per configuration at every start.")]
 Verify = Annotated[bool, typer.Option("--verify", help="Check existing images by hash, not only by length.")]
 Lpips = Annotated[
     str | None, typer.Option(help="Path of torchvision's alexnet-owt-7be5be79.pth: adds LPIPS.")
@@ -57,7 +62,7 @@ Extractors = Annotated[
     typer.Option(
         "--extractor",
         help="Repeatable, adds FID, KID, precision, recall: scenes, inception:PATH, clip:SOURCE (and CMMD), "
-        "dinov2:SOURCE.",
+        "dinov2:SOURCE. Default for the scenes suite: scenes.",
     ),
 ]
 Reference = Annotated[
@@ -74,17 +79,20 @@ Images = Annotated[
         "--images", help="Repeatable NAME=FOLDER: score existing images; the first is the plain one."
     ),
 ]
-Worst = Annotated[int, typer.Option(help="Image triples per configuration in the report.")]
+Worst = Annotated[int, typer.Option(min=0, help="Image triples per configuration in the report.")]
 Json = Annotated[bool, typer.Option("--json", help="Print results as JSON on stdout.")]
 
 
 def _interruptible(command: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Ctrl-C says that nothing is lost; errors are printed by `accel.cli.main`."""
+    """Ctrl-C says that nothing is lost, a warning is said once; errors are printed by `accel.cli.main`."""
 
     @functools.wraps(command)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         try:
-            return command(*args, **kwargs)
+            with warnings.catch_warnings():
+                # A stage reads its records several times, and would name a damaged one each time.
+                warnings.simplefilter("once", AccelWarning)
+                return command(*args, **kwargs)
         except KeyboardInterrupt:
             _console.print(
                 "stopped; everything finished is kept, the same command continues", highlight=False
@@ -140,23 +148,25 @@ def run_command(
     verify: Verify = False,
 ) -> None:
     """Generate the images that are missing, with times. Under `accelerate launch` the work is shared."""
+    import diffusers
+    import transformers
+
     from accel.evaluation import configurations, models, suites
+    from accel.evaluation.records import rank_and_world
     from accel.evaluation.run import run
-    from accel.generation import guidance_argument
+    from accel.generation import Settings, parse_size
 
     resolved = configurations.resolve(config or [])
     prompts = suites.load(suite, metadata=metadata, per_task=per_task)
+    settings = Settings(steps, parse_size(size) if size else None, guidance)
+    diffusers.utils.logging.disable_progress_bar()  # the loaders' bars would write over ours
+    transformers.utils.logging.disable_progress_bar()
     pipe = models.load_pipeline(model, device=_device(device), dtype=dtype)
-    call = {
-        "num_inference_steps": steps,
-        "height": size,
-        "width": size,
-        guidance_argument(pipe): guidance,
-    }
+    call = _call_arguments(pipe, settings)
     if hasattr(pipe, "set_progress_bar_config"):
         pipe.set_progress_bar_config(disable=True)
     with _progress("generating") as update:
-        run(
+        folder = run(
             out,
             prompts,
             pipe,
@@ -166,11 +176,14 @@ def run_command(
             limit=limit,
             base_seed=seed,
             batch_size=batch_size,
-            call={name: value for name, value in call.items() if value is not None},
+            call=call,
             warmup=warmup,
             verify=verify,
             progress=lambda p: update(p.done, p.total),
         )
+    if not rank_and_world()[0]:
+        images = sum(1 for _ in folder.samples())
+        _console.print(f"{images} images in {out / 'images'}", highlight=False, soft_wrap=True)
 
 
 @app.command("score")
@@ -198,8 +211,14 @@ def score_command(
         if any(not name or not folder for name, folder in pairs):
             raise EvaluationError("--images takes NAME=FOLDER")
         importing.import_images(out, dict(pairs))
-    suite = RunFolder(out).settings["suite"]["name"]
-    tools = _load_tools(suite, lpips, clip, extractor, detector, sanity, _device(device))
+    described = RunFolder(out).settings["suite"]
+    suite = described["name"]
+    if clip and described.get("named_by_file"):
+        raise EvaluationError(
+            "--clip compares images with their prompts, and these images came without: give them GenEval's "
+            "layout (<id>/metadata.jsonl, <id>/samples/*.png), or leave --clip out"
+        )
+    tools = _load_tools(suite, lpips, clip, extractor, reference, detector, sanity, _device(device))
     if suite == "geneval" and not (detector and clip):
         _console.print(
             "no GenEval score without --detector (Mask2Former) and --clip (ViT-L/14); "
@@ -249,7 +268,7 @@ def all_command(**options: Any) -> None:
     if rank_and_world()[1] > 1:
         raise EvaluationError("`all` is for one process; launch `run`, then `score`, then `report`")
     # What cannot be loaded should be known before the images are made, not after.
-    names = ("suite", "lpips", "clip", "extractor", "detector", "sanity")
+    names = ("suite", "lpips", "clip", "extractor", "reference", "detector", "sanity")
     _load_tools(**{name: options[name] for name in names}, device=_device(options["device"]))
     _call(run_command, options)
     _call(score_command, {name: value for name, value in options.items() if name != "batch_size"})
@@ -286,13 +305,21 @@ def _load_tools(
     lpips: str | None,
     clip: str | None,
     extractor: list[str] | None,
+    reference: Path | None,
     detector: str | None,
     sanity: Path | None,
     device: str,
 ) -> _Tools:
     from accel.evaluation import extractors, judges, scorers
+    from accel.evaluation.errors import EvaluationError
+    from accel.evaluation.score import reference_images
 
-    loaded = [extractors.load(spec, device=device) for spec in extractor or []]
+    extractor = extractor or (["scenes"] if suite == "scenes" else [])
+    if reference is not None:
+        reference_images(reference)
+        if not extractor:
+            raise EvaluationError("--reference needs --extractor, which measures the distance to its images")
+    loaded = [extractors.load(spec, device=device) for spec in extractor]
     wanted: list[scorers.Scorer] = []
     bounds = None
     if suite == "scenes":
@@ -307,20 +334,41 @@ def _load_tools(
         # Loaded once where both ask for the same model, and never taken for another.
         same = [
             e
-            for spec, e in zip(extractor or [], loaded, strict=True)
+            for spec, e in zip(extractor, loaded, strict=True)
             if spec == f"clip:{clip}" and isinstance(e, extractors.ClipExtractor)
         ]
         wanted.append(scorers.ClipScorer(same[0] if same else extractors.ClipExtractor(clip, device=device)))
     return _Tools(wanted, loaded, bounds)
 
 
+def _call_arguments(pipe: Any, settings: Any) -> dict[str, Any]:
+    """What every call of the pipeline gets besides prompts and seeds; refused if it cannot take it."""
+    from accel.evaluation.errors import EvaluationError
+
+    settings.check(pipe)
+    call = settings.arguments(pipe)
+    parameters = inspect.signature(pipe.__call__).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        for name in call:
+            if name not in parameters:
+                raise EvaluationError(
+                    f"{type(pipe).__name__} takes no {name!r}; leave the option out that sets it"
+                )
+    return call
+
+
 def _device(name: str | None) -> str:
     import torch
 
+    from accel.evaluation.errors import EvaluationError
     from accel.evaluation.records import rank_and_world
 
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise EvaluationError(
+            f"--device {name}: no CUDA here (`accel info` says why); leave it out for the CPU"
+        )
     if name == "cuda" and rank_and_world()[1] > 1:
         return f"cuda:{rank_and_world()[2] % torch.cuda.device_count()}"
     return name

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from accel import generation
-from accel.evaluation.errors import EvaluationError
+from accel.evaluation.errors import AccelWarning, EvaluationError
 
 
 def load_pipeline(spec: str, *, device: str | None = None, dtype: str | None = None) -> Any:
@@ -18,6 +21,10 @@ def load_pipeline(spec: str, *, device: str | None = None, dtype: str | None = N
     """
     source, _, name = spec.rpartition(":")
     if source and name.isidentifier():
+        if dtype is not None:
+            warnings.warn(f"{spec} chooses its own dtype; {dtype} is ignored", AccelWarning, stacklevel=2)
+        if device and device.startswith("cuda:"):
+            torch.cuda.set_device(device)  # of several processes, each one's "cuda" is its own
         return _function(source, name)()
     return generation.load_pipeline(spec, device, dtype)
 

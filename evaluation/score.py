@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from accel.evaluation.errors import AccelWarning, RecordError
+from accel.evaluation.errors import AccelWarning, EvaluationError, RecordError
 from accel.evaluation.extractors import Extractor
 from accel.evaluation.features import FeatureWriter, index_records, store_path
 from accel.evaluation.folder import RunFolder, sample_key
@@ -59,6 +59,9 @@ def score(
     rank, world, _ = rank_and_world()
     if not (folder.path / "samples").is_dir():
         raise RecordError(f"{folder.path}: nothing to score yet; `accel evaluate run` comes first")
+    if batch_size < 1:
+        raise EvaluationError(f"batch_size must be at least 1, not {batch_size}")
+    references = reference_images(Path(reference)) if reference is not None else []
     if bounds and rank == 0:
         write_bounds(folder, bounds)
     plain_images = {
@@ -72,17 +75,24 @@ def score(
         writers = [_Features(folder.path, extractor, rank) for extractor in extractors]
         try:
             seen = 0
+            images = -(-total // world) + len(references[rank::world]) * len(writers)
             for batch in _batches(folder, rank, world, batch_size):
                 todo = [_missing(batch, scorer, plain, plain_images, done) for scorer in scorers]
                 _score_batch(folder, batch, todo, scorers, writers, prompts, plain_images, scores)
                 seen += len(batch)
                 if progress:
-                    progress(seen, -(-total // world))
-            if reference is not None:
-                for writer in writers:
-                    source = Path(reference)
-                    drawn = source.resolve() == (folder.path / GROUND_TRUTH).resolve()
-                    writer.add_reference(source, rank, world, batch_size, by_prompt=drawn)
+                    progress(seen, images)
+            drawn = (
+                reference is not None and Path(reference).resolve() == folder.path.resolve() / GROUND_TRUTH
+            )
+            mine = list(enumerate(references))[rank::world]
+            for writer in writers:
+                for start in range(0, len(mine), batch_size):
+                    batch_of_files = mine[start : start + batch_size]
+                    writer.add_reference(Path(reference or ""), batch_of_files, by_prompt=drawn)
+                    seen += len(batch_of_files)
+                    if progress:
+                        progress(seen, images)
         finally:
             for writer in writers:
                 writer.close()
@@ -110,6 +120,14 @@ def load_image(file: Path, sha256: str | None = None) -> torch.Tensor:
     except (OSError, SyntaxError) as error:
         raise RecordError(f"{file}: cannot be decoded: {error}") from error
     return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def reference_images(source: Path) -> list[Path]:
+    """Reference images; `RecordError` before anything is scored if there are none."""
+    files = sorted(f for f in source.rglob("*") if f.suffix.lower() in _SUFFIXES) if source.is_dir() else []
+    if not files:
+        raise RecordError(f"{source}: no reference images (a folder of .png, .jpg or .webp files)")
+    return files
 
 
 def _batches(folder: RunFolder, rank: int, world: int, size: int) -> Iterator[list[Record]]:
@@ -199,7 +217,9 @@ def _image_or_warning(file: Path, sha256: str) -> torch.Tensor | None:
         return load_image(file, sha256)
     except RecordError as error:
         warnings.warn(
-            f"{error}; left out, `accel evaluate run --verify` makes it again", AccelWarning, stacklevel=2
+            f"{error}; left out. `accel evaluate run --verify` makes it again, `score --images` reads it anew",
+            AccelWarning,
+            stacklevel=2,
         )
         return None
 
@@ -228,31 +248,26 @@ class _Features:
             rows = [{name: record[name] for name in names if name in record} for record in members]
             self._writer.write(rows, features)
 
-    def add_reference(self, source: Path, rank: int, world: int, batch_size: int, *, by_prompt: bool) -> None:
+    def add_reference(self, source: Path, files: Sequence[tuple[int, Path]], *, by_prompt: bool) -> None:
         """`by_prompt`: the files are named by the prompt and sample they are a picture of."""
-        files = (
-            sorted(f for f in source.rglob("*") if f.suffix.lower() in _SUFFIXES) if source.is_dir() else []
-        )
-        if not files:
-            raise RecordError(f"{source}: no reference images")
-        mine = [(number, file) for number, file in enumerate(files) if number % world == rank]
-        for start in range(0, len(mine), batch_size):
-            records, images = [], {}
-            for number, file in mine[start : start + batch_size]:
-                prompt_id, sample = map(int, file.stem.split("-")) if by_prompt else (number, 0)
-                record = {
-                    "configuration": REFERENCE,
-                    "configuration_hash": hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:12],
-                    "prompt_id": prompt_id,
-                    "sample": sample,
-                    "by_prompt": by_prompt,
-                    "image_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-                    "source": source.name,
-                }
-                if self.wants(record):
-                    records.append(record)
-                    images[sample_key(record)] = load_image(file)
-            self.add(records, images)
+        # Ground truth lies in the run folder, which may be moved: it stays the same source.
+        identity = GROUND_TRUTH if by_prompt else str(source.resolve())
+        records, images = [], {}
+        for number, file in files:
+            prompt_id, sample = map(int, file.stem.split("-")) if by_prompt else (number, 0)
+            record = {
+                "configuration": REFERENCE,
+                "configuration_hash": hashlib.sha256(identity.encode()).hexdigest()[:12],
+                "prompt_id": prompt_id,
+                "sample": sample,
+                "by_prompt": by_prompt,
+                "image_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+                "source": source.name,
+            }
+            if self.wants(record):
+                records.append(record)
+                images[sample_key(record)] = load_image(file)
+        self.add(records, images)
 
     def close(self) -> None:
         self._writer.close()

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from accel import cli_evaluate
+from accel.errors import AccelError, AccelWarning
 from accel.evaluation import metrics
-from accel.evaluation.errors import WeightsError
+from accel.evaluation.errors import EvaluationError, WeightsError
 from accel.evaluation.features import FeatureSet
+from accel.evaluation.models import load_pipeline
 
 
 def test_one_command_runs_scores_and_reports_with_ground_truth_as_reference(tmp_path):
@@ -46,6 +49,75 @@ def test_one_command_runs_scores_and_reports_with_ground_truth_as_reference(tmp_
     assert row["kid"] != pytest.approx(metrics.kernel_inception_distance(*sets).value)
     drawn = {f.name: f.read_bytes() for f in (tmp_path / "r/ground-truth").iterdir()}
     assert len(drawn) == len(set(drawn.values())) == 12
+
+
+def invoke(*command):
+    return CliRunner().invoke(cli_evaluate.app, [str(part) for part in command], catch_exceptions=False)
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Options of a run with a pipeline and prompts of one's own."""
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    model = f"{Path(__file__).with_name('fake_pipeline.py')}:make"
+    return ["--model", model, "--suite", tmp_path / "prompts.txt"]
+
+
+def test_what_cannot_be_called_is_said_before_a_folder_is_made(tmp_path, own, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for options, says in (
+        (["--guidance", 3], "FakePipeline takes no 'guidance_scale'"),
+        (["--size", 64], "FakePipeline takes no 'width'"),
+        (["--size", 250], "250x250 is not divisible by 8"),
+        (["--device", "cuda"], "--device cuda: no CUDA here"),
+        (["-c", "balanced"], "expected a diffusers pipeline"),
+    ):
+        with pytest.raises(AccelError, match=says):
+            invoke("run", tmp_path / "r", *own, *options)
+        assert not (tmp_path / "r").exists()
+    for option in ("--steps", "--limit", "--samples", "--batch-size"):
+        assert invoke("run", tmp_path / "r", *own, option, 0).exit_code == 2
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_dtype_that_is_ignored_is_said(tmp_path, own):
+    with pytest.warns(AccelWarning, match=r"chooses its own dtype; bfloat16 is ignored"):
+        load_pipeline(own[1], dtype="bfloat16")
+
+
+def test_a_damaged_image_is_named_once(tmp_path, own):
+    assert "2 images in" in invoke("run", tmp_path / "r", *own).stderr
+    (tmp_path / "r/images/plain/00001/samples/0000.png").write_bytes(b"")
+    with pytest.warns(AccelWarning, match=r"00001/samples/0000\.png: image is truncated") as caught:
+        invoke("score", tmp_path / "r")
+    assert len(caught) == 1
+
+
+def test_reference_images_are_looked_for_first_and_never_ignored(tmp_path, own):
+    with pytest.raises(EvaluationError, match="no reference images"):
+        invoke("all", tmp_path / "r", *own, "--extractor", "scenes", "--reference", tmp_path / "absent")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(EvaluationError, match="--reference needs --extractor"):
+        invoke("all", tmp_path / "r", *own, "--reference", tmp_path)
+    assert not (tmp_path / "r").exists()
+
+
+def test_no_clip_score_of_file_names(tmp_path, own):
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures/IMG_0001.png")
+    with pytest.raises(EvaluationError, match=r"these images came without: .*metadata\.jsonl"):
+        invoke("score", tmp_path / "s", "--images", f"a={tmp_path / 'pictures'}", "--clip", "absent")
+
+
+def test_a_moved_run_keeps_its_ground_truth(tmp_path, own):
+    """Its features lie beside it: they are of the same pictures, wherever the folder is."""
+    options = [*own[:2], "--per-task", 1]
+    assert invoke("all", tmp_path / "a", *options, "--limit", 2).exit_code == 0
+    (tmp_path / "a").rename(tmp_path / "b")
+    summary = json.loads(invoke("all", tmp_path / "b", *options, "--limit", 5, "--json").stdout)
+    (row,) = summary["distances"]
+    assert (row["to"], row["n"]) == ("reference", 5)
+    assert row["extractor"].startswith("scenes@")  # without --extractor: this suite's own
 
 
 def test_all_takes_every_option_of_its_stages():
