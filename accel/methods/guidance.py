@@ -65,7 +65,8 @@ class Guidance:
         if not self.used:
             return
         if run.clock.step == 0:
-            self._recognise()
+            self._recognise()  # which starts the history with this step
+            return
         if self.history is None:
             return
         run.check_calls(len(run.outputs), 1 if self._batched else 2)

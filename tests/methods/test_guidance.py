@@ -125,6 +125,15 @@ def test_a_difference_linear_in_time_is_predicted_exactly(family, order):
     assert error < 1e-5 if order else error > 1e-3
 
 
+def test_a_single_step_before_the_first_forecast(family):
+    """No slope is known then: the difference is held, and no step counts twice (which divided by zero)."""
+    pipe = family.make()
+    bend(pipe, lambda time: 0.3)
+    plain = family.latents(pipe, **GUIDED)
+    with accel.accelerate(pipe, accel.ForecastConfig(cycle=(1,), guidance_every=2, dense_steps_first=1)):
+        assert relative(family.latents(pipe, **GUIDED), plain) < 1e-5
+
+
 def test_it_follows_an_independent_loop():
     """The same policy written out: differences recorded, continued along the log SNR by hand."""
     pipe, family = make_flux(), FAMILIES["flux"]
