@@ -13,7 +13,8 @@ from typing import Annotated, Any, NamedTuple, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 
 from .errors import AccelWarning
 
@@ -153,7 +154,7 @@ def run_command(
 
     from accel.evaluation import configurations, models, suites
     from accel.evaluation.records import rank_and_world
-    from accel.evaluation.run import run
+    from accel.evaluation.run import Progress, run
     from accel.generation import Settings, parse_size
 
     resolved = configurations.resolve(config or [])
@@ -165,7 +166,14 @@ def run_command(
     call = _call_arguments(pipe, settings)
     if hasattr(pipe, "set_progress_bar_config"):
         pipe.set_progress_bar_config(disable=True)
+    made = 0
     with _progress("generating") as update:
+
+        def show(progress: Progress) -> None:
+            nonlocal made
+            made = progress.done
+            update(progress.done, progress.total)
+
         folder = run(
             out,
             prompts,
@@ -179,11 +187,12 @@ def run_command(
             call=call,
             warmup=warmup,
             verify=verify,
-            progress=lambda p: update(p.done, p.total),
+            progress=show,
         )
     if not rank_and_world()[0]:
         images = sum(1 for _ in folder.samples())
-        _console.print(f"{images} images in {out / 'images'}", highlight=False, soft_wrap=True)
+        text = f"{made} images made, {images} in {out / 'images'}"
+        _console.print(text, highlight=False, soft_wrap=True)
 
 
 @app.command("score")
@@ -220,11 +229,12 @@ def score_command(
         )
     tools = _load_tools(suite, lpips, clip, extractor, reference, detector, sanity, _device(device))
     if suite == "geneval" and not (detector and clip):
+        place = "" if images else f"; the images are in GenEval's own layout under {out / 'images'}"
         _console.print(
-            "no GenEval score without --detector (Mask2Former) and --clip (ViT-L/14); "
-            f"the images are in GenEval's own layout under {out / 'images'}",
+            f"no GenEval score without --detector (Mask2Former) and --clip (ViT-L/14){place}",
             style="yellow",
             highlight=False,
+            soft_wrap=True,
         )
     if suite == "scenes" and tools.extractors and reference is None:
         reference = judges.write_ground_truth(RunFolder(out))
@@ -249,7 +259,8 @@ def report_command(out: Out, worst: Worst = 6, as_json: Json = False) -> None:
 
     if rank_and_world()[0]:
         return
-    page = report(out, worst=worst)
+    with _console.status("measuring distances and writing the report"):  # minutes with many images
+        page = report(out, worst=worst)
     if as_json:
         typer.echo(page.with_name("report.json").read_text())
     else:
@@ -380,6 +391,6 @@ def _progress(title: str) -> Iterator[Callable[[int, int], Any]]:
     from accel.evaluation.records import rank_and_world
 
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_console, disable=rank_and_world()[0] > 0) as bars:
+    with Bars(*columns, console=_console, disable=rank_and_world()[0] > 0) as bars:
         task = bars.add_task(title, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)

@@ -198,7 +198,8 @@ def distances(
         try:
             values = metric(None)
         except (EvaluationError, ValueError) as error:
-            result |= {name: None, f"{name}_reason": str(error)}
+            for part in ("precision", "recall") if name == "precision" else (name,):
+                result |= {part: None, f"{part}_reason": str(error)}
             continue
         result |= values
         quick = name == "fid" or reference.n**2 * reference.dim <= _QUICK

@@ -116,8 +116,6 @@ def run(
     ]
     total = sum(len(batch) * len(missing) for _, batch, missing in todo)
     if not total:
-        if progress:
-            progress(Progress(0, 0, ""))
         return folder
 
     with (

@@ -241,6 +241,7 @@ def test_what_must_not_be_compared_is_refused(tmp_path):
     result = distances(*[FeatureSet(store_path(tmp_path, "g"), "plain")] * 2, tmp_path / "s")
     assert result["fid"] is None
     assert "n = 3 images are too few" in result["fid_reason"]
+    assert all("more than 3 images a side" in result[f"{name}_reason"] for name in ("precision", "recall"))
     assert result["kid"] is not None
 
 
