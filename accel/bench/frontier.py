@@ -20,13 +20,14 @@ _STYLES = {OURS: ("o", "#0b6e4f"), PEERS: ("s", "#c8553d"), STEPS: ("^", "#8d99a
 
 @dataclass(frozen=True)
 class Entry:
-    """A configuration: whose it is, its speedup, and its PSNR, mean and 10th percentile over prompts."""
+    """A configuration: whose it is, its speedup, its PSNR, mean and 10th percentile over prompts, and its score."""
 
     name: str
     group: str
     speedup: float
     mean: float
     p10: float
+    score: float | None
 
 
 def group_of(item: Configuration) -> str:
@@ -43,8 +44,10 @@ def entries(summary: Mapping[str, Any], configurations: Sequence[Configuration])
         speed, psnr = row["speed"]["denoiser"], row["metrics"].get("psnr", {})
         if row["name"] == summary["plain"] or row["name"] not in groups or not (speed and "mean" in psnr):
             continue
-        ratio = speed["speedup"]["value"]
-        found.append(Entry(row["name"], groups[row["name"]], ratio, psnr["mean"]["value"], psnr["p10"]))
+        ratio, scored = speed["speedup"]["value"], row["metrics"].get(summary["suite_metric"], {})
+        score = scored["mean"]["value"] if "mean" in scored else None
+        mean, p10 = psnr["mean"]["value"], psnr["p10"]
+        found.append(Entry(row["name"], groups[row["name"]], ratio, mean, p10, score))
     return found
 
 
@@ -55,8 +58,18 @@ def fastest(items: Sequence[Entry], group: str, level: float, key: str) -> Entry
 
 
 def markdown(items: Sequence[Entry]) -> str:
-    """For each level and for both readings of it: the fastest of each group, and accel's over the peers'."""
-    lines = []
+    """All settings; then for each level, and for both readings of it, the fastest of each group and accel's over
+    the others'."""
+    lines = [
+        "",
+        "## All settings, fastest first",
+        "",
+        "| setting | whose | denoiser | PSNR (dB) | 10th percentile | score |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for e in sorted(items, key=lambda e: -e.speedup):
+        score = "" if e.score is None else f"{e.score:.3f}"
+        lines.append(f"| `{e.name}` | {e.group} | {e.speedup:.2f}x | {e.mean:.1f} | {e.p10:.1f} | {score} |")
     for key, title in (("mean", "Mean PSNR"), ("p10", "10th percentile of PSNR")):
         lines += [
             "",

@@ -199,21 +199,30 @@ def ours(steps: int) -> list[Configuration]:
     presets = {name: configs.load(name) for name in ("quality", "balanced", "fast")}
     sparse = ForecastConfig(cycle=(0, 0, 0, 0, 1), dense_steps_first=5, dense_steps_last=0, correct=True)
     cycles = {"2nd": (0, 1), "3rd": (0, 0, 1), "4th": (0, 0, 0, 1)}
-    late: dict[str, Any] = {"dense_steps_first": 7, "dense_steps_last": 0}
+    # Sparser where predictions change slower, which takes one more setting.
+    late: dict[str, Any] = {
+        "cycle": (0, 1),
+        "late_cycle": (0, 0, 0, 1),
+        "dense_steps_last": 0,
+        "correct": True,
+    }
+    dense: dict[str, Any] = {"dense_steps_first": 7, "dense_steps_last": 0}
     partial = {"25": (0, 0.25, 1), "50": (0, 0.5, 1), "25-long": (0, 0.25, 0, 1)}
     return [
         *(Configuration(name, config) for name, config in presets.items()),
         Configuration("sparse", sparse),
+        Configuration("late", ForecastConfig(**late, late_from=0.33, dense_steps_first=6)),
+        Configuration("late-5", ForecastConfig(**late, late_from=0.29, dense_steps_first=5)),
         *(Configuration(f"{n}-uncorrected", replace(c, correct=False)) for n, c in presets.items()),
         *(Configuration(f"forecast-{name}", ForecastConfig(cycle=cycle)) for name, cycle in cycles.items()),
         Configuration("tomesd", TokenMergingConfig.tomesd(0.5)),
         Configuration("merging", configs.load("merging")),
         *(
-            Configuration(f"prune-{name}", TokenPruningConfig(cycle=cycle, **late))
+            Configuration(f"prune-{name}", TokenPruningConfig(cycle=cycle, **dense))
             for name, cycle in partial.items()
         ),
-        Configuration("prune-25-no-kv", TokenPruningConfig(cycle=(0, 0.25, 1), keys_values="none", **late)),
-        Configuration("prune-25-clusters", TokenPruningConfig(cycle=(0, 0.25, 1), clusters=16, **late)),
+        Configuration("prune-25-no-kv", TokenPruningConfig(cycle=(0, 0.25, 1), keys_values="none", **dense)),
+        Configuration("prune-25-clusters", TokenPruningConfig(cycle=(0, 0.25, 1), clusters=16, **dense)),
         Configuration("guidance-2nd", ForecastConfig(cycle=(1,), guidance_every=2)),
         Configuration("guidance-2nd-forecast-2nd", ForecastConfig(cycle=(0, 1), guidance_every=2)),
         *([Configuration("cat", TokenPruningConfig.cat())] if steps > 6 else []),
