@@ -52,7 +52,7 @@ def _show_warning(message: Warning | str, *details: object, **more: object) -> N
 
 
 def main() -> None:
-    warnings.simplefilter("always", AccelWarning)
+    warnings.simplefilter("once", AccelWarning)
     warnings.showwarning = _show_warning
     try:
         app()

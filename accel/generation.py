@@ -52,10 +52,12 @@ def load_pipeline(model: str = BUILTIN, device: str | None = None, dtype: str | 
     Raises:
         WeightsError: the model cannot be loaded; says why and what to do.
         UnknownNameError: an autoregressive model of a class that no adapter knows.
-        ConfigError: unknown dtype.
+        ConfigError: unknown dtype, or a device that this machine or this torch does not have.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    if device is not None:
+        _check(device)
     require_sound_stack()
     if model in (BUILTIN, BUILTIN_AR):
         from .pipelines import builtin
@@ -83,12 +85,22 @@ def load_pipeline(model: str = BUILTIN, device: str | None = None, dtype: str | 
     return pipe.to(device)
 
 
+def _check(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # builds without CUDA only assert
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {device!r} cannot be used here ({reason}); cpu always works") from error
+
+
 def _is_diffusers(model: str) -> bool:
     """Whether diffusers saved it: it has a model_index.json. Raises for a folder that nobody saved."""
     from .pipelines.autoregressive.loading import read_json
 
     folder = Path(model)
     if not folder.exists():
+        if model.startswith((".", "/", "~")) or model.count("/") != 1:  # no hub id looks like that
+            raise WeightsError(f"{model}: there is no such folder, and hub ids are of the form owner/name")
         return read_json(model, "model_index.json") is not None
     if (folder / "model_index.json").is_file():
         return True

@@ -8,7 +8,7 @@ Compares the plain pipeline with token merging at two ratios and with two settin
 is what every acceleration has to beat. Everything is resumable: stop it with Ctrl-C, start it again.
 The same from the command line:
 
-    accel evaluate all OUT -c merge30:merging,ratio=0.3 -c merge50:merging -c steps=12 -c steps=8
+    accel evaluate all OUT -c merge30:merging,ratio=0.3 -c merge50:merging -c steps=12 -c steps=8 --limit 66
 """
 
 from __future__ import annotations

@@ -113,6 +113,8 @@ def test_info_names_what_is_active_and_why_the_rest_is_not(capsys):
         (["--steps", "0"], "at least 1"),
         (["--compare"], "--preset or --config"),
         (["--dtype", "int8"], "bfloat16"),
+        (["--device", "cuda:99"], "cpu always works"),
+        (["--model", "./no-such-folder"], "no such folder"),
     ],
 )
 def test_bad_arguments_are_named_before_any_work(capsys, tmp_path, arguments, message):
