@@ -277,7 +277,7 @@ def test_the_width_that_promises_most_per_second():
 
 def test_measured_gain_moves_the_choice():
     """The first batch shows that this model accepts more than was guessed: then a wider window pays."""
-    timer = clock({1: 1.0, 8: 1.2, 16: 1.57, 32: 4.0, 64: 8.0})
+    timer = clock({1: 1.0, 8: 1.2, 16: 1.55, 32: 4.0, 64: 8.0})
     decoder = SpeculativeDecoder(Config(), timer=timer)
     windows = []
     for _ in range(2):
@@ -286,6 +286,23 @@ def test_measured_gain_moves_the_choice():
         windows.append(decoder.stats.window)
     assert windows == [8, 16]
     assert 1 not in timer.model.forwards, "widths are timed once per batch size"
+
+
+def test_a_large_batch_is_judged_by_its_slowest_image():
+    """What one image gains says nothing about a batch; a batch that turns out not to gain is decoded plainly."""
+    per_round = {1: 1.0, 8: 2.6}
+    timer = clock(per_round)
+    decoder = SpeculativeDecoder(Config(window=8), timer=timer)
+    timer.model = PictureModel(1)
+    decoder(timer.model, Sampling(), generators(0))
+    timer.model = PictureModel(12)
+    decoder(timer.model, Sampling(), generators(*range(12)))
+    assert decoder.stats.plain_runs == 0, "nothing is known about batches of 12 yet"
+    per_round[8] = decoder.stats.tokens_per_forward  # what an image gains, but not the batch
+    decoder._timed.clear()
+    timer.model = PictureModel(12)
+    with pytest.warns(AccelWarning, match="does not pay for a batch of 12"):
+        decoder(timer.model, Sampling(), generators(*range(12)))
 
 
 def test_disabled_where_windows_do_not_pay():

@@ -48,7 +48,7 @@ class SpeculativeDecoder:
         #: The pipeline keeps its decoder alive, and the decoder a handle that nobody kept.
         self.handle: Any = None
         self._timer = timer
-        self._gain = windows.Gain()
+        self._gains: dict[tuple, windows.Gain] = {}
         self._timed: dict[tuple, dict[int, float]] = {}
         self._warned: set[tuple] = set()
         self._steps: dict[tuple, tuple[Tensor | None, Step]] = {}
@@ -82,9 +82,12 @@ class SpeculativeDecoder:
             model, sampling, self.config, width, step, randomness, on_slots, late=late
         )
         self.stats.record(state, forwards, width, slots, time.perf_counter() - began)
-        assert self.stats.forwards_B is not None
-        self._gain.learn(width, (slots - 1) / float(self.stats.forwards_B.double().mean()))
+        # A batch takes the forwards of its slowest image: the larger it is, the less it gains.
+        self._gain(model).learn(width, (slots - 1) / forwards)
         return state.token_BS[:, :slots]
+
+    def _gain(self, model: TokenModel) -> windows.Gain:
+        return self._gains.setdefault(_kind(model), windows.Gain())
 
     def _step(self, model: TokenModel, sampling: Sampling) -> Step:
         config, codebook_VD = self.config, getattr(model, "codebook_VD", None)
@@ -119,13 +122,13 @@ class SpeculativeDecoder:
             widths = [min(config.window, slots)]
         if len(widths) == 1 and not config.auto_disable:
             return widths[0]
-        key = (model.images, model.vocabulary, slots, model.first_BV.device)
+        key, gain = _kind(model), self._gain(model)
         if key not in self._timed:
             self._timed[key] = windows.time_widths(
-                widths, lambda width: self._seconds(model, sampling, step, width), self._gain
+                widths, lambda width: self._seconds(model, sampling, step, width), gain
             )
         timed = self._timed[key]
-        width, speedup = windows.choose(timed, self._gain)
+        width, speedup = windows.choose(timed, gain)
         if speedup >= 1 or not config.auto_disable:
             return width
         if key not in self._warned:
@@ -133,7 +136,7 @@ class SpeculativeDecoder:
             warnings.warn(
                 f"speculative decoding does not pay for a batch of {model.images} here: a round of {width} tokens "
                 f"takes {timed[width] / timed[1]:.1f} times as long as one token and finishes about "
-                f"{self._gain(width):.1f}. Such batches are decoded plainly; auto_disable=False keeps windows.",
+                f"{gain(width):.1f}. Such batches are decoded plainly; auto_disable=False keeps windows.",
                 AccelWarning,
                 stacklevel=3,
             )
@@ -164,6 +167,11 @@ class SpeculativeDecoder:
             return step(state, logits_BWV, uniform_BW4, randomness.exponential_BRV, forced_S).finished_B
 
         return self._timer(window_round, device)
+
+
+def _kind(model: TokenModel) -> tuple:
+    """What the time of a round, and what it yields, are remembered for."""
+    return model.images, model.vocabulary, model.forced_N.shape[0], model.first_BV.device
 
 
 class _Constant(Randomness):
