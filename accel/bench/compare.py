@@ -99,13 +99,13 @@ def compare(
     else:
         score(path, pixel_scorers())
     page = _report(folder, names, problems, macs)
-    _frontier(page, working)
+    _frontier(page, working, macs)
     return page
 
 
-def _frontier(page: Path, configurations: Sequence[Configuration]) -> None:
+def _frontier(page: Path, configurations: Sequence[Configuration], macs: dict[str, int]) -> None:
     summary = json.loads(page.with_name("report.json").read_text(encoding="utf-8"))
-    items = frontier.entries(summary, configurations)
+    items = frontier.entries(summary, configurations, macs)
     text = page.read_text(encoding="utf-8").rstrip()
     write_atomically(page, f"{text}\n{frontier.markdown(items)}\n")
     frontier.plot(items, page.with_name("frontier.png"))
