@@ -12,7 +12,7 @@ from . import cli_common as c
 
 PROMPTS = (
     "a photo of a red circle left of a blue square",
-    "a photo of three stars",
+    "a photo of three hearts",
     "a photo of a purple heart and a yellow ring",
     "a photo of a green triangle",
 )
