@@ -3,7 +3,8 @@
 Predictor and corrector as in UniPC (arXiv:2302.04867), across skipped steps: a forecast continues past the last
 computed prediction, and once the next one is known, the line between the two says better what the skipped steps
 should have been. Samplers that add length x prediction at every step can still be given the difference, all of it
-with the prediction of the computed step. On the built-in model, 24 steps of which 11 are computed: 2.5 dB nearer.
+with the prediction of the computed step. On the built-in model at 128 px, 24 steps of which 11 are
+computed: 41.4 dB to the plain pictures without, 43.0 dB with it (12 prompts).
 
 Shapes: those of a prediction; one entry per call of a step.
 """
