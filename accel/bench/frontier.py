@@ -58,7 +58,7 @@ def entries(
 def fastest(items: Sequence[Entry], group: str, level: float, key: str) -> Entry | None:
     """Of a group, the fastest that is at least this close; None: none is."""
     close = [item for item in items if item.group == group and getattr(item, key) >= level]
-    return max(close, key=lambda item: item.speedup, default=None)
+    return max(close, key=lambda item: (item.speedup, getattr(item, key)), default=None)
 
 
 def markdown(items: Sequence[Entry]) -> str:
@@ -101,9 +101,9 @@ def plot(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5.2), layout="constrained")
-    for axes, (key, title) in zip(
-        figure.subplots(1, 2), (("mean", "mean"), ("p10", "10th percentile over prompts")), strict=True
-    ):
+    panels = list(figure.subplots(1, 2))
+    readings = (("mean", "mean"), ("p10", "10th percentile over prompts"))
+    for axes, (key, title) in zip(panels, readings, strict=True):
         for group, (marker, color) in _STYLES.items():
             own = [item for item in items if item.group == group]
             x, y = [e.speedup for e in own], [getattr(e, key) for e in own]
@@ -111,18 +111,47 @@ def plot(
             front = [e for e in own if fastest(own, group, getattr(e, key), key) is e]
             front.sort(key=lambda e: e.speedup)
             axes.plot([e.speedup for e in front], [getattr(e, key) for e in front], color=color, linewidth=1)
-            for e in own:
-                axes.annotate(
-                    e.name,
-                    (e.speedup, getattr(e, key)),
-                    (4, 3),
-                    textcoords="offset points",
-                    fontsize=6,
-                    color=color,
-                )
+        axes.margins(x=0.12, y=0.08)  # room for labels
         axes.set_xlabel(across)
         axes.set_ylabel(f"PSNR to the plain pictures, {title} (dB)")
         axes.grid(color="#eee")
         axes.set_axisbelow(True)
-    axes.legend()
+    panels[-1].legend()
+    figure.draw_without_rendering()  # labels are placed by where the points came to lie
+    for axes, (key, _) in zip(panels, readings, strict=True):
+        _label(axes, {e: (e.speedup, getattr(e, key)) for e in items})
     figure.savefig(path, dpi=130)
+
+
+def _label(axes: Any, points: Mapping[Entry, tuple[float, float]]) -> None:
+    """A name beside each point, at the first of some places where it covers no point and no other name."""
+    from matplotlib.transforms import Bbox
+
+    centers = axes.transData.transform(list(points.values())) if points else []
+    taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in centers]
+    legend = axes.get_legend()
+    taken += [legend.get_window_extent()] if legend else []
+    places = [
+        (side * 5, dy) for far in range(4) for dy in (-2, 4 + 8 * far, -8 - 8 * far) for side in (1, -1)
+    ]
+    for entry, point in points.items():
+        texts = [
+            axes.annotate(
+                entry.name,
+                point,
+                (dx, dy),
+                textcoords="offset points",
+                ha="left" if dx > 0 else "right",
+                fontsize=6,
+                color=_STYLES[entry.group][1],
+            )
+            for dx, dy in places
+        ]
+        boxes = [text.get_window_extent() for text in texts]
+        inside = [axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 for box in boxes]
+        covered = [box.count_overlaps(taken) for box in boxes]
+        best = min(range(len(places)), key=lambda i: (not inside[i], covered[i], i))
+        taken.append(boxes[best])
+        for i, text in enumerate(texts):
+            if i != best:
+                text.remove()

@@ -154,10 +154,17 @@ def fewer_steps(steps: int) -> list[Configuration]:
 def theirs(steps: int) -> list[Peer]:
     """Settings of the peers from careful to fast."""
 
-    def peers(short: str, kind: str, package: str, settings: list[dict[str, Any]]) -> list[Peer]:
+    def peers(
+        short: str, kind: str, package: str, settings: list[dict[str, Any]], same: Mapping[str, Any] = {}
+    ) -> list[Peer]:
+        """`same`: what all the settings share, and names leave out."""
         return [
             Peer(
-                "-".join([short, *map(_label, s.items())]), package=package, kind=kind, total=steps, options=s
+                "-".join([short, *(_label(o) for o in s.items() if o not in same.items())]),
+                package=package,
+                kind=kind,
+                total=steps,
+                options=s,
             )
             for s in settings
         ]
@@ -190,6 +197,7 @@ def theirs(steps: int) -> list[Peer]:
                     for m in ("medium", "fast")
                 ),
             ],
+            same=db,
         ),
     ]
 
@@ -233,7 +241,6 @@ def _label(option: tuple[str, Any]) -> str:
     name, value = option
     short = {
         "threshold": "", "residual_diff_threshold": "", "cache_interval": "n", "max_order": "o",
-        "spatial_attention_block_skip_range": "n", "taylorseer": "taylor", "mask": "", "Fn_compute_blocks": "F",
-        "Bn_compute_blocks": "B", "max_warmup_steps": "w",
+        "spatial_attention_block_skip_range": "n", "taylorseer": "taylor", "mask": "",
     }  # fmt: skip
     return f"{short[name]}{value}"
