@@ -39,7 +39,8 @@ class Schedule:
         cycle: budgets in [0, 1].
         dense_first, dense_last: number of dense steps at either end.
         refresh_every: refresh at every n-th step that is not dense; 0: at the first one only.
-        late_cycle: budgets in place of `cycle` from this share of all steps on, `late_from`; None: the same.
+        late_cycle: budgets in place of `cycle` once this share of all steps is over, `late_from`, and the cycle
+            that runs is complete; None: the same.
         refresh_at: steps at which to refresh, not `refresh_every`; the first reduced step always does.
         guidance_every: both branches of guidance at every n-th of the steps in between that compute anything,
             counted from the dense head, so that the first of them has one branch; 1: always.
@@ -77,14 +78,12 @@ class Schedule:
 
     def phases(self, total: int) -> tuple[Phase, ...]:
         """The phases of a run of `total` steps."""
-        phases, reduced, computed = [], 0, 0
-        # 1e-9: 0.3 x 10 is 3.
-        late = total if self.late_cycle is None else math.ceil(self.late_from * total - 1e-9)
-        late = max(late, self.dense_first)
+        phases, reduced, computed, late = [], 0, 0, self._late(total)
         for step in range(total):
             middle = self.dense_first <= step < total - self.dense_last
-            first, cycle = (self.dense_first, self.cycle) if step < late else (late, self.late_cycle)
-            assert cycle is not None
+            first, cycle = self.dense_first, self.cycle
+            if self.late_cycle is not None and step >= late:
+                first, cycle = late, self.late_cycle
             budget = cycle[(step - first) % len(cycle)] if middle else 1.0
             computed += middle and budget > 0
             guided = not middle or budget == 0 or _every(self.guidance_every, computed)
@@ -95,6 +94,13 @@ class Schedule:
             phases.append(Phase(budget, refresh=reduced == 0 or due, guided=guided))
             reduced += 1
         return tuple(phases)
+
+    def _late(self, total: int) -> int:
+        """The step at which `late_cycle` takes over. Never within a cycle: with (0, 1) and then (0, 0, 1), three
+        forecasts in a row would come where no cycle has as many."""
+        # 1e-9: 0.3 x 10 is 3.
+        over = max(math.ceil(self.late_from * total - 1e-9) - self.dense_first, 0)
+        return self.dense_first + math.ceil(over / len(self.cycle)) * len(self.cycle)
 
 
 def _every(n: int, count: int) -> bool:

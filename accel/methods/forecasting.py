@@ -35,8 +35,8 @@ class ForecastConfig:
     Attributes:
         cycle: for each step between the dense first and last ones, repeated: 1 computes it, 0 forecasts it.
             (0, 0, 1) computes every third step, (1,) all of them, for `guidance_every`.
-        late_cycle: takes the place of `cycle` from the step at this share of all on, `late_from`, in (0, 1):
-            early, predictions change faster. None: the same.
+        late_cycle: takes the place of `cycle` once this share of all steps is over, `late_from`, in (0, 1), and
+            the cycle that runs is complete: early, predictions change faster. None: the same.
         order: degree of the polynomial that is continued, 0 (hold the last prediction), 1 or 2.
         tolerance: forecast a step only if the error it would have, relative to the prediction, is at most
             this much; else compute it. The error is extrapolated from the one measured at the last computed

@@ -48,8 +48,8 @@ class TokenPruningConfig:
         budget: share of the tokens that a partial step computes, in (0, 1].
         cycle: budgets of the steps between the dense first and last ones, repeated: 1 is a dense step, 0
             forecasts all tokens, anything between computes that share. None: (0, budget, 0, 1).
-        late_cycle: takes the place of `cycle` from the step at this share of all on, `late_from`, in (0, 1):
-            early, predictions change faster. None: the same.
+        late_cycle: takes the place of `cycle` once this share of all steps is over, `late_from`, in (0, 1), and
+            the cycle that runs is complete: early, predictions change faster. None: the same.
         order: degree of the polynomial that continues a token which is not computed: 0 (hold), 1 or 2.
         score: which tokens are computed. "error": those whose forecast is expected to be worst, from the error
             measured whenever a token was computed, grown by age^(order + 1) and pooled over 3x3 tokens;

@@ -1,4 +1,5 @@
 import gc
+import math
 import weakref
 
 import pytest
@@ -25,11 +26,26 @@ def test_dense_ends_and_cycle():
 
 def test_a_late_cycle_takes_over_at_its_share_of_the_steps():
     schedule = Schedule((0, 1), dense_first=1, dense_last=1, late_cycle=(0, 0, 0.5))
-    assert budgets(schedule, 12) == [1, 0, 1, 0, 1, 0, 0, 0, 0.5, 0, 0, 1]
+    assert budgets(schedule, 11) == [1, 0, 1, 0, 1, 0, 1, 0, 0, 0.5, 1]
+    assert budgets(schedule, 10) == [1, 0, 1, 0, 1, 0, 0, 0.5, 0, 1]
     assert budgets(Schedule((0,), late_cycle=(0.5,), late_from=0.3), 10) == [0] * 3 + [0.5] * 7
     # Dense first steps that reach beyond it: it starts after them.
     assert budgets(Schedule((0,), dense_first=3, late_cycle=(0.5, 1)), 5) == [1, 1, 1, 0.5, 1]
     assert Schedule((1,), late_cycle=(0.5,)).reduces
+
+
+def test_a_late_cycle_waits_until_the_running_one_is_complete():
+    # Broken off before their computed step, the pairs left three forecasts in a row: steps 6, 7 and 8 here.
+    schedule = Schedule((0, 1), dense_first=6, late_cycle=(0, 0, 1), late_from=0.33)
+    assert budgets(schedule, 20) == [1] * 6 + [0, 1] + [0, 0, 1] * 4
+    for total in range(8, 60):
+        for share in (0.2, 0.33, 0.5, 0.77):
+            schedule = Schedule((0, 0, 1), dense_first=2, late_cycle=(0, 0.5), late_from=share)
+            middle = budgets(schedule, total)[2:]
+            early = middle.index(0.5) - 1 if 0.5 in middle else len(middle)
+            wanted = max(math.ceil(share * total) - 2, 0)
+            assert wanted <= early <= wanted + 2 or early == len(middle)
+            assert early % 3 == 0 or early == len(middle)
 
 
 def test_refresh_points():
