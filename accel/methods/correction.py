@@ -40,10 +40,15 @@ class Correction:
         self._moment += length * age
 
     def prepare(self, age: float, length: float) -> None:
-        """A step of this length is about to be computed, `age` after the last one that was."""
+        """A step of this length is about to be computed, `age` after the last one that was. One of length 0
+        (noise levels given that end at 0) moves nothing: the debt is dropped."""
+        if length == 0:
+            self.forget()
+            return
         # On the device: compiled code would be made again for every other number.
         self._missed = [m / length for m in self._missed]
-        self._share = torch.tensor(self._moment / age / length, device=self._missed[0].device)
+        slope = self._moment / age if age else 0.0  # all at one time: no line to follow
+        self._share = torch.tensor(slope / length, device=self._missed[0].device)
 
     def apply(self, call: int, prediction: Tensor, latest: Tensor) -> Tensor:
         """What the sampler gets in place of this call's prediction."""

@@ -152,6 +152,7 @@ class Forecasting:
             if self.correction.due:
                 assert run.clock.lengths is not None
                 self.correction.prepare(run.time - self._last, run.clock.lengths[run.clock.step])
+            if self.correction.due:
                 run.correct = self._correct
             return
         assert self.history is not None

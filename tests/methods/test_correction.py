@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, flux_call, freeze, log_snr, make_flux
@@ -53,8 +54,6 @@ def test_what_changes_along_a_line_is_made_up_for_to_the_end(guidance):
 
 def test_the_debt_is_what_an_integral_of_the_line_says():
     """Against numpy: steps of irregular lengths at irregular times, two calls."""
-    import numpy as np
-
     g = torch.Generator().manual_seed(0)
     old, new = ([torch.randn(3, 4, generator=g) for _ in range(2)] for _ in range(2))
     forecasts = [[torch.randn(3, 4, generator=g) for _ in range(2)] for _ in range(3)]
@@ -74,6 +73,23 @@ def test_the_debt_is_what_an_integral_of_the_line_says():
         expected = b + np.sum(missed, axis=0) / lengths[4]
         got = correction.apply(call, new[call], old[call])
         torch.testing.assert_close(got.double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_of_no_length_pays_nothing():
+    """Noise levels that end at 0: the last step moves nothing, however its prediction comes about."""
+    pipe, options = make_flux(), {"steps": 8, "sigmas": np.linspace(1, 0, 8)}
+    ends = {"dense_steps_first": 2, "dense_steps_last": 0, "correct": True}
+    computed = latents(pipe, Config(cycle=(0, 1), **ends), **options)
+    forecast = latents(pipe, Config(cycle=(0, 1, 0, 1, 0, 0), **ends), **options)
+    assert torch.equal(computed, forecast)
+    assert computed.isfinite().all()
+
+
+def test_a_debt_of_no_age_is_paid_as_it_is():
+    correction, v, f, new = Correction(), torch.zeros(3), torch.ones(3), torch.full((3,), 5.0)
+    correction.add([f], [v], age=0.0, length=-0.1)
+    correction.prepare(age=0.0, length=-0.2)
+    torch.testing.assert_close(correction.apply(0, new, v), new - 0.5)
 
 
 def test_a_frozen_denoiser_is_reproduced_exactly():
