@@ -42,7 +42,7 @@ class Stats:
     """Totals since `accelerate` (or `reset`), and the steps of the last run.
 
     `print(stats)` gives a summary, `as_dict()` the same for machines. Reading `seconds` waits for the GPU;
-    nothing before that does.
+    nothing before that does. `notes` says what the settings ask for that the last run could not do.
     """
 
     method: str
@@ -54,6 +54,7 @@ class Stats:
     calls: int = 0
     branches_skipped: int = 0
     steps: list[StepStats] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     _seconds: float = 0.0
     _timed: int = 0
     _events: list[tuple[Any, Any]] = field(default_factory=list)
@@ -117,7 +118,7 @@ class Stats:
         if self.branches_skipped:
             last = sum(s.branch_skipped for s in self.steps)
             lines.append(f"  guidance        one branch only at {last} of {len(self.steps)} steps")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  note            {note}" for note in self.notes)])
 
     def record(self, step: StepStats) -> None:
         self.steps.append(step)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -44,7 +45,8 @@ class ForecastConfig:
             always as `cycle` says.
         correct: at every computed step, make up for what the forecasts before it missed, as far as the line
             between the computed predictions says. Under schedulers that take Euler steps without noise (flow
-            matching; predictions of the noise); a warning under others.
+            matching; predictions of the noise); a warning under others. "auto": where that can be done, else
+            without a word but in the stats.
         guidance_every: with classifier-free guidance, compute the unconditional branch at every n-th of the
             steps in between that are computed only, and forecast how it differs from the conditional one at
             the others (to `order`, at most 1). 1: always.
@@ -59,7 +61,7 @@ class ForecastConfig:
     late_from: float = 0.5
     order: int = 1
     tolerance: float | None = None
-    correct: bool = False
+    correct: bool | Literal["auto"] = False
     guidance_every: int = 1
     dense_steps_first: int = 2
     dense_steps_last: int = 1
@@ -83,10 +85,12 @@ class ForecastConfig:
         if self.tolerance is not None:
             valid = is_number(self.tolerance) and self.tolerance > 0
             check(valid, "tolerance", "> 0 or None", self.tolerance)
-        check(isinstance(self.correct, bool), "correct", "true or false", self.correct)
-        if self.correct and self.guidance_every > 1:
+        valid = isinstance(self.correct, bool) or self.correct == "auto"
+        check(valid, "correct", "true, false or 'auto'", self.correct)
+        if self.correct is True and self.guidance_every > 1:
             raise ConfigError(
-                f"correct=True needs both branches at every computed step: guidance_every={self.guidance_every} must be 1"
+                "correct=True needs both branches at every computed step: "
+                f"guidance_every={self.guidance_every} must be 1"
             )
         valid = is_whole(self.dense_steps_first) and self.dense_steps_first >= 1
         check(valid, "dense_steps_first", "a whole number >= 1", self.dense_steps_first)
@@ -131,6 +135,7 @@ class Forecasting:
         self._error: Tensor | None = None  # relative error per growth of the last forecast that was checked
         self._made: tuple[Tensor, ...] = ()  # predictions of a corrected step as the model made them
         self._last = 0.0  # time of the last computed step
+        self._corrects = False
         self.guidance.forget()
         self.correction.forget()
 
@@ -138,13 +143,7 @@ class Forecasting:
         run.correct, self._made = None, ()
         if run.clock.step == 0:
             run.check_times()
-            if self.config.correct and run.clock.lengths is None:
-                warnings.warn(
-                    f"correct=True has no effect: how far {type(self.target.scheduler).__name__} steps along a "
-                    "prediction is not known (it is for Euler steps without noise).",
-                    AccelWarning,
-                    stacklevel=2,
-                )
+            self._corrects = self._can_correct(run)
         if not run.phase.dense and self._too_far(run):
             run.phase = Phase(1.0)
         if run.phase.dense:
@@ -157,11 +156,32 @@ class Forecasting:
             return
         assert self.history is not None
         forecasts = self.history.forecasts(run.time)
-        if self.config.correct and run.clock.lengths is not None:
+        if self._corrects:
+            assert run.clock.lengths is not None
             latest = [values[0] for values in self.history.values]
             age, length = run.time - self._last, run.clock.lengths[run.clock.step]
             self.correction.add(forecasts, latest, age, length)
         run.answer(forecasts)
+
+    def _can_correct(self, run: Run) -> bool:
+        """Whether what this run's forecasts miss is made up for; a note in the stats if that was wanted in vain."""
+        run.stats.notes.clear()
+        if not self.config.correct:
+            return False
+        if self.config.guidance_every > 1:
+            reason = f"guidance_every={self.config.guidance_every} leaves out branches of computed steps"
+        elif run.clock.lengths is None:
+            reason = (
+                f"how far {type(self.target.scheduler).__name__} steps along a prediction is not known (it is for "
+                "Euler steps without noise)"
+            )
+        else:
+            return True
+        note = f"correct={self.config.correct} has no effect: {reason}"
+        run.stats.notes.append(note)
+        if self.config.correct is True:
+            warnings.warn(f"{note}. correct=False or 'auto' is silent.", AccelWarning, stacklevel=2)
+        return False
 
     def _too_far(self, run: Run) -> bool:
         """Whether a forecast of this step is expected to miss the tolerance."""

@@ -148,12 +148,36 @@ def test_a_scheduler_of_unknown_steps_is_warned_of():
     ):
         assert torch.equal(family.latents(pipe, steps=8), expected)
     assert not torch.equal(expected, plain)
+    # What a preset says, nobody asked for by name: no warning (they are errors here), but the stats tell.
+    with accel.accelerate(pipe, Config(**CYCLE, correct="auto")) as handle:
+        assert torch.equal(family.latents(pipe, steps=8), expected)
+    assert handle.stats.as_dict()["notes"] == [
+        "correct=auto has no effect: how far DDIMScheduler steps along a prediction is not known (it is for Euler "
+        "steps without noise)"
+    ]
+    assert "  note            correct=auto has no effect" in str(handle.stats)
+
+
+def test_auto_corrects_where_it_can():
+    pipe = make_flux()
+    with accel.accelerate(pipe, Config(**CYCLE, correct="auto")) as handle:
+        corrected = latents(pipe, steps=8)
+    assert handle.stats.notes == []
+    assert torch.equal(corrected, latents(pipe, Config(**CYCLE, correct=True), steps=8))
+    assert not torch.equal(corrected, latents(pipe, Config(**CYCLE), steps=8))
+    guidance = {**CYCLE, "guidance_every": 2}
+    with accel.accelerate(pipe, Config(**guidance, correct="auto")) as handle:
+        one_branch = latents(pipe, steps=8, guidance=3.0)
+    assert "guidance_every=2 leaves out branches" in handle.stats.notes[0]
+    assert torch.equal(one_branch, latents(pipe, Config(**guidance), steps=8, guidance=3.0))
+    assert accel.configs.load({"method": "forecast", "correct": "auto"}).correct == "auto"
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"correct": 1}, "correct must be true or false"),
+        ({"correct": 1}, "correct must be true, false or 'auto'"),
+        ({"correct": "on"}, "correct must be true, false or 'auto'"),
         ({"guidance_every": 2}, "guidance_every=2 must be 1"),
     ],
 )
