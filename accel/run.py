@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, pairwise
 from typing import Any, Protocol
 
 import torch
@@ -138,18 +138,38 @@ class Run(Listener):
             )
 
     def check_times(self) -> None:
-        """Refuse a scheduler that calls the model twice at one time: there is no slope to forecast along.
+        """Refuse a scheduler that does not go from one time to the next, with one call at each: there is no slope
+        to forecast along.
 
         Raises:
-            UnsupportedError: second-order schedulers (Heun, KDPM2, ...), repeated timesteps.
+            UnsupportedError: second-order schedulers (Heun, KDPM2, ...), times that repeat (PNDM, ...) or go back.
         """
-        times = self.clock.timesteps
-        if len(set(times)) < len(times):
-            raise UnsupportedError(
-                f"{type(self.target.scheduler).__name__} calls the model more than once at the same timestep "
-                "(a Heun-like scheduler, which evaluates every step twice). Forecasts need one call per "
-                "timestep: use a first-order or multistep scheduler (Euler, DDIM, DPM-Solver++ 2M, UniPC)."
+        scheduler, times = self.target.scheduler, self.clock.times
+        # Not timesteps: many steps close to the end round to the same one, at noise levels of their own.
+        rises = [(b > a) - (b < a) for a, b in pairwise(times)]
+        order = getattr(scheduler, "order", 1)
+        other = "Use a first-order or multistep scheduler (Euler, DDIM, DPM-Solver++ 2M, UniPC)."
+        if order > 1:
+            reason = (
+                f"calls the model {order} times for every step (like Heun and KDPM2): at the same timestep as "
+                f"another call, or at one in between. {other}"
             )
+        elif all(rise == 1 for rise in rises) or all(rise == -1 for rise in rises):  # -1: inversion
+            return
+        elif hasattr(scheduler, "prk_timesteps"):
+            reason = f"calls the model more than once at the same timestep in its first steps (PNDM). {other}"
+        elif 0 in rises:
+            step = rises.index(0)
+            reason = (
+                f"repeats a time: steps {step} and {step + 1} are at the same noise level (timesteps "
+                f"{self.clock.timesteps[step]:g} and {self.clock.timesteps[step + 1]:g}). Give it timesteps or "
+                "sigmas that differ from step to step."
+            )
+        else:
+            reason = f"goes back and forth between noise levels. {other}"
+        raise UnsupportedError(
+            f"{type(scheduler).__name__} {reason} Forecasts need one call of the model at each time."
+        )
 
     def answer(self, predictions: Sequence[Tensor]) -> None:
         """Do not run the denoiser at the step that is about to start, but give these `predictions` to its
