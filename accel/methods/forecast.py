@@ -92,8 +92,9 @@ class History:
 
 def memory(*held: History | Tensor | None) -> int:
     """Bytes that histories, and tensors beside them, hold, counting once what they share."""
-    tensors = {t.data_ptr(): t for item in held for t in _tensors(item)}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    # Storages, not tensors: half of a batch keeps the whole of it.
+    storages = [t.untyped_storage() for item in held for t in _tensors(item)]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
 def _tensors(item: History | Tensor | None) -> Sequence[Tensor]:

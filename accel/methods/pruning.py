@@ -251,9 +251,15 @@ class TokenPruning:
             blocks * tokens,
             built=int(self.plan is not None),
             forecast=blocks * (tokens - computed),
-            cache_bytes=memory(self.history, self.guidance.history) + self.kept.bytes,
+            cache_bytes=memory(self.history, self.guidance.history, *self._held) + self.kept.bytes,
             oldest_age=(run.clock.step - self.last_GN).max(),
         )
+
+    @property
+    def _held(self) -> tuple[Tensor | None, ...]:
+        """What is kept from step to step beside histories, keys and values."""
+        labels_GN = None if self.labels is None else self.labels[0]
+        return (*self.before, self.last_GN, self.error_GN, self.selected_GN, labels_GN)
 
     def _start(self, run: Run, tokens: int) -> None:
         """State after the first step of a run, when shapes are known."""
@@ -269,7 +275,8 @@ class TokenPruning:
         self.history.start(run.outputs, run.time, (self.rows, tokens))
         self.last_GN = torch.zeros(self.rows, tokens, dtype=torch.int64, device=run.outputs[0].device)
         self.selected_GN = torch.zeros(self.rows, tokens, device=run.outputs[0].device)
-        self.before = run.outputs
+        if self.config.score == "change":
+            self.before = run.outputs
 
     def _learn(self, run: Run) -> None:
         """After a step that computed something: what the forecasts would have missed, and the history."""
@@ -282,7 +289,7 @@ class TokenPruning:
             if computed_GN is not None and self.error_GN is not None:
                 error_GN = torch.where(computed_GN, error_GN, self.error_GN)
             self.error_GN = error_GN
-        elif self.plan is None:
+        elif self.config.score == "change" and self.plan is None:
             self.before = tuple(values[0] for values in self.history.values)
         self.history.add(run.outputs, run.time, computed_GN)
         step = torch.full_like(self.last_GN, run.clock.step)

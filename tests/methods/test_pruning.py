@@ -144,10 +144,16 @@ def test_stats(family):
     assert stats.plans_built == 2
     assert stats.oldest_age == 3
     assert stats.as_dict()["steps"][4]["oldest_age"] == 3
-    # Keys and values of every block for all tokens (text too, in FLUX's single-stream blocks), and the history.
+    # Keys and values of every block for all tokens (text too, in FLUX's single-stream blocks), the history, and
+    # per token the error, how often it was selected (4 bytes each) and when it was computed last (8).
     rows = 2 * 96 + 3 * (96 + 7) if family is FAMILIES["flux"] else 3 * 96
     output = 96 * 16 if family is FAMILIES["flux"] else 8 * 16 * 24
-    assert stats.cache_bytes == 4 * (2 * rows * 32 + 2 * output + 2 * 96)
+    assert stats.cache_bytes == 4 * (2 * rows * 32 + 2 * output + 2 * 96 + (1 + 1 + 2) * 96)
+    # CAT's score keeps the predictions before the last dense step too, and labels of its clusters, but no error.
+    pipe, held = family.make(), stats.cache_bytes
+    with accel.accelerate(pipe, Config(score="change", clusters=4)) as handle:
+        family.latents(pipe, steps=9)
+    assert handle.stats.cache_bytes == held + 4 * (output - 96 + 2 * 96)
 
 
 def test_a_late_cycle_may_be_the_only_one_with_partial_steps(family):
