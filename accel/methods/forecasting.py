@@ -191,7 +191,8 @@ class Forecasting:
             return True
         assert self.history is not None
         age = self.history.age(run.time)
-        return Readback(self._error * growth(age, self.config.order)).read() > self.config.tolerance
+        error = Readback(self._error * growth(age, self.config.order)).read()
+        return not error <= self.config.tolerance  # NaN, where nothing can be said, is too far
 
     def account(self, run: Run) -> StepStats:
         assert run.grid is not None

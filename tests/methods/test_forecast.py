@@ -231,6 +231,21 @@ def test_tolerance_decides_what_is_forecast(family):
     assert shares == [1.0, handle.stats.share]
 
 
+def test_an_error_that_is_not_a_number_is_too_far():
+    pipe, calls = make_flux(), []
+
+    def spoil(
+        module, args, output
+    ):  # step 1: the error that is measured there is NaN, and step 2 is computed
+        calls.append(1)
+        return output * (torch.nan if len(calls) == 2 else 1)
+
+    pipe.transformer.proj_out.register_forward_hook(spoil)
+    with accel.accelerate(pipe, Config(**CYCLE, tolerance=1e9)) as handle:
+        FAMILIES["flux"].latents(pipe, steps=4)
+    assert [s.computed > 0 for s in handle.stats.steps] == [True, True, True, True]
+
+
 def test_composes_with_merging(family):
     pipe = family.make()
     merging = accel.TokenMergingConfig(ratio=0.5, refresh_every=2)
