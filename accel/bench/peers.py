@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import io
+import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -103,8 +106,31 @@ def _magcache(pipe: Any, total: int, options: Mapping[str, Any]) -> Callable[[],
     from diffusers import MagCacheConfig
     from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
 
-    config = MagCacheConfig(num_inference_steps=total, mag_ratios=FLUX_MAG_RATIOS, **options)
-    return _diffusers(config, pipe)
+    options = dict(options)
+    ratios = _magnitudes(pipe, total) if options.pop("calibrated", False) else FLUX_MAG_RATIOS
+    return _diffusers(MagCacheConfig(num_inference_steps=total, mag_ratios=ratios, **options), pipe)
+
+
+#: Scheduler, which all copies of a pipeline share -> its ratios for a number of steps.
+_MAGNITUDES: WeakKeyDictionary[Any, dict[int, list[float]]] = WeakKeyDictionary()
+
+
+def _magnitudes(pipe: Any, total: int) -> list[float]:
+    """MagCache's own calibration, on one prompt: the ratios that it prints at the end, for the first branch of
+    guidance (it has room for one)."""
+    from diffusers import MagCacheConfig
+
+    known = _MAGNITUDES.setdefault(pipe.scheduler, {})
+    if total not in known:
+        printed = io.StringIO()
+        with _copied(pipe), redirect_stdout(printed):
+            _diffusers(MagCacheConfig(num_inference_steps=total, calibrate=True), pipe)
+            pipe("a photo", num_inference_steps=total, output_type="latent")
+        lists = [
+            line for line in printed.getvalue().splitlines() if line.startswith("[") and line.endswith("]")
+        ]
+        known[total] = json.loads(lists[0])
+    return known[total]
 
 
 def _broadcast(pipe: Any, total: int, options: Mapping[str, Any]) -> Callable[[], None]:
@@ -157,14 +183,14 @@ def theirs(steps: int) -> list[Peer]:
     def peers(
         short: str, kind: str, package: str, settings: list[dict[str, Any]], same: Mapping[str, Any] = {}
     ) -> list[Peer]:
-        """`same`: what all the settings share, and names leave out."""
+        """`same`: defaults, which names leave out."""
         return [
             Peer(
-                "-".join([short, *(_label(o) for o in s.items() if o not in same.items())]),
+                "-".join([short, *map(_label, s.items())]),
                 package=package,
                 kind=kind,
                 total=steps,
-                options=s,
+                options={**same, **s},
             )
             for s in settings
         ]
@@ -176,9 +202,24 @@ def theirs(steps: int) -> list[Peer]:
             "taylorseer",
             "TaylorSeer",
             "diffusers",
-            [{"cache_interval": n, "max_order": o} for n, o in ((2, 1), (3, 1), (4, 1), (6, 1), (4, 2))],
+            [
+                *({"cache_interval": n, "max_order": o} for n, o in ((2, 1), (3, 1), (4, 1), (6, 1), (4, 2))),
+                # Its variant that forecasts the last projection alone, from the first step on where ours do.
+                *(
+                    {"cache_interval": n, "use_lite_mode": True, "disable_cache_before_step": w}
+                    for n, w in ((2, 8), (3, 7), (4, 6), (5, 5), (6, 4))
+                ),
+            ],
         ),
-        *peers("magcache", "MagCache", "diffusers", [{"threshold": t} for t in (0.03, 0.06, 0.12, 0.24)]),
+        *peers(
+            "magcache",
+            "MagCache",
+            "diffusers",
+            [
+                *({"threshold": t} for t in (0.03, 0.06, 0.12, 0.24)),
+                *({"threshold": t, "calibrated": True} for t in (0.03, 0.06, 0.12, 0.24)),
+            ],
+        ),
         *peers(
             "pab",
             "PyramidAttentionBroadcast",
@@ -190,11 +231,18 @@ def theirs(steps: int) -> list[Peer]:
             "cache-dit",
             "cache_dit",
             [
-                *({**db, "residual_diff_threshold": t} for t in (0.04, 0.08, 0.16, 0.32)),
-                *({**db, "residual_diff_threshold": t, "taylorseer": 1} for t in (0.08, 0.16, 0.32)),
+                *({"residual_diff_threshold": t} for t in (0.04, 0.08, 0.16, 0.32)),
+                *({"residual_diff_threshold": t, "taylorseer": 1} for t in (0.08, 0.16, 0.32)),
+                *({"residual_diff_threshold": 0.5, "taylorseer": 1, "mask": m} for m in ("medium", "fast")),
+                # As many steps at the start as ours, then a fixed pattern: no threshold stops it.
                 *(
-                    {**db, "residual_diff_threshold": 0.5, "taylorseer": 1, "mask": m}
-                    for m in ("medium", "fast")
+                    {
+                        "residual_diff_threshold": 9,
+                        "taylorseer": 1,
+                        "max_warmup_steps": w,
+                        "max_continuous_cached_steps": n,
+                    }
+                    for w, n in ((8, 1), (7, 2), (6, 3))
                 ),
             ],
             same=db,
@@ -241,6 +289,7 @@ def _label(option: tuple[str, Any]) -> str:
     name, value = option
     short = {
         "threshold": "", "residual_diff_threshold": "", "cache_interval": "n", "max_order": "o",
-        "spatial_attention_block_skip_range": "n", "taylorseer": "taylor", "mask": "",
+        "spatial_attention_block_skip_range": "n", "taylorseer": "taylor", "mask": "", "use_lite_mode": "lite", "calibrated": "calibrated",
+        "disable_cache_before_step": "w", "max_warmup_steps": "w", "max_continuous_cached_steps": "n",
     }  # fmt: skip
-    return f"{short[name]}{value}"
+    return short[name] if value is True else f"{short[name]}{value}"

@@ -166,7 +166,7 @@ class TokenPruning:
         self.run.keep_outputs = True
         self.run.keeps_layers = config.keys_values == "all"
         self.guidance = Guidance(self.run, min(config.order, 1), halves=False)
-        self.span = Span(lambda x_BNC: self.plan, pick=True)
+        self.span = Span(self._plan_for, pick=True)
         self.kept = KeyValues(lambda: len(self.run.outputs))
         self.attentions = list(target.adapter.attentions(target.denoiser))
         if config.keys_values == "all" and not self.attentions:
@@ -266,11 +266,7 @@ class TokenPruning:
         samples, B = run.clock.samples, run.outputs[0].shape[0]
         shared = self.target.adapter.shared_plan or samples is None or B % samples
         self.rows = 1 if shared or samples is None else samples
-        if self.config.clusters > tokens:
-            raise UnsupportedError(
-                f"clusters={self.config.clusters} are more than the {tokens} tokens of this size; "
-                f"valid: 0 to {tokens}"
-            )
+        self._check_clusters(tokens)  # for compiled calls
         self.history = History(self.config.order, lambda x_GN: self._spread(x_GN, B))
         self.history.start(run.outputs, run.time, (self.rows, tokens))
         self.last_GN = torch.zeros(self.rows, tokens, dtype=torch.int64, device=run.outputs[0].device)
@@ -385,7 +381,19 @@ class TokenPruning:
         x_BN = x_GN if self.rows == 1 else x_GN.repeat(batch // self.rows, 1)
         return self.target.adapter.per_token(self.target.denoiser, x_BN, self.run.grid)
 
+    def _check_clusters(self, tokens: int) -> None:
+        if self.config.clusters > tokens:
+            raise UnsupportedError(
+                f"clusters={self.config.clusters} are more than the {tokens} tokens of this size; "
+                f"valid: 0 to {tokens}"
+            )
+
     # Inside the denoiser, possibly traced.
+
+    def _plan_for(self, x_BNC: Tensor) -> TokenPlan | None:
+        if not torch.compiler.is_compiling():
+            self._check_clusters(x_BNC.shape[1])
+        return self.plan
 
     def _correct(self, prediction: Tensor) -> Tensor:
         call = len(self.run.outputs)

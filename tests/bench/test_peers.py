@@ -12,6 +12,7 @@ from conftest import flux_call, make_flux
 from accel.bench import peers
 from accel.bench.compare import PROBLEMS, _report, try_out
 from accel.evaluation.configurations import PLAIN, Configuration, resolve
+from accel.pipelines import builtin
 
 
 class Denoiser(torch.nn.Module):
@@ -89,7 +90,7 @@ LOOSE = {"FirstBlockCache": {"threshold": 10.0}}
 
 @pytest.mark.parametrize("kind", sorted(peers.ENABLE))
 def test_peers_leave_the_plain_pipeline_as_it_was(kind):
-    settings = [p for p in peers.theirs(8) if p.kind == kind][-2:]
+    settings = [p for p in peers.theirs(8) if p.kind == kind and "calibrated" not in p.options][-2:]
     # A threshold that random weights reach.
     settings = [replace(p, options={**p.options, **LOOSE.get(kind, {})}) for p in settings]
     if settings[0].missing:
@@ -113,3 +114,22 @@ def test_peers_leave_the_plain_pipeline_as_it_was(kind):
         assert torch.equal(latents(), plain)
     # The negative control: the peer was at work.
     assert changed
+
+
+def test_magcache_is_calibrated_once_on_the_model_itself():
+    calls = []
+    pipe = builtin.load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    transformer, before = pipe.transformer, state_of(pipe)
+    handle = transformer.register_forward_hook(lambda *_: calls.append(1))
+    setting = next(p for p in peers.theirs(3) if "calibrated" in p.options)
+    for _ in range(2):
+        with setting.attach(pipe):
+            hooks = pipe.transformer.transformer_blocks[0]._diffusers_hook.hooks
+            (config,) = {id(h.config): h.config for h in hooks.values() if hasattr(h, "config")}.values()
+            ratios = config.mag_ratios.tolist()
+        assert len(ratios) == 3 and ratios[0] == 1 and len(set(ratios)) == 3
+    handle.remove()
+    assert len(calls) == 6  # three steps, two branches, one calibration
+    assert pipe.transformer is transformer
+    assert state_of(pipe)[:2] == before[:2]

@@ -315,8 +315,24 @@ def refused(match, pipe=None, config=None, **options):
         FAMILIES["flux"].latents(pipe, **options)
 
 
-def test_more_clusters_than_tokens():
-    refused("clusters=97 are more than the 96 tokens", config=Config(clusters=97))
+def test_more_clusters_than_tokens(family):
+    pipe, calls = family.make(), []
+    # The attention: the block's own hooks come before the refusal.
+    inside = next(m for name, m in pipe.transformer.named_modules() if name.endswith((".attn", ".attn1")))
+    inside.register_forward_pre_hook(lambda m, args: calls.append(1))
+    with accel.accelerate(pipe, Config(clusters=97)):
+        with pytest.raises(
+            UnsupportedError, match=r"clusters=97 are more than the 96 tokens.*valid: 0 to 96"
+        ):
+            family.latents(pipe)
+        assert not calls  # before anything is computed
+        family.latents(pipe, height=40)
+
+
+def test_more_clusters_than_tokens_when_compiled():
+    pipe = make_flux(dual=1, single=2)
+    pipe.transformer = torch.compile(pipe.transformer, fullgraph=True, backend="eager")
+    refused("clusters=97 are more than the 96 tokens", pipe, Config(clusters=97))
 
 
 def test_a_heun_scheduler():
