@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import fields
+
 from accel.errors import ConfigError
 
 
@@ -9,6 +12,15 @@ def check(valid: bool, name: str, allowed: str, value: object) -> None:
     """Raise a `ConfigError` that names the setting, its valid range and the value."""
     if not valid:
         raise ConfigError(f"{name} must be {allowed}, got {value!r}")
+
+
+def check_used(config: object, names: Sequence[str], used: bool, why: str) -> None:
+    """Refuse settings that are not what they are by default, and have no effect for the reason given."""
+    defaults = {f.name: f.default for f in fields(config)}  # type: ignore[arg-type]
+    for name in names:
+        value = getattr(config, name)
+        if not used and value != defaults[name]:
+            raise ConfigError(f"{name}={value!r} has no effect: {why}. Leave {name} out, or change that")
 
 
 def is_number(value: object) -> bool:

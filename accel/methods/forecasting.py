@@ -23,7 +23,7 @@ from accel.run import Run, Target
 from accel.schedule import Phase, Schedule
 from accel.stats import Stats, StepStats
 
-from .checks import check, is_number, is_share, is_whole
+from .checks import check, check_used, is_number, is_share, is_whole
 from .correction import Correction
 from .forecast import History, growth, memory
 from .guidance import Guidance
@@ -39,6 +39,8 @@ class ForecastConfig:
         late_cycle: takes the place of `cycle` once this share of all steps is over, `late_from`, in (0, 1), and
             the cycle that runs is complete: early, predictions change faster. None: the same.
         order: degree of the polynomial that is continued, 0 (hold the last prediction), 1 or 2.
+        trend: share of the extrapolated change that is believed, in (0, 1]: far ahead a line overshoots. From
+            five skipped steps in a row on, 0.5 is better than 1; up to three, 1 is better.
         tolerance: forecast a step only if the error it would have, relative to the prediction, is at most
             this much; else compute it. The error is extrapolated from the one measured at the last computed
             step. The measured value is read once per step in question, which waits for the device. None:
@@ -60,6 +62,7 @@ class ForecastConfig:
     late_cycle: tuple[int, ...] | None = None
     late_from: float = 0.5
     order: int = 1
+    trend: float = 1.0
     tolerance: float | None = None
     correct: bool | Literal["auto"] = False
     guidance_every: int = 1
@@ -71,20 +74,27 @@ class ForecastConfig:
             if isinstance(getattr(self, name), list):  # YAML has lists
                 object.__setattr__(self, name, tuple(getattr(self, name)))
             value = getattr(self, name)
-            valid = isinstance(value, tuple) and len(value) > 0 and all(b in (0, 1) for b in value)
+            valid = isinstance(value, tuple) and len(value) > 0
+            valid = valid and all(is_number(b) and b in (0, 1) for b in value)
             valid = valid or (name == "late_cycle" and value is None)
             check(valid, name, "a list of 1 (compute) and 0 (forecast)", value)
         check(is_share(self.late_from), "late_from", "in (0, 1)", self.late_from)
+        check_used(self, ("late_from",), self.late_cycle is not None, "there is no late_cycle")
         valid = is_whole(self.guidance_every) and self.guidance_every >= 1
         check(valid, "guidance_every", "a whole number >= 1", self.guidance_every)
-        if all((*self.cycle, *(self.late_cycle or ()))) and self.guidance_every == 1:
+        forecasts = not all((*self.cycle, *(self.late_cycle or ())))
+        if not forecasts and self.guidance_every == 1:
             raise ConfigError(
                 f"cycle={self.cycle} forecasts nothing: at least one entry must be 0, or guidance_every above 1"
             )
         check(is_whole(self.order) and 0 <= self.order <= 2, "order", "0, 1 or 2", self.order)
+        check(is_number(self.trend) and 0 < self.trend <= 1, "trend", "in (0, 1]", self.trend)
+        used = forecasts and self.order > 0
+        check_used(self, ("trend",), used, f"order={self.order}, cycle={self.cycle} extrapolate nothing")
         if self.tolerance is not None:
             valid = is_number(self.tolerance) and self.tolerance > 0
             check(valid, "tolerance", "> 0 or None", self.tolerance)
+        check_used(self, ("tolerance",), forecasts, f"cycle={self.cycle} forecasts no step")
         valid = isinstance(self.correct, bool) or self.correct == "auto"
         check(valid, "correct", "true, false or 'auto'", self.correct)
         if self.correct is True and self.guidance_every > 1:
@@ -210,7 +220,7 @@ class Forecasting:
         outputs = self._made if run.correct is not None else run.outputs
         self.correction.forget()
         if self.history is None:
-            self.history = History(self.config.order)
+            self.history = History(self.config.order, trend=self.config.trend)
             self.history.start(outputs, run.time)
             return
         run.check_calls(len(outputs), len(self.history.values))

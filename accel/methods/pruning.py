@@ -15,6 +15,8 @@ from __future__ import annotations
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import cycle as repeated
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -29,7 +31,7 @@ from accel.span import Span
 from accel.stats import Stats, StepStats
 
 from . import importance, selection
-from .checks import check, is_number, is_share, is_whole
+from .checks import check, check_used, is_number, is_share, is_whole
 from .forecast import History, growth, memory
 from .guidance import Guidance
 
@@ -38,6 +40,8 @@ _CHOICES = {
     "clustering": ("grid", "kmeans"),
     "keys_values": ("all", "none"),
 }
+#: What only partial steps look at.
+_PARTIAL = ("score", "clusters", "clustering", "fresh_share", "keys_values")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +49,11 @@ class TokenPruningConfig:
     """Settings of token pruning.
 
     Attributes:
-        budget: share of the tokens that a partial step computes, in (0, 1].
+        budget: share of the tokens that a partial step computes, in (0, 1]. None: 0.25, unless `cycle` says.
         cycle: budgets of the steps between the dense first and last ones, repeated: 1 is a dense step, 0
-            forecasts all tokens, anything between computes that share. None: (0, budget, 0, 1).
+            forecasts all tokens, anything between computes that share. None: (0, budget), dense at every fourth.
+        refresh_every: of the steps in between, every n-th is dense whatever `cycle` says, at least 2. None: as
+            `cycle` says; where that is None, 4.
         late_cycle: takes the place of `cycle` once this share of all steps is over, `late_from`, in (0, 1), and
             the cycle that runs is complete: early, predictions change faster. None: the same.
         order: degree of the polynomial that continues a token which is not computed: 0 (hold), 1 or 2.
@@ -72,8 +78,9 @@ class TokenPruningConfig:
         ConfigError: a value is outside its range.
     """
 
-    budget: float = 0.25
+    budget: float | None = None
     cycle: tuple[float, ...] | None = None
+    refresh_every: int | None = None
     late_cycle: tuple[float, ...] | None = None
     late_from: float = 0.5
     order: int = 1
@@ -96,7 +103,11 @@ class TokenPruningConfig:
             valid = valid and all(is_number(b) and 0 <= b <= 1 for b in value)
             check(value is None or valid, name, "a list of budgets in [0, 1] or None", value)
         check(is_share(self.late_from), "late_from", "in (0, 1)", self.late_from)
-        check(is_number(self.budget) and 0 < self.budget <= 1, "budget", "in (0, 1]", self.budget)
+        if self.budget is not None:
+            check(is_number(self.budget) and 0 < self.budget <= 1, "budget", "in (0, 1]", self.budget)
+        if self.refresh_every is not None:
+            valid = is_whole(self.refresh_every) and self.refresh_every >= 2
+            check(valid, "refresh_every", "a whole number >= 2 or None", self.refresh_every)
         check(is_whole(self.order) and 0 <= self.order <= 2, "order", "0, 1 or 2", self.order)
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
@@ -116,6 +127,17 @@ class TokenPruningConfig:
         check(valid, "dense_steps_last", "a whole number >= 0", self.dense_steps_last)
         if self.score == "change" and self.fresh_share < 1 and self.dense_steps_first < 2:
             raise ConfigError("score='change' compares two dense steps: dense_steps_first must be at least 2")
+        self._check_effects()
+
+    def _check_effects(self) -> None:
+        check_used(self, ("late_from",), self.late_cycle is not None, "there is no late_cycle")
+        check_used(self, ("clustering",), self.clusters > 0, "clusters is 0")
+        budgets = self.schedule().budgets
+        shares = (
+            f"by cycle and refresh_every, the steps compute the shares {', '.join(f'{b:g}' for b in budgets)}"
+        )
+        check_used(self, ("budget",), self.budget in budgets, shares)
+        check_used(self, _PARTIAL, any(0 < b < 1 for b in budgets), shares)
 
     @classmethod
     def cat(cls, budget: float = 0.3, clusters: int = 20) -> TokenPruningConfig:
@@ -140,15 +162,23 @@ class TokenPruningConfig:
         )
 
     def schedule(self) -> Schedule:
-        cycle = (0.0, self.budget, 0.0, 1.0) if self.cycle is None else self.cycle
+        budget = 0.25 if self.budget is None else self.budget
+        cycle, every = (
+            (self.cycle, self.refresh_every) if self.cycle else ((0.0, budget), self.refresh_every or 4)
+        )
         return Schedule(
-            cycle,
+            _refreshed(cycle, every),
             dense_first=self.dense_steps_first,
             dense_last=self.dense_steps_last,
             guidance_every=self.guidance_every,
-            late_cycle=self.late_cycle,
+            late_cycle=self.late_cycle and _refreshed(self.late_cycle, self.refresh_every),
             late_from=self.late_from,
         )
+
+
+def _refreshed(cycle: tuple[float, ...], every: int | None) -> tuple[float, ...]:
+    """The cycle repeated or cut to `every` steps, the last of which is dense."""
+    return cycle if every is None else (*islice(repeated(cycle), every - 1), 1.0)
 
 
 def attach(target: Target, config: TokenPruningConfig, stats: Stats, stack: ExitStack) -> Run:
@@ -169,7 +199,9 @@ class TokenPruning:
         self.span = Span(self._plan_for, pick=True)
         self.kept = KeyValues(lambda: len(self.run.outputs))
         self.attentions = list(target.adapter.attentions(target.denoiser))
-        if config.keys_values == "all" and not self.attentions:
+        partial = any(0 < b < 1 for b in config.schedule().budgets)
+        self._keeps = config.keys_values == "all" and partial
+        if self._keeps and not self.attentions:
             raise UnsupportedError(
                 f"keys_values='all': the adapter of {target.adapter.name} does not say where keys and values are "
                 "made. Use keys_values='none'."
@@ -180,7 +212,7 @@ class TokenPruning:
 
     def attach(self, stack: ExitStack) -> Run:
         denoiser = self.target.denoiser
-        if self.config.keys_values == "all" and any(0 < b < 1 for b in self.config.schedule().budgets):
+        if self._keeps:
             self.kept.attach(denoiser, self.attentions, stack)
         # After the hooks on the attentions: those are inside.
         self.span.attach(denoiser, self.sites, stack, bias=False)

@@ -39,6 +39,19 @@ def test_polynomials_up_to_the_order_are_exact(order):
     assert (extrapolate([f(t) for t in times], stamps_of(times), 122.0) - f(122.0)).abs().max() > 1e-2
 
 
+
+def test_a_damped_trend_is_part_of_the_way_to_the_undamped_one():
+    f, times = polynomial(2), IRREGULAR[1::-1]
+    made = {}
+    for trend in (0.25, 1.0):
+        history = History(1, trend=trend)
+        history.start([f(times[1])], times[1])
+        history.add([f(times[0])], times[0])
+        (made[trend],) = history.forecasts(300.0)
+    assert torch.allclose(made[0.25] - f(times[0]), 0.25 * (made[1.0] - f(times[0])))
+    assert not torch.allclose(made[0.25], made[1.0])
+
+
 def test_wrong_time_stamps_are_noticed():
     # The negative control: step numbers in place of irregular times.
     f, times = polynomial(1), (551.0, 947.0)
@@ -289,7 +302,15 @@ def test_compiled_equals_eager(family, how):
         ({"cycle": (0.5,)}, "cycle must be a list of 1"),
         ({"cycle": (1, 1)}, "forecasts nothing"),
         ({"late_cycle": (0.5,)}, "late_cycle must be a list of 1"),
+        ({"trend": 0}, r"trend must be in \(0, 1\]"),
+        ({"trend": 0.5, "order": 0}, "trend=0.5 has no effect: order=0"),
         ({"late_from": 1}, r"late_from must be in \(0, 1\)"),
+        ({"cycle": (True, False)}, "cycle must be a list of 1"),
+        ({"late_from": 0.3}, "late_from=0.3 has no effect: there is no late_cycle"),
+        (
+            {"cycle": (1,), "guidance_every": 2, "tolerance": 0.1},
+            r"tolerance=0.1 has no effect: cycle=\(1,\)",
+        ),
         ({"tolerance": 0}, "tolerance must be > 0"),
         ({"dense_steps_first": 0}, "dense_steps_first must be a whole number >= 1"),
         ({"dense_steps_last": -1}, "dense_steps_last must be a whole number >= 0"),

@@ -163,6 +163,26 @@ def test_a_late_cycle_may_be_the_only_one_with_partial_steps(family):
     assert [s.computed / tokens for s in handle.stats.steps] == [1, 1, 0, 1, 0, 0.5, 0, 1]
 
 
+@pytest.mark.parametrize(
+    ("settings", "cycle"),
+    [
+        ({}, (0, 0.25, 0, 1)),
+        ({"budget": 0.5, "refresh_every": 3}, (0, 0.5, 1)),
+        ({"budget": 0.5, "refresh_every": 6}, (0, 0.5, 0, 0.5, 0, 1)),
+        ({"cycle": (0.5,), "refresh_every": 4}, (0.5, 0.5, 0.5, 1)),
+        ({"cycle": (0.5, 0.25)}, (0.5, 0.25)),
+    ],
+)
+def test_a_dense_step_at_every_nth(settings, cycle):
+    assert Config(**settings).schedule().cycle == cycle
+
+
+def test_a_late_cycle_is_refreshed_only_if_asked_for():
+    late = {"late_cycle": (0, 0, 1), "budget": 0.5}
+    assert Config(**late).schedule().late_cycle == (0, 0, 1)
+    assert Config(**late, refresh_every=5).schedule().late_cycle == (0, 0, 1, 0, 1)
+
+
 @pytest.mark.parametrize("score", ["error", "change", "age"])
 def test_the_worst_tokens_are_computed(score):
     """With guidance in two calls; scores computed again from the pipeline's own predictions."""
@@ -302,11 +322,32 @@ def test_compiled_equals_eager(family):
         ({"dense_steps_first": 0}, "dense_steps_first must be a whole number >= 1"),
         ({"dense_steps_last": -1}, "dense_steps_last must be a whole number >= 0"),
         ({"score": "change", "dense_steps_first": 1}, "at least 2"),
+        ({"refresh_every": 0}, "refresh_every must be a whole number >= 2 or None, got 0"),
+        ({"refresh_every": True}, "refresh_every must be a whole number >= 2"),
+        ({"budget": 0.3, "cycle": (0.5,)}, r"budget=0.3 has no effect: .* 0.5\. Leave budget out"),
+        ({"budget": 0.25, "cycle": (0, 0.5, 1)}, "budget=0.25 has no effect: .* 0, 0.5, 1"),
+        ({"budget": 0.3, "refresh_every": 2}, "budget=0.3 has no effect: .* 0, 1"),
+        ({"late_from": 0.3}, "late_from=0.3 has no effect: there is no late_cycle"),
+        ({"clustering": "kmeans"}, "clustering='kmeans' has no effect: clusters is 0"),
+        ({"cycle": (0, 1), "keys_values": "none"}, "keys_values='none' has no effect: .* 0, 1"),
+        ({"cycle": (0, 1), "clusters": 4}, "clusters=4 has no effect"),
+        ({"cycle": (0, 1), "score": "age"}, "score='age' has no effect"),
     ],
 )
 def test_settings_out_of_range(settings, message):
     with pytest.raises(ConfigError, match=message):
         Config(**settings)
+
+
+def test_settings_that_say_the_same_twice():
+    assert Config.cat(0.4).budget == 0.4
+    Config(budget=0.3, cycle=(0, 1), late_cycle=(0, 0.3))
+    Config(cycle=(0, 1), late_cycle=(0, 0.3), late_from=0.4, keys_values="none")
+
+
+def test_a_refresh_that_is_not_there_is_named():
+    with pytest.raises(accel.errors.UnknownNameError, match=r"refresh.*refresh_every"):
+        accel.configs.load({"method": "token_pruning", "refresh": 0})
 
 
 def refused(match, pipe=None, config=None, **options):
