@@ -8,6 +8,7 @@ samples/rank-00000.jsonl                   stage `run`: seed, hashes, timings pe
 scores/rank-00000.jsonl, bounds.json       stage `score`: values and reasons per image
 features/<extractor>/                      stage `score`: one row of features per image
 report/                                    stage `report`
+problems.json                              configurations that failed, and why; reports leave them out
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from accel.evaluation.errors import AccelWarning, RecordError
 from accel.evaluation.records import Record, latest_records, write_atomically
 from accel.evaluation.suites import Prompt, Suite
 
+PROBLEMS = "problems.json"
 _GROWING = ("configurations", "limit", "samples_per_prompt")  # may be extended; the rest decides images
 
 
@@ -45,12 +47,13 @@ class RunFolder:
         except json.JSONDecodeError as error:
             raise RecordError(f"{file}: unreadable: {error}") from None
 
-    def prepare(
+    def check(
         self, suite: Suite, settings: dict[str, Any], configurations: Sequence[Configuration]
-    ) -> None:
-        """Write run.json and prompts.jsonl, or check that a started run has the same settings.
+    ) -> dict[str, Any]:
+        """What run.json will hold. The folder is made, nothing is written.
 
-        Every process calls this with the same arguments and writes the same content.
+        Raises:
+            RecordError: it cannot be made, is no run folder, or was started with other settings.
         """
         rows = [{"name": item.name, "hash": item.hash, **item.describe()} for item in configurations]
         wanted = {"format": 1, "suite": suite.describe(), **settings, "configurations": rows}
@@ -66,6 +69,16 @@ class RunFolder:
             wanted["configurations"] = self._merge(self.settings, wanted)
         elif self._holds_other_files():
             raise RecordError(f"{self.path}: exists and is not a run folder; name an empty or new one")
+        return wanted
+
+    def prepare(
+        self, suite: Suite, settings: dict[str, Any], configurations: Sequence[Configuration]
+    ) -> None:
+        """Write run.json and prompts.jsonl, or check that a started run has the same settings.
+
+        Every process calls this with the same arguments and writes the same content.
+        """
+        wanted = self.check(suite, settings, configurations)
         write_atomically(
             self.path / "prompts.jsonl", "".join(prompt.to_json() + "\n" for prompt in suite.prompts)
         )
@@ -120,6 +133,12 @@ class RunFolder:
         """Name of the unaccelerated configuration."""
         rows = self.settings["configurations"]
         return next((row["name"] for row in rows if not row["method"] and not row["steps"]), rows[0]["name"])
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """Why configurations failed, by name."""
+        file = self.path / PROBLEMS
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
     def image_folder(self, configuration: str, prompt_id: int) -> Path:
         return self.path / "images" / configuration / f"{prompt_id:05d}"

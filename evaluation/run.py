@@ -39,7 +39,7 @@ _SEED_STRIDE = 1_000_003
 
 
 class Progress(NamedTuple):
-    """Passed to `progress` after every image batch: images done and to do, in this process."""
+    """Passed to `progress` after every image batch: images done (or given up) and to do, in this process."""
 
     done: int
     total: int
@@ -65,6 +65,7 @@ def run(
     call: dict[str, Any] | None = None,
     warmup: int = 1,
     verify: bool = False,
+    tolerate: Callable[[Configuration, Sequence[Prompt], Exception], bool] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> RunFolder:
     """Generate what is missing in run folder `path`, which is made if absent.
@@ -82,26 +83,26 @@ def run(
         call: further arguments of every pipeline call (height, guidance_scale, ...).
         warmup: untimed images per configuration and start of the process.
         verify: compare the hashes of the images that exist, not only their lengths.
+        tolerate: asked when a configuration fails on prompts: True gives this configuration up and goes on with
+            the others. Without it, every error is raised.
 
     Raises:
         RecordError: the folder was started with other settings, or another process writes there.
     """
-    if samples_per_prompt < 1 or batch_size < 1 or warmup < 0:
-        raise EvaluationError("samples_per_prompt and batch_size must be at least 1, warmup at least 0")
-    resolved = resolve(configurations)
-    folder = RunFolder(path)
-    settings: dict[str, Any] = {
-        "model": model or type(pipe).__name__,
-        "limit": limit,
-        "samples_per_prompt": samples_per_prompt,
-        "base_seed": base_seed,
-        "batch_size": batch_size,
-        "call": call or {},
-    }
-    if is_autoregressive(pipe):
-        if any(c.steps for c in resolved) or "num_inference_steps" in settings["call"]:
-            raise EvaluationError("steps are for diffusion models; this one draws every token of an image")
-        settings["sampled"] = True
+    if warmup < 0:
+        raise EvaluationError(f"warmup must be at least 0, not {warmup}")
+    folder, settings, resolved = check(
+        path,
+        suite,
+        pipe,
+        configurations,
+        model=model,
+        samples_per_prompt=samples_per_prompt,
+        limit=limit,
+        base_seed=base_seed,
+        batch_size=batch_size,
+        call=call,
+    )
     ways = {item.name: Way(pipe, item.attach) for item in resolved}
     for way in ways.values():  # a method that this pipeline cannot have is refused before any image is made
         with way.ready():
@@ -123,19 +124,67 @@ def run(
         Appender(folder.path / "samples" / f"rank-{rank:05d}.jsonl") as records,
     ):
         session = f"{rank}.{sum(1 for _ in read_records(sessions.path))}"
-        sessions.write({"session": session, "rank": rank, "world": world, "time": _now(), **environment()})
+        start = {"session": session, "rank": rank, "world": world, "time": _now(), "dtype": _dtype(pipe)}
+        sessions.write({**start, **environment()})
         runner = _Runner(folder, pipe, ways, call or {}, base_seed, session, warmup)
         finished = 0
+        given_up: set[str] = set()
         for _, batch, missing in todo:
             for configuration in missing:
-                # A batch is always generated whole (pictures may depend on what shares their batch), but
-                # what is recorded is kept: it may have come from another batch, and its hash with it.
-                keep = [key in done for key in _keys(configuration, batch)]
-                records.write(*runner.generate(configuration, batch, keep))
+                if configuration.name not in given_up:
+                    try:
+                        images, common = runner.generate(configuration, batch)
+                    except Exception as error:
+                        if not (tolerate and tolerate(configuration, [unit.prompt for unit in batch], error)):
+                            raise
+                        given_up.add(configuration.name)
+                    else:
+                        # A batch is always generated whole (pictures may depend on what shares their batch), but
+                        # what is recorded is kept: it may have come from another batch, and its hash with it.
+                        keep = [key in done for key in _keys(configuration, batch)]
+                        made = zip(batch, images, keep, strict=True)
+                        records.write(*(runner.save(unit, img, common) for unit, img, old in made if not old))
                 finished += len(batch)
                 if progress:
                     progress(Progress(finished, total, configuration.name))
     return folder
+
+
+def check(
+    path: str | Path,
+    suite: Suite,
+    pipe: Any,
+    configurations: Sequence[Configuration | str],
+    *,
+    model: str | None = None,
+    samples_per_prompt: int = 1,
+    limit: int | None = None,
+    base_seed: int = 0,
+    batch_size: int = 1,
+    call: dict[str, Any] | None = None,
+) -> tuple[RunFolder, dict[str, Any], list[Configuration]]:
+    """Refuse what `run` would refuse about the folder, which is made but not written to; arguments are `run`'s.
+
+    Returns the folder, the settings that decide its images, and the configurations, the plain one first.
+    """
+    if samples_per_prompt < 1 or batch_size < 1:
+        raise EvaluationError("samples_per_prompt and batch_size must be at least 1")
+    resolved = resolve(configurations)
+    settings: dict[str, Any] = {
+        "model": model or type(pipe).__name__,
+        "limit": limit,
+        "samples_per_prompt": samples_per_prompt,
+        "base_seed": base_seed,
+        "batch_size": batch_size,
+        "call": call or {},
+    }
+    if is_autoregressive(pipe):
+        if any(c.steps for c in resolved) or "num_inference_steps" in settings["call"]:
+            raise EvaluationError("steps are for diffusion models; this one draws every token of an image")
+        settings["sampled"] = True
+    folder = RunFolder(path)
+    folder.check(suite, settings, resolved)
+    return folder, settings, resolved
 
 
 class _Runner:
@@ -157,9 +206,9 @@ class _Runner:
         self._always_warm = is_compiled(pipe)
 
     def generate(
-        self, configuration: Configuration, batch: Sequence[Unit], keep: Sequence[bool]
-    ) -> list[Record]:
-        """Records of the images of a batch that were saved: all but those to `keep` as they are."""
+        self, configuration: Configuration, batch: Sequence[Unit]
+    ) -> tuple[list[Image.Image], Record]:
+        """The images of a batch, and what their records have in common."""
         with self._ways[configuration.name].ready() as (pipe, handle):
             if self._always_warm or configuration.name not in self._warm:
                 for _ in range(max(self.warmup, int(self._always_warm))):
@@ -185,8 +234,7 @@ class _Runner:
             "time": _now(),
             **(asdict(decoding) if decoding else {}),
         }
-        made = zip(batch, images, keep, strict=True)
-        return [self._save(unit, image, common) for unit, image, old in made if not old]
+        return images, common
 
     def _call(self, pipe: Any, configuration: Configuration, batch: Sequence[Unit]) -> list[Image.Image]:
         steps = {} if configuration.steps is None else {"num_inference_steps": configuration.steps}
@@ -198,7 +246,7 @@ class _Runner:
     def _seed(self, unit: Unit) -> int:
         return self.base_seed + _SEED_STRIDE * unit.sample + unit.prompt.id
 
-    def _save(self, unit: Unit, image: Image.Image, common: Record) -> Record:
+    def save(self, unit: Unit, image: Image.Image, common: Record) -> Record:
         place = self.folder.image_folder(common["configuration"], unit.prompt.id)
         metadata = place / "metadata.jsonl"
         if unit.prompt.metadata and not metadata.exists():
@@ -244,6 +292,11 @@ def _rotated(configurations: list[Configuration], by: int) -> list[Configuration
 
 def _keys(configuration: Configuration, batch: Sequence[Unit]) -> list[tuple[str, int, int]]:
     return [(configuration.name, unit.prompt.id, unit.sample) for unit in batch]
+
+
+def _dtype(pipe: Any) -> str | None:
+    dtype = getattr(pipe, "dtype", None)
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _now() -> str:

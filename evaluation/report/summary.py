@@ -59,6 +59,10 @@ def summarise(folder: RunFolder, *, worst: int = 6) -> dict[str, Any]:
     for name in [name for name, own in times.items() if not own]:
         notes.append(f"Configuration {name} has no images yet and is left out.")
         del times[name]
+    for name, problem in folder.problems.items():
+        if name in times:  # or what it still could make would be all that is compared
+            made = len(times.pop(name))
+            notes.append(f"Configuration {name} failed and is left out with its {made} images: {problem}")
     if not times:
         raise EvaluationError(f"{folder.path}: no images yet; run `accel evaluate run` first")
     keys = set.intersection(*(set(own) for own in times.values()))

@@ -154,6 +154,20 @@ def test_an_unfinished_run_says_what_it_compares(tmp_path):
         summarise(unfinished)
 
 
+def test_what_failed_is_named_and_does_not_shorten_the_comparison(tmp_path):
+    broken = run(tmp_path / "r", SUITE, FakePipeline(), ["steps=4", "steps=8"])
+    file = tmp_path / "r/samples/rank-00000.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    kept = [r for r in lines if r["configuration"] != "steps=4" or r["prompt_id"] == 0]
+    file.write_text("".join(json.dumps(r) + "\n" for r in kept))
+    (tmp_path / "r/problems.json").write_text(json.dumps({"steps=4": "ValueError: no", "never-run": "?"}))
+    summary = summarise(broken)
+    assert (summary["images"], [r["name"] for r in summary["configurations"]]) == (6, ["plain", "steps=8"])
+    assert summary["notes"] == [
+        "Configuration steps=4 failed and is left out with its 1 images: ValueError: no"
+    ]
+
+
 def test_only_neighbours_of_one_start_make_a_ratio(tmp_path):
     started = run(tmp_path / "r", SUITE, FakePipeline(), ["steps=4"])
     file = tmp_path / "r/samples/rank-00000.jsonl"
