@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accel.evaluation.configurations import Configuration
-
-from .peers import Peer
+from accel import methods
 
 LEVELS = range(28, 43, 2)  # dB
 OURS, PEERS, STEPS = "accel", "peers", "fewer steps"
@@ -20,7 +18,8 @@ _STYLES = {OURS: ("o", "#0b6e4f"), PEERS: ("s", "#c8553d"), STEPS: ("^", "#8d99a
 
 @dataclass(frozen=True)
 class Entry:
-    """A configuration: whose it is, its speedup, its PSNR, mean and 10th percentile over prompts, and its score."""
+    """A configuration: whose it is, its speedup with its 95 % interval (None: too few prompts), its PSNR, mean and
+    10th percentile over prompts, and its score."""
 
     name: str
     group: str
@@ -29,30 +28,49 @@ class Entry:
     p10: float
     score: float | None
     bound: float | None  # the plain pipeline's multiply-accumulates over its own
+    interval: tuple[float, float] | None = None
 
 
-def group_of(item: Configuration) -> str:
-    if isinstance(item, Peer) or item.name in _COMPARED:
-        return PEERS
-    return STEPS if item.method is None else OURS
+def group_of(name: str, method: Mapping[str, Any] | None) -> str:
+    """Whose a setting is, from what the run recorded of it: this start may not have asked for it."""
+    if method is None:
+        return STEPS
+    own = {methods.config_class(known).__name__ for known in methods.names()}
+    return OURS if method["type"] in own and name not in _COMPARED else PEERS
 
 
-def entries(
-    summary: Mapping[str, Any], configurations: Sequence[Configuration], macs: Mapping[str, int] | None = None
-) -> list[Entry]:
-    """What a report says of all but the plain pipeline; speedups are of the denoiser."""
-    groups = {item.name: group_of(item) for item in configurations}
+def entries(summary: Mapping[str, Any], macs: Mapping[str, int] | None = None) -> list[Entry]:
+    """What a report says of all but the plain pipeline; speedups are of the denoiser. Without a speedup or a PSNR
+    there is no entry."""
     found = []
     for row in summary["configurations"]:
-        speed, psnr = row["speed"]["denoiser"], row["metrics"].get("psnr", {})
-        if row["name"] == summary["plain"] or row["name"] not in groups or not (speed and "mean" in psnr):
+        name, metrics = row["name"], row["metrics"]
+        speedup, psnr = (row["speed"]["denoiser"] or {}).get("speedup"), metrics.get("psnr", {})
+        if name == summary["plain"] or speedup is None or "mean" not in psnr:
             continue
-        ratio, scored = speed["speedup"]["value"], row["metrics"].get(summary["suite_metric"], {})
-        score = scored["mean"]["value"] if "mean" in scored else None
-        mean, p10 = psnr["mean"]["value"], psnr["p10"]
-        bound = macs[summary["plain"]] / macs[row["name"]] if macs and row["name"] in macs else None
-        found.append(Entry(row["name"], groups[row["name"]], ratio, mean, p10, score, bound))
+        ends = None if speedup["low"] is None else (speedup["low"], speedup["high"])
+        group = group_of(name, row["settings"]["method"])
+        bound = macs[summary["plain"]] / macs[name] if macs and name in macs else None
+        mean, p10, score = psnr["mean"]["value"], psnr["p10"], _score(row, summary["suite_metric"])
+        found.append(Entry(name, group, speedup["value"], mean, p10, score, bound, ends))
     return found
+
+
+def left_out(summary: Mapping[str, Any], items: Sequence[Entry]) -> list[str]:
+    """Names of the configurations of a report that cannot be among the entries."""
+    known = {summary["plain"], *(item.name for item in items)}
+    return [row["name"] for row in summary["configurations"] if row["name"] not in known]
+
+
+def plain_score(summary: Mapping[str, Any]) -> float | None:
+    """The plain pipeline's score by the suite; None: the suite has none."""
+    plain = next(row for row in summary["configurations"] if row["name"] == summary["plain"])
+    return _score(plain, summary["suite_metric"])
+
+
+def _score(row: Mapping[str, Any], metric: str | None) -> float | None:
+    scored = row["metrics"].get(metric, {})
+    return scored["mean"]["value"] if "mean" in scored else None
 
 
 def fastest(items: Sequence[Entry], group: str, level: float, key: str) -> Entry | None:
@@ -61,21 +79,37 @@ def fastest(items: Sequence[Entry], group: str, level: float, key: str) -> Entry
     return max(close, key=lambda item: (item.speedup, getattr(item, key)), default=None)
 
 
-def markdown(items: Sequence[Entry]) -> str:
-    """All settings; then for each level, and for both readings of it, the fastest of each group and accel's over
+def markdown(items: Sequence[Entry], missing: Sequence[str] = ()) -> str:
+    """All settings, those `missing` by name; then for each level, and for both readings of it, the fastest of each group and accel's over
     the others'."""
     lines = [
         "",
         "## All settings, fastest first",
         "",
-        "| setting | whose | denoiser | by multiply-accumulates | PSNR (dB) | 10th percentile | score |",
+        "| setting | whose | denoiser, 95 % interval | by multiply-accumulates | PSNR (dB) | 10th percentile | score |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for e in sorted(items, key=lambda e: -e.speedup):
         score = "" if e.score is None else f"{e.score:.3f}"
         bound = "" if e.bound is None else f"{e.bound:.2f}x"
-        cells = [f"`{e.name}`", e.group, f"{e.speedup:.2f}x", bound, f"{e.mean:.1f}", f"{e.p10:.1f}", score]
+        ends = f" [{e.interval[0]:.2f}, {e.interval[1]:.2f}]" if e.interval else ""
+        cells = [
+            f"`{e.name}`",
+            e.group,
+            f"{e.speedup:.2f}x{ends}",
+            bound,
+            f"{e.mean:.1f}",
+            f"{e.p10:.1f}",
+            score,
+        ]
         lines.append(f"| {' | '.join(cells)} |")
+    if missing:
+        named = ", ".join(f"`{name}`" for name in missing)
+        lines += [
+            "",
+            f"Not in these tables: {named}. They were not timed in one start with the plain pipeline (a new folder "
+            "does that), or all their pictures are the plain ones.",
+        ]
     for key, title in (("mean", "Mean PSNR"), ("p10", "10th percentile of PSNR")):
         lines += [
             "",
@@ -95,32 +129,48 @@ def markdown(items: Sequence[Entry]) -> str:
 
 
 def plot(
-    items: Sequence[Entry], path: Path, across: str = "speedup of the denoiser over the plain pipeline"
+    items: Sequence[Entry],
+    path: Path,
+    across: str = "speedup of the denoiser over the plain pipeline",
+    plain_score: float | None = None,
 ) -> None:
-    """Speedup against both readings of PSNR, with the front of each group; better is up and to the right."""
+    """Speedup against both readings of PSNR, and against the score where there is one, with the front of each group;
+    better is up and to the right."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5.2), layout="constrained")
-    panels = list(figure.subplots(1, 2))
-    readings = (("mean", "mean"), ("p10", "10th percentile over prompts"))
-    for axes, (key, title) in zip(panels, readings, strict=True):
+    readings = {
+        "mean": "PSNR to the plain pictures, mean (dB)",
+        "p10": "PSNR to the plain pictures, 10th percentile over prompts (dB)",
+    }
+    rows: list[Any] = [list(readings)]
+    if any(e.score is not None for e in items):
+        readings["score"] = "score of the suite"
+        rows.append(["score", "score"])  # many share a score: names beside each other need the width
+    # Laid out at the resolution it is saved at: letters are not equally wide at another.
+    figure = Figure(figsize=(12, 5.2 * len(rows)), dpi=130, layout="constrained")
+    panels = figure.subplot_mosaic(rows)
+    for key, axes in panels.items():
         for group, (marker, color) in _STYLES.items():
-            own = [item for item in items if item.group == group]
+            own = [e for e in items if e.group == group and getattr(e, key) is not None]
             x, y = [e.speedup for e in own], [getattr(e, key) for e in own]
             axes.scatter(x, y, s=28, color=color, marker=marker, label=group)
             front = [e for e in own if fastest(own, group, getattr(e, key), key) is e]
             front.sort(key=lambda e: e.speedup)
             axes.plot([e.speedup for e in front], [getattr(e, key) for e in front], color=color, linewidth=1)
-        axes.margins(x=0.12, y=0.08)  # room for labels
+        axes.margins(
+            x=0.06 if key == "score" else 0.12, y=0.15 if key == "score" else 0.08
+        )  # room for labels
         axes.set_xlabel(across)
-        axes.set_ylabel(f"PSNR to the plain pictures, {title} (dB)")
+        axes.set_ylabel(readings[key])
         axes.grid(color="#eee")
         axes.set_axisbelow(True)
-    panels[-1].legend()
+        if key == "score" and plain_score is not None:
+            axes.axhline(plain_score, color="#444", linewidth=1, linestyle=":", label="plain")
+    panels[rows[-1][-1]].legend()
     figure.draw_without_rendering()  # labels are placed by where the points came to lie
-    for axes, (key, _) in zip(panels, readings, strict=True):
-        _label(axes, {e: (e.speedup, getattr(e, key)) for e in items})
-    figure.savefig(path, dpi=130)
+    for key, axes in panels.items():
+        _label(axes, {e: (e.speedup, getattr(e, key)) for e in items if getattr(e, key) is not None})
+    figure.savefig(path)
 
 
 def _label(axes: Any, points: Mapping[Entry, tuple[float, float]]) -> None:
@@ -128,7 +178,9 @@ def _label(axes: Any, points: Mapping[Entry, tuple[float, float]]) -> None:
     from matplotlib.transforms import Bbox
 
     centers = axes.transData.transform(list(points.values())) if points else []
-    taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in centers]
+    taken = [Bbox.from_extents(x - 7, y - 7, x + 7, y + 7) for x, y in centers]
+    # A horizontal line would strike names through.
+    taken += [line.get_window_extent() for line in axes.lines if line.get_transform() != axes.transData]
     legend = axes.get_legend()
     taken += [legend.get_window_extent()] if legend else []
     places = [
@@ -148,10 +200,18 @@ def _label(axes: Any, points: Mapping[Entry, tuple[float, float]]) -> None:
             for dx, dy in places
         ]
         boxes = [text.get_window_extent() for text in texts]
-        inside = [axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 for box in boxes]
+        inside = [axes.bbox.count_contains(box.corners()) == 4 for box in boxes]
         covered = [box.count_overlaps(taken) for box in boxes]
         best = min(range(len(places)), key=lambda i: (not inside[i], covered[i], i))
         taken.append(boxes[best])
         for i, text in enumerate(texts):
             if i != best:
                 text.remove()
+        dx, dy = places[best]
+        if abs(dy) > 8:  # too far off to be taken for this point's
+            color = _STYLES[entry.group][1]
+            end = {
+                "textcoords": "offset points",
+                "arrowprops": {"arrowstyle": "-", "color": color, "linewidth": 0.4},
+            }
+            axes.annotate("", point, (dx, dy + (0 if dy > 0 else 5)), **end)
