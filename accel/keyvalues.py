@@ -36,6 +36,7 @@ class Attention:
         rotated: the submodules whose outputs the table applies to, and which of its rows: the "first" or the
             "last" L.
         rotate: (x (B, L, H, d), table rows) -> the rotated x, exactly as the attention processor does it.
+        refused: arguments of the module with which its processor takes rotated for unrotated rows -> what to say.
     """
 
     path: str
@@ -44,6 +45,7 @@ class Attention:
     table: str | None = None
     rotated: Mapping[str, Rows] = field(default_factory=dict)
     rotate: Callable[[Tensor, Table], Tensor] | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 class KeyValues:
@@ -114,6 +116,9 @@ class KeyValues:
         def take(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             if not self.active:
                 return None
+            for argument, reason in attention.refused.items():
+                if kwargs.get(argument) is not None:
+                    raise UnsupportedError(f"{argument} in {path}: {reason}")
             self.tables[path] = kwargs[name]
             return args, {**kwargs, name: None}
 

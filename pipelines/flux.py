@@ -71,6 +71,14 @@ def _rotate(x_BLHd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     return apply_rotary_emb(x_BLHd, table, sequence_dim=1)  # what FLUX's attention processors call
 
 
+#: The processor of diffusers' IP-Adapter attends to the adapter's tokens with what `norm_q` gives, before it applies
+#: the rotary table; the hooks have applied it by then, also at dense steps.
+_IP_ADAPTER = (
+    "an IP-Adapter needs queries before the rotary embedding, and keys_values='all' keeps those after it. Use "
+    "keys_values='none', or run without the adapter (pipe.unload_ip_adapter())."
+)
+
+
 def _attentions(denoiser: nn.Module) -> list[Attention]:
     # Dual-stream blocks normalise text and image apart and put the text first; single-stream ones get both in
     # one, in that order.
@@ -83,7 +91,15 @@ def _attentions(denoiser: nn.Module) -> list[Attention]:
     single: dict[str, Rows] = {"norm_q": "last", "norm_k": "last"}
     groups = {"transformer_blocks": dual, "single_transformer_blocks": single}
     return [
-        Attention(f"{group}.{name}.attn", "norm_k", "to_v", "image_rotary_emb", rotated, _rotate)
+        Attention(
+            path=f"{group}.{name}.attn",
+            keys="norm_k",
+            values="to_v",
+            table="image_rotary_emb",
+            rotated=rotated,
+            rotate=_rotate,
+            refused={"ip_hidden_states": _IP_ADAPTER},
+        )
         for group, rotated in groups.items()
         for name, _ in denoiser.get_submodule(group).named_children()
     ]
