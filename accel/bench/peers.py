@@ -252,33 +252,52 @@ def theirs(steps: int) -> list[Peer]:
 
 def ours(steps: int) -> list[Configuration]:
     """The presets, each without what makes up for forecasts, and accel's other methods."""
-    presets = {name: configs.load(name) for name in ("quality", "balanced", "fast")}
-    sparse = ForecastConfig(cycle=(0, 0, 0, 0, 1), dense_steps_first=5, dense_steps_last=0, correct=True)
-    cycles = {"2nd": (0, 1), "3rd": (0, 0, 1), "4th": (0, 0, 0, 1)}
-    # Sparser where predictions change slower, which takes one more setting.
-    late: dict[str, Any] = {
-        "cycle": (0, 1),
-        "late_cycle": (0, 0, 0, 1),
-        "dense_steps_last": 0,
-        "correct": True,
+    few = steps <= 8
+    presets = {n: configs.load(n) for n in (("few-step",) if few else ("quality", "balanced", "fast"))}
+    # Sparser than the presets. Long gaps take a damped trend.
+    last: dict[str, Any] = {"dense_steps_last": 0, "correct": True}
+    sparse: dict[str, ForecastConfig] = {
+        "sparse-11": ForecastConfig(
+            cycle=(0, 1), late_cycle=(0, 0, 0, 1), late_from=0.33, dense_steps_first=6, **last
+        ),
+        "sparse-8": ForecastConfig(
+            cycle=(0, 1, 0, 0, 0, 1),
+            late_cycle=(0,) * 5 + (1,),
+            late_from=0.4,
+            trend=0.5,
+            dense_steps_first=4,
+            **last,
+        ),
+        "sparse-7": ForecastConfig(
+            cycle=(0, 1, 0, 0, 1),
+            late_cycle=(0,) * 6 + (1,),
+            late_from=0.33,
+            trend=0.5,
+            dense_steps_first=3,
+            **last,
+        ),
     }
-    dense: dict[str, Any] = {"dense_steps_first": 7, "dense_steps_last": 0}
+    cycles = {"2nd": (0, 1)} if few else {"2nd": (0, 1), "3rd": (0, 0, 1), "4th": (0, 0, 0, 1)}
+    dense: dict[str, Any] = {"dense_steps_first": 2 if few else 7, "dense_steps_last": 0}
     partial = {"25": (0, 0.25, 1), "50": (0, 0.5, 1), "25-long": (0, 0.25, 0, 1)}
+    if few:  # within every step: what whole steps cannot be left out of
+        partial = {"50-each": (0.5,), "75-each": (0.75,)}
+    first = next(iter(partial.values()))
     return [
         *(Configuration(name, config) for name, config in presets.items()),
-        Configuration("sparse", sparse),
-        Configuration("late", ForecastConfig(**late, late_from=0.33, dense_steps_first=6)),
-        Configuration("late-5", ForecastConfig(**late, late_from=0.29, dense_steps_first=5)),
+        *(Configuration(name, config) for name, config in sparse.items() if not few),
         *(Configuration(f"{n}-uncorrected", replace(c, correct=False)) for n, c in presets.items()),
         *(Configuration(f"forecast-{name}", ForecastConfig(cycle=cycle)) for name, cycle in cycles.items()),
         Configuration("tomesd", TokenMergingConfig.tomesd(0.5)),
-        Configuration("merging", configs.load("merging")),
+        Configuration(
+            "merging", configs.load("merging") if not few else TokenMergingConfig(dense_steps_first=1)
+        ),
         *(
             Configuration(f"prune-{name}", TokenPruningConfig(cycle=cycle, **dense))
             for name, cycle in partial.items()
         ),
-        Configuration("prune-25-no-kv", TokenPruningConfig(cycle=(0, 0.25, 1), keys_values="none", **dense)),
-        Configuration("prune-25-clusters", TokenPruningConfig(cycle=(0, 0.25, 1), clusters=16, **dense)),
+        Configuration("prune-no-kv", TokenPruningConfig(cycle=first, keys_values="none", **dense)),
+        Configuration("prune-clusters", TokenPruningConfig(cycle=first, clusters=16, **dense)),
         Configuration("guidance-2nd", ForecastConfig(cycle=(1,), guidance_every=2)),
         Configuration("guidance-2nd-forecast-2nd", ForecastConfig(cycle=(0, 1), guidance_every=2)),
         *([Configuration("cat", TokenPruningConfig.cat())] if steps > 6 else []),

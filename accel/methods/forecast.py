@@ -59,10 +59,13 @@ class History:
     Args:
         order: of the forecast; order + 1 values are kept.
         spread: time stamps -> the same, broadcasting to a prediction. The identity for stamps of shape ().
+        trend: share of the extrapolated change that is believed: a damped trend, as in exponential smoothing.
     """
 
-    def __init__(self, order: int, spread: Callable[[Tensor], Tensor] = lambda stamps: stamps) -> None:
-        self.order, self._spread = order, spread
+    def __init__(
+        self, order: int, spread: Callable[[Tensor], Tensor] = lambda stamps: stamps, *, trend: float = 1.0
+    ) -> None:
+        self.order, self._spread, self._trend = order, spread, trend
         self.values: list[list[Tensor]] = []
         self.stamps: list[Tensor] = []
 
@@ -73,7 +76,10 @@ class History:
     def forecasts(self, now: float) -> list[Tensor]:
         """The prediction of each call at time `now`."""
         stamps = [self._spread(s) for s in self.stamps]
-        return [extrapolate(values, stamps, now) for values in self.values]
+        forecasts = [extrapolate(values, stamps, now) for values in self.values]
+        if self._trend == 1:
+            return forecasts
+        return [torch.lerp(v[0], f, self._trend) for v, f in zip(self.values, forecasts, strict=True)]
 
     def start(self, outputs: Sequence[Tensor], now: float, shape: tuple[int, ...] = ()) -> None:
         """The first predictions of a loop, with time stamps of this shape."""

@@ -36,6 +36,12 @@ def pipe(calls, fail=()):
     return run
 
 
+@pytest.mark.parametrize("steps", [4, 7, 24, 50])
+def test_every_setting_of_ours_leaves_something_out(steps):
+    for item in peers.ours(steps):
+        assert any(p.budget < 1 or not p.guided for p in item.method.schedule().phases(steps)), item.name
+
+
 @pytest.mark.parametrize("steps", [4, 24, 50])
 def test_settings_have_distinct_names_and_hashes(steps):
     every = resolve([*peers.fewer_steps(steps), *peers.theirs(steps), *peers.ours(steps)])
