@@ -249,22 +249,49 @@ def test_cat_computes_about_half_at_28_steps():
     assert often.min() >= 2  # staleness reaches every token
 
 
-def test_no_state_leaks_between_runs(family):
-    config = Config(cycle=(0.3, 0), clusters=4)
-    runs = [{}, {"height": 48, "width": 32}, GUIDED, family.odd, {}]
+TOGETHER = {
+    "pruning": (Config(cycle=(0.3, 0), clusters=4), Config(cycle=(0.5,))),
+    "corrected": (
+        accel.ForecastConfig(cycle=(0, 1), correct="auto", dense_steps_first=2),
+        accel.ForecastConfig(cycle=(0, 0, 1), correct="auto", dense_steps_last=0),
+    ),
+    "guidance": (
+        accel.ForecastConfig(cycle=(1,), guidance_every=2),
+        accel.ForecastConfig(cycle=(0, 1), guidance_every=2),
+    ),
+}
 
-    def fresh(options):
+
+@pytest.mark.parametrize("which", TOGETHER)
+def test_no_state_leaks_between_runs(family, which):
+    """Two pipelines at once, a run of one also in the middle of a run of the other: as fresh ones."""
+    config, beside = TOGETHER[which]
+    runs = [{}, {"height": 48, "width": 32}, GUIDED, family.odd, {}]
+    if which == "guidance":
+        runs = [{"guidance": 3.0, **options} for options in runs]
+
+    def fresh(config, options):
         pipe = family.make()
         with accel.accelerate(pipe, config):
             return family.latents(pipe, **options)
 
     pipe, other = family.make(), family.make()
     plain = family.latents(pipe)
-    with accel.accelerate(pipe, config), accel.accelerate(other, Config(cycle=(0.5,))):
-        expected = [fresh(options) for options in runs]
+    with accel.accelerate(pipe, config), accel.accelerate(other, beside):
+        expected = [fresh(config, options) for options in runs]
         for options, want in zip(runs, expected, strict=True):
             assert torch.equal(family.latents(pipe, **options), want)
             family.latents(other, **options)
+
+        within = []
+
+        def meanwhile(module, args):
+            within.append(None if len(within) != 3 else family.latents(other, **runs[0]))
+
+        visitor = pipe.transformer.transformer_blocks[0].register_forward_pre_hook(meanwhile)
+        assert torch.equal(family.latents(pipe, **runs[0]), expected[0])
+        visitor.remove()
+        assert torch.equal(within[3], fresh(beside, runs[0]))
 
         calls = []
 
@@ -275,12 +302,13 @@ def test_no_state_leaks_between_runs(family):
 
         bomb = pipe.transformer.transformer_blocks[0].register_forward_hook(fail)
         with pytest.raises(RuntimeError, match="in the middle"):
-            family.latents(pipe)
+            family.latents(pipe, **runs[0])
         bomb.remove()
         method = method_on(pipe)
-        assert not method.kept.kept
         assert method.history is None
-        assert torch.equal(family.latents(pipe), expected[0])
+        if which == "pruning":
+            assert not method.kept.kept
+        assert torch.equal(family.latents(pipe, **runs[0]), expected[0])
     assert torch.equal(family.latents(pipe), plain)
     hooks = [h for m in pipe.transformer.modules() for h in (*m._forward_hooks, *m._forward_pre_hooks)]
     assert not hooks
@@ -391,6 +419,25 @@ def test_controlnet_residuals():
 
 def test_ip_adapter_masks():
     refused("ip_adapter_masks", joint_attention_kwargs={"ip_adapter_masks": [torch.ones(1, 1, 8, 12)]})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"cross_attention_kwargs": {"ip_adapter_masks": [torch.ones(1, 1, 8, 12)]}}, "ip_adapter_masks"),
+        ({"cross_attention_kwargs": {"gligen": {}}}, "gligen"),
+        ({"attention_mask": torch.ones(1, 96)}, "attention_mask: a mask over the image tokens"),
+    ],
+)
+def test_what_says_something_about_positions_in_pixart(arguments, message):
+    """Its transformer takes no residuals of a ControlNet; what it takes comes past the pipeline, as here."""
+    pipe, family = make_pixart(), FAMILIES["pixart"]
+    pipe.transformer.register_forward_pre_hook(lambda m, a, k: (a, {**k, **arguments}), with_kwargs=True)
+    # Dense steps may take it: replaced by the identity, blocks do not care what it is.
+    for block in pipe.transformer.transformer_blocks:
+        block.forward = lambda hidden_states, **kwargs: hidden_states
+    with accel.accelerate(pipe, Config(keys_values="none")), pytest.raises(UnsupportedError, match=message):
+        family.latents(pipe)
 
 
 def test_fused_projections():
