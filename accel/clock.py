@@ -21,8 +21,8 @@ from .noise_levels import log_snr, step_lengths
 class Listener:
     """What follows a clock. `begin`, then for every step `before` and `after`, then `end`.
 
-    `end` also comes when the loop fails inside the scheduler or the denoiser, and `begin` may come again
-    without it (the loop was left by an exception elsewhere): state is dropped at either.
+    `end` also comes when the loop fails inside the scheduler or the denoiser, or a pipeline leaves it early. `begin`
+    may come again without it (a loop of the user's own, left early): state is dropped at either.
     """
 
     def begin(self, clock: Clock) -> None: ...
@@ -44,6 +44,7 @@ class Clock:
         times: what forecasts run along, rising: the steps' log signal-to-noise ratio (accel.noise_levels).
         lengths: what each step multiplies the prediction with before it adds it to the sample; None: unknown.
         running: a loop has been started and has not ended.
+        runs: how many loops have been started.
         samples: batch of the latents seen by the last `step`, None before the first. The denoiser's batch is
             a multiple of it when guidance is batched.
     """
@@ -51,8 +52,9 @@ class Clock:
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = weakref.ref(scheduler)
         self._listeners: list[Listener] = []
+        self._bars: list[tuple[weakref.ref, dict[str, Any]]] = []  # pipelines, and their own progress_bar
         self._whole = 0  # timesteps of the schedule, of which a run may skip the first
-        self.step = self.total = 0
+        self.step = self.total = self.runs = 0
         self.timesteps: tuple[float, ...] = ()
         self.times: tuple[float, ...] = ()
         self.lengths: tuple[float, ...] | None = None
@@ -72,11 +74,14 @@ class Clock:
     def listeners(self) -> tuple[Listener, ...]:
         return tuple(self._listeners)
 
-    def add(self, listener: Listener) -> Callable[[], None]:
+    def add(self, listener: Listener, pipe: Any = None) -> Callable[[], None]:
         """Tell `listener` from now on; returns the undo action. The first wraps the scheduler, the last
-        unwraps it."""
+        unwraps it. With the pipeline that runs the loop, it is also known when that leaves it before the last
+        step: interrupted, or by an exception in a callback."""
         if not self._listeners:
             self._wrap()
+        if pipe is not None:
+            self._watch(pipe)
         self._listeners.append(listener)
         return functools.partial(self._leave, listener)
 
@@ -103,7 +108,18 @@ class Clock:
             if hasattr(scheduler, name):
                 setattr(scheduler, name, _wrapped(self, getattr(scheduler, name), handler))
 
+    def _watch(self, pipe: Any) -> None:
+        own = {name: value for name, value in vars(pipe).items() if name == "progress_bar"}
+        if hasattr(pipe, "progress_bar") and not hasattr(own.get("progress_bar"), "accel_clock"):
+            self._bars.append((weakref.ref(pipe), own))
+            pipe.progress_bar = _watched(self, pipe.progress_bar)
+
     def _unwrap(self) -> None:
+        for reference, own in self._bars:
+            if (pipe := reference()) is not None:
+                vars(pipe).pop("progress_bar", None)
+                vars(pipe).update(own)
+        self._bars.clear()
         scheduler = self._scheduler()
         if scheduler is None:
             return
@@ -145,6 +161,7 @@ class Clock:
         lengths = step_lengths(scheduler)
         self.lengths = None if lengths is None else lengths[first:]
         self.step, self.total, self.samples, self.running = 0, total, None, True
+        self.runs += 1
         self._tell("begin")
         self._tell("before")
 
@@ -170,6 +187,27 @@ def _wrapped(clock: Clock, method: Callable, handler: Callable[..., None]) -> Ca
 
     call.accel_clock = clock  # type: ignore[attr-defined]
     return call
+
+
+def _watched(clock: Clock, method: Callable) -> Callable:
+    """`pipe.progress_bar`: diffusers' pipelines run their loop inside of it, and it closes however they leave."""
+
+    @functools.wraps(method)
+    def progress_bar(*args: Any, **kwargs: Any) -> Any:
+        bar = method(*args, **kwargs)
+        run, close = clock.runs, bar.close
+
+        def closed() -> None:
+            # A bar closes again when it is collected, maybe while another loop is running.
+            if clock.runs == run:
+                clock.abort()
+            close()
+
+        bar.close = closed
+        return bar
+
+    progress_bar.accel_clock = clock  # type: ignore[attr-defined]
+    return progress_bar
 
 
 class Readback:

@@ -102,7 +102,7 @@ class Run(Listener):
         stack.callback(denoiser.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
         stack.callback(denoiser.register_forward_hook(self._leave, always_call=True).remove)
         stack.callback(outer.register_forward_hook(self._call_ends).remove)
-        stack.callback(self.clock.add(self))
+        stack.callback(self.clock.add(self, self.target.pipe()))
         stack.callback(self._drop)
 
     # The clock's side: eager, between steps.
