@@ -39,7 +39,6 @@ def test_polynomials_up_to_the_order_are_exact(order):
     assert (extrapolate([f(t) for t in times], stamps_of(times), 122.0) - f(122.0)).abs().max() > 1e-2
 
 
-
 def test_a_damped_trend_is_part_of_the_way_to_the_undamped_one():
     f, times = polynomial(2), IRREGULAR[1::-1]
     made = {}
