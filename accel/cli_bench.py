@@ -38,7 +38,8 @@ def peers(
     """Plain, fewer steps, tomesd's scheme, diffusers' caches, cache-dit and accel, interleaved in one run.
 
     Writes report/report.md, report/index.html (Pareto plots), report/report.json (environment) and
-    problems.json (settings that are missing or fail, with their errors). A stopped run continues.
+    problems.json (settings that are missing or fail, with their errors). A stopped run continues; another --only adds
+    settings, which get no speedup where the plain pictures were made in an earlier start.
     """
     from .bench.compare import compare
     from .bench.peers import fewer_steps, ours, theirs
