@@ -83,6 +83,8 @@ class ForecastConfig:
         valid = is_whole(self.guidance_every) and self.guidance_every >= 1
         check(valid, "guidance_every", "a whole number >= 1", self.guidance_every)
         forecasts = not all((*self.cycle, *(self.late_cycle or ())))
+        computes = any((*self.cycle, *(self.late_cycle or ())))
+        check_used(self, ("guidance_every",), computes, f"cycle={self.cycle} computes no step")
         if not forecasts and self.guidance_every == 1:
             raise ConfigError(
                 f"cycle={self.cycle} forecasts nothing: at least one entry must be 0, or guidance_every above 1"

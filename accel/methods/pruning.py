@@ -126,6 +126,7 @@ class TokenPruningConfig:
             f"by cycle and refresh_every, the steps compute the shares {', '.join(f'{b:g}' for b in budgets)}"
         )
         check_used(self, ("budget",), self.budget in budgets, shares)
+        check_used(self, ("guidance_every",), any(budgets), shares)
         check_used(self, _PARTIAL, any(0 < b < 1 for b in budgets), shares)
 
     @classmethod

@@ -278,6 +278,13 @@ def test_settings_out_of_range(cls, value):
         cls(guidance_every=value)
 
 
+@pytest.mark.parametrize("cls", [accel.ForecastConfig, accel.TokenPruningConfig])
+def test_no_step_whose_branches_it_could_choose(cls):
+    with pytest.raises(ConfigError, match="guidance_every=2 has no effect"):
+        cls(cycle=(0,), guidance_every=2)
+    cls(cycle=(0,), late_cycle=(0, 1), guidance_every=2)
+
+
 def test_both_branches_in_one_batch_and_token_plans():
     pipe, family = make_pixart(), FAMILIES["pixart"]
     with (
