@@ -26,7 +26,7 @@ def accelerate(
 
     Raises:
         UnknownNameError: unknown preset or model class.
-        ConfigError: a setting is out of range.
+        ConfigError: a setting is out of range, or does not go with another method on this model.
         UnsupportedError: this pipeline cannot be accelerated that way.
         AlreadyAcceleratedError: the method is attached already and `replace` is false.
 

@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import AlreadyAcceleratedError
+from .errors import AlreadyAcceleratedError, ConfigError
 
 #: The handles attached to each denoiser (or whatever else a method changes), by method. Weak on both sides: a
 #: pipeline that nobody uses must go.
 _ATTACHED: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[str, Handle]]
 _ATTACHED = weakref.WeakKeyDictionary()
+
+#: Methods that learn from what the model computed for every token, step by step: with another method on the same
+#: model they would take its merged or forecast predictions for computed ones.
+_ALONE = frozenset({"token_pruning"})
 
 
 class Handle:
@@ -66,7 +70,15 @@ def _forget_compiled(changed: Any) -> None:
 
 
 def make_room(denoiser: Any, method: str, *, replace: bool) -> None:
-    """Refuse a second handle of one method on one denoiser, or remove the first if asked to replace it."""
+    """Refuse a second handle of one method on one denoiser, or remove the first if asked to replace it; refuse
+    methods that do not go together."""
+    for other in _ATTACHED.get(denoiser, {}):
+        if other != method and _ALONE & {method, other}:
+            raise ConfigError(
+                f"{method} and {other} do not go together on one model. Put both into one schedule: the cycle of a "
+                "TokenPruningConfig takes shares of the tokens, and 0 for steps that are forecast; it also has "
+                f"guidance_every. Or remove the handle of {other} first."
+            )
     handle = _attached(denoiser, method)
     if handle is None:
         return
