@@ -62,7 +62,7 @@ def layout(
 
     front = pareto_front(points, higher_is_better=higher_is_better)
     corners = [(px(point.x), py(point.y)) for point in front]
-    # What a label must not cover: the front, the bars, the points, the lines' own labels, other labels.
+    # What a label had better not cover: the front, the bars, the points; and what it must not: other labels.
     taken: list[Box] = [_box_around(px(p.x), py(p.y), 7, 7) for p in points]
     for p in points:
         if p.low is not None and p.high is not None:
@@ -72,13 +72,13 @@ def layout(
         steps = 24
         along = [(x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps) for i in range(steps + 1)]
         taken += [_box_around(x, y, 2, 2) for x, y in along]
-    taken += [_box_around(WIDTH - _RIGHT - 60, py(y) - 8, 60, 10) for _, y in lines]
+    labels = [_box_around(WIDTH - _RIGHT - 60, py(y) - 8, 60, 10) for _, y in lines]
     drawn = []
     for point in sorted(points, key=lambda p: p.x):
         x, y = px(point.x), py(point.y)
         name = point.name if len(point.name) <= _LONGEST else point.name[: _LONGEST - 1] + "…"
-        label_x, label_y, anchor, box = _place(x, y, name, taken)
-        taken.append(box)
+        label_x, label_y, anchor, box = _place(x, y, name, taken, labels)
+        labels.append(box)
         drawn.append(
             {
                 "name": point.name,
@@ -107,9 +107,11 @@ def layout(
     }
 
 
-def _place(x: float, y: float, name: str, taken: list[Box]) -> tuple[float, float, str, Box]:
+def _place(
+    x: float, y: float, name: str, taken: list[Box], labels: list[Box]
+) -> tuple[float, float, str, Box]:
     """Where the label of a point goes: the first place around it that covers nothing, or the one that
-    covers least. Returns x, baseline y, anchor and the label's box."""
+    covers least, any other label last of all. Returns x, baseline y, anchor and the label's box."""
     width = _LETTER * len(name)
     best: tuple[float, tuple[float, float, str, Box]] | None = None
     for far in range(0, HEIGHT // 2, 24):
@@ -118,6 +120,7 @@ def _place(x: float, y: float, name: str, taken: list[Box]) -> tuple[float, floa
             box = (left, y + dy - 18, left + width, y + dy + 6)
             outside = box[0] < 0 or box[2] > WIDTH or box[1] < _TOP or box[3] > HEIGHT - _BOTTOM
             covered = sum(_overlap(box, other) for other in taken) + (1e6 if outside else 0) + far
+            covered += 1e3 * sum(_overlap(box, other) for other in labels)
             if best is None or covered < best[0]:
                 best = covered, (x + 10 * side, y + dy, "start" if side > 0 else "end", box)
         if best and best[0] <= far:
