@@ -103,10 +103,12 @@ class Clock:
     def _wrap(self) -> None:
         scheduler = self._scheduler()
         assert scheduler is not None
-        self._own = {name: vars(scheduler)[name] for name in _HANDLERS if name in vars(scheduler)}
+        self._own = {name: vars(scheduler)[name] for name in _WRAPPED if name in vars(scheduler)}
         for name, handler in _HANDLERS.items():
             if hasattr(scheduler, name):
                 setattr(scheduler, name, _wrapped(self, getattr(scheduler, name), handler))
+        # What copy, deepcopy and pickle ask for: a copy with these wrappers would drive this scheduler.
+        vars(scheduler)["__getstate__"] = self._plain_state
 
     def _watch(self, pipe: Any) -> None:
         own = {name: value for name, value in vars(pipe).items() if name == "progress_bar"}
@@ -123,9 +125,14 @@ class Clock:
         scheduler = self._scheduler()
         if scheduler is None:
             return
-        for name in _HANDLERS:
+        for name in _WRAPPED:
             vars(scheduler).pop(name, None)
         vars(scheduler).update(self._own)
+
+    def _plain_state(self) -> dict[str, Any]:
+        """The scheduler's attributes without anything of ours."""
+        attributes = vars(self._scheduler())
+        return {name: value for name, value in attributes.items() if name not in _WRAPPED} | self._own
 
     def _on_set_timesteps(self, result: Any, *args: Any, **kwargs: Any) -> None:
         scheduler = self._scheduler()
@@ -171,6 +178,7 @@ _HANDLERS: dict[str, Callable[..., None]] = {
     "set_begin_index": Clock._on_set_begin_index,
     "step": Clock._on_step,
 }
+_WRAPPED = (*_HANDLERS, "__getstate__")
 
 
 def _wrapped(clock: Clock, method: Callable, handler: Callable[..., None]) -> Callable:

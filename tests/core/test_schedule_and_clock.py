@@ -1,5 +1,7 @@
+import copy
 import gc
 import math
+import pickle
 import weakref
 
 import pytest
@@ -155,6 +157,30 @@ def test_two_listeners_leave_in_any_order():
     assert len(second.events) == 6
     leave_second()
     assert "step" not in vars(scheduler)
+
+
+COPIES = [copy.copy, copy.deepcopy, lambda scheduler: pickle.loads(pickle.dumps(scheduler))]
+
+
+@pytest.mark.parametrize("make", [DDIMScheduler, FlowMatchEulerDiscreteScheduler])
+@pytest.mark.parametrize("copied", COPIES, ids=["copy", "deepcopy", "pickle"])
+def test_a_copy_is_a_plain_scheduler_of_its_own(make, copied):
+    scheduler, log = make(), Log()
+    undo = Clock.of(scheduler).add(log)
+    scheduler.set_timesteps(4)
+    events = list(log.events)
+    twin = copied(scheduler)
+    loop(twin, steps=7)
+    assert (len(scheduler.timesteps), len(twin.timesteps)) == (4, 7)
+    assert log.events == events
+    assert "step" not in vars(twin)
+    undo()
+    plain = make()
+    plain.set_timesteps(7)
+    assert torch.equal(twin.timesteps, plain.timesteps)
+    assert set(vars(twin)) == set(vars(scheduler))
+    Clock.of(twin).add(Log())
+    assert Clock.of(twin) is not Clock.of(scheduler)
 
 
 def test_a_clock_does_not_keep_its_scheduler():
