@@ -134,7 +134,8 @@ def test_magcache_is_calibrated_once_on_the_model_itself():
             hooks = pipe.transformer.transformer_blocks[0]._diffusers_hook.hooks
             (config,) = {id(h.config): h.config for h in hooks.values() if hasattr(h, "config")}.values()
             ratios = config.mag_ratios.tolist()
-        assert len(ratios) == 3 and ratios[0] == 1 and len(set(ratios)) == 3
+        assert ratios[0] == 1
+        assert len(set(ratios)) == len(ratios) == 3
     handle.remove()
     assert len(calls) == 6  # three steps, two branches, one calibration
     assert pipe.transformer is transformer
