@@ -110,6 +110,7 @@ class Run(Listener):
     def begin(self, clock: Clock) -> None:
         self._drop()
         self.phases = self.schedule.phases(clock.total)
+        self._partial = any(0 < phase.budget < 1 for phase in self.phases)
         if self.schedule.reduces and all(phase.dense and phase.guided for phase in self.phases):
             warnings.warn(
                 f"all {clock.total} steps are dense: the schedule's dense first and last steps leave none to "
@@ -227,7 +228,7 @@ class Run(Listener):
 
     def _idle(self) -> None:
         self._bypass.stop()
-        self.phase, self.phases, self.time = Phase(1.0), (), 0.0
+        self.phase, self.phases, self.time, self._partial = Phase(1.0), (), 0.0, False
         self.correct = None
         self.grid = self.grid_source = self.samples = None
         self.branch_skipped = False
@@ -238,7 +239,7 @@ class Run(Listener):
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        if 0 < self.phase.budget < 1:
+        if self._partial:  # at the first step, not after minutes of dense ones
             self.target.adapter.refuse(arguments, self.span)
         if self.grid is None:
             self.grid_source = self.target.adapter.grid_source(arguments)
