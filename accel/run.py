@@ -69,7 +69,6 @@ class Run(Listener):
         correct: set by the method between steps: prediction -> the prediction that the pipeline gets.
             Possibly traced.
         samples: images per step, known after the first step; None before.
-        keeps_layers: set by a method that keeps what every layer made in each call of a step.
         branch_skipped: at this step, one of the two branches of guidance was not computed.
     """
 
@@ -77,7 +76,7 @@ class Run(Listener):
         self, target: Target, schedule: Schedule, method: Method, stats: Stats, *, span: bool
     ) -> None:
         self.target, self.schedule, self.method, self.stats, self.span = target, schedule, method, stats, span
-        self.keep_outputs = self.keeps_layers = False
+        self.keep_outputs = False
         # Hooks keep the run alive and the run its handle, so that a handle that nobody kept is still found.
         self.handle: Any = None
         self.clock = Clock.of(target.scheduler)

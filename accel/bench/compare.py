@@ -32,7 +32,11 @@ MACS = "macs.json"
 
 
 def try_out(
-    pipe: Any, configurations: Sequence[Configuration], prompt: str, call: dict[str, Any]
+    pipe: Any,
+    configurations: Sequence[Configuration],
+    prompt: str,
+    call: dict[str, Any],
+    progress: Callable[[Any], None] | None = None,
 ) -> tuple[list[Configuration], dict[str, str], dict[str, int]]:
     """Run every setting once, which also warms it up: those that work, why the others do not, and how many
     multiply-accumulates the denoiser takes for the image. The plain pipeline has to work: what it raises is
@@ -40,7 +44,9 @@ def try_out(
     macs: dict[str, int] = {}
     working: list[Configuration] = []
     problems: dict[str, str] = {}
-    for item in configurations:
+    for number, item in enumerate(configurations, 1):
+        if progress:
+            progress((number, len(configurations), f"{item.name}, trying"))
         if isinstance(item, Peer) and item.missing:
             problems[item.name] = (
                 f"skipped: {item.package} is not installed (pip install 'accel-image[bench]')"
@@ -93,7 +99,8 @@ def compare(
     finished = _finished(folder, take(suite.prompts, limit))
     # Trying costs an image; without one to make there is nothing to warm up.
     tried = [c for c in every if c.name in problems or c.name not in macs or c.name not in finished]
-    working, failed, counts = try_out(pipe, tried, suite.prompts[0].text, {**call, "output_type": "pil"})
+    single = {**call, "output_type": "pil"}
+    working, failed, counts = try_out(pipe, tried, suite.prompts[0].text, single, progress)
     again = {c.name for c in tried}
     problems = {name: why for name, why in problems.items() if name not in again} | failed
 

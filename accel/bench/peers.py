@@ -254,28 +254,14 @@ def ours(steps: int) -> list[Configuration]:
     """The presets, each without what makes up for forecasts, and accel's other methods."""
     few = steps <= 8
     presets = {n: configs.load(n) for n in (("few-step",) if few else ("quality", "balanced", "fast"))}
-    # Sparser than the presets. Long gaps take a damped trend.
-    last: dict[str, Any] = {"dense_steps_last": 0, "correct": True}
-    sparse: dict[str, ForecastConfig] = {
-        "sparse-11": ForecastConfig(
-            cycle=(0, 1), late_cycle=(0, 0, 0, 1), late_from=0.33, dense_steps_first=6, **last
-        ),
-        "sparse-8": ForecastConfig(
-            cycle=(0, 1, 0, 0, 0, 1),
-            late_cycle=(0,) * 5 + (1,),
-            late_from=0.4,
-            trend=0.5,
-            dense_steps_first=4,
-            **last,
-        ),
-        "sparse-7": ForecastConfig(
-            cycle=(0, 1, 0, 0, 1),
-            late_cycle=(0,) * 6 + (1,),
-            late_from=0.33,
-            trend=0.5,
-            dense_steps_first=3,
-            **last,
-        ),
+    # Between the presets, and sparser than they are.
+    rest: dict[str, Any] = {"dense_steps_last": 0, "correct": True}
+    fourth: dict[str, Any] = {"cycle": (0, 1), "late_cycle": (0, 0, 0, 1), **rest}
+    seventh: dict[str, Any] = {"cycle": (0, 1, 0, 0, 1), "late_cycle": (0,) * 6 + (1,), "trend": 0.5, **rest}
+    sparse = {
+        "sparse-6": ForecastConfig(**fourth, late_from=0.33, dense_steps_first=6),
+        "sparse-5": ForecastConfig(**fourth, late_from=0.29, dense_steps_first=5),
+        "sparse-3": ForecastConfig(**seventh, late_from=0.33, dense_steps_first=3),
     }
     cycles = {"2nd": (0, 1)} if few else {"2nd": (0, 1), "3rd": (0, 0, 1), "4th": (0, 0, 0, 1)}
     dense: dict[str, Any] = {"dense_steps_first": 2 if few else 7, "dense_steps_last": 0}

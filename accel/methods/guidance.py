@@ -101,11 +101,6 @@ class Guidance:
                 stacklevel=2,
             )
             return
-        if any(other.keeps_layers for other in others):
-            raise UnsupportedError(
-                f"guidance_every={every}: token pruning on this model keeps keys and values of both branches. Put "
-                "guidance_every into its TokenPruningConfig, and into no other."
-            )
         if self._batched and (others or not self._halves):
             raise UnsupportedError(
                 f"guidance_every={every}: this pipeline computes both branches of guidance in one batch, and "

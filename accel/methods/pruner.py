@@ -36,7 +36,6 @@ class TokenPruning:
         self.sites = list(target.adapter.sites(target.denoiser))
         self.run = Run(target, config.schedule(), self, stats, span=True)
         self.run.keep_outputs = True
-        self.run.keeps_layers = config.keys_values == "all"
         self.guidance = Guidance(self.run, min(config.order, 1), halves=False)
         self.span = Span(self._plan_for, pick=True)
         self.kept = KeyValues(lambda: len(self.run.outputs))
