@@ -20,7 +20,6 @@ from torch import nn
 from accel import configs
 from accel.evaluation.configurations import Configuration
 from accel.methods.forecasting import ForecastConfig
-from accel.methods.merging import TokenMergingConfig
 from accel.methods.pruning import TokenPruningConfig
 
 #: What each peer has to do: (pipeline, number of steps, options) -> the undo action.
@@ -251,43 +250,58 @@ def theirs(steps: int) -> list[Peer]:
 
 
 def ours(steps: int) -> list[Configuration]:
-    """The presets, each without what makes up for forecasts, and accel's other methods."""
-    few = steps <= 8
-    presets = {n: configs.load(n) for n in (("few-step",) if few else ("quality", "balanced", "fast"))}
+    """The presets, forecasts without what makes up for them, and accel's other methods."""
+    settings = _few() if steps <= 8 else _many()
+    if steps > 6:
+        settings["cat"] = TokenPruningConfig.cat()
+    return [Configuration(name, config) for name, config in settings.items()]
+
+
+_LAST: dict[str, Any] = {"dense_steps_last": 0, "correct": True}
+
+
+def _many() -> dict[str, Any]:
+    """For 9 steps and more: whole steps can be left out."""
+    presets = {name: configs.load(name) for name in ("quality", "balanced", "fast")}
     # Between the presets, and sparser than they are.
-    rest: dict[str, Any] = {"dense_steps_last": 0, "correct": True}
-    fourth: dict[str, Any] = {"cycle": (0, 1), "late_cycle": (0, 0, 0, 1), **rest}
-    seventh: dict[str, Any] = {"cycle": (0, 1, 0, 0, 1), "late_cycle": (0,) * 6 + (1,), "trend": 0.5, **rest}
-    sparse = {
+    fourth: dict[str, Any] = {"cycle": (0, 1), "late_cycle": (0, 0, 0, 1), **_LAST}
+    seventh: dict[str, Any] = {"cycle": (0, 1, 0, 0, 1), "late_cycle": (0,) * 6 + (1,), "trend": 0.5, **_LAST}
+    dense: dict[str, Any] = {"dense_steps_first": 7, "dense_steps_last": 0}
+    return {
+        **presets,
         "sparse-6": ForecastConfig(**fourth, late_from=0.33, dense_steps_first=6),
         "sparse-5": ForecastConfig(**fourth, late_from=0.29, dense_steps_first=5),
         "sparse-3": ForecastConfig(**seventh, late_from=0.33, dense_steps_first=3),
+        **{f"{name}-uncorrected": replace(config, correct=False) for name, config in presets.items()},
+        "forecast-2nd": ForecastConfig(cycle=(0, 1)),
+        "forecast-3rd": ForecastConfig(cycle=(0, 0, 1)),
+        "forecast-4th": ForecastConfig(cycle=(0, 0, 0, 1)),
+        "merging": configs.load("merging"),
+        "tomesd": configs.load("tomesd"),
+        "prune-25": TokenPruningConfig(cycle=(0, 0.25, 1), **dense),
+        "prune-50": TokenPruningConfig(cycle=(0, 0.5, 1), **dense),
+        "prune-25-long": TokenPruningConfig(cycle=(0, 0.25, 0, 1), **dense),
+        "prune-25-no-kv": TokenPruningConfig(cycle=(0, 0.25, 1), keys_values="none", **dense),
+        "prune-25-clusters": TokenPruningConfig(cycle=(0, 0.25, 1), clusters=16, **dense),
+        "guidance-2nd": ForecastConfig(cycle=(1,), guidance_every=2),
+        "guidance-2nd-forecast-2nd": ForecastConfig(cycle=(0, 1), guidance_every=2),
     }
-    cycles = {"2nd": (0, 1)} if few else {"2nd": (0, 1), "3rd": (0, 0, 1), "4th": (0, 0, 0, 1)}
-    dense: dict[str, Any] = {"dense_steps_first": 2 if few else 7, "dense_steps_last": 0}
-    partial = {"25": (0, 0.25, 1), "50": (0, 0.5, 1), "25-long": (0, 0.25, 0, 1)}
-    if few:  # within every step: what whole steps cannot be left out of
-        partial = {"50-each": (0.5,), "75-each": (0.75,)}
-    first = next(iter(partial.values()))
-    return [
-        *(Configuration(name, config) for name, config in presets.items()),
-        *(Configuration(name, config) for name, config in sparse.items() if not few),
-        *(Configuration(f"{n}-uncorrected", replace(c, correct=False)) for n, c in presets.items()),
-        *(Configuration(f"forecast-{name}", ForecastConfig(cycle=cycle)) for name, cycle in cycles.items()),
-        Configuration("tomesd", TokenMergingConfig.tomesd(0.5)),
-        Configuration(
-            "merging", configs.load("merging") if not few else TokenMergingConfig(dense_steps_first=1)
-        ),
-        *(
-            Configuration(f"prune-{name}", TokenPruningConfig(cycle=cycle, **dense))
-            for name, cycle in partial.items()
-        ),
-        Configuration("prune-no-kv", TokenPruningConfig(cycle=first, keys_values="none", **dense)),
-        Configuration("prune-clusters", TokenPruningConfig(cycle=first, clusters=16, **dense)),
-        Configuration("guidance-2nd", ForecastConfig(cycle=(1,), guidance_every=2)),
-        Configuration("guidance-2nd-forecast-2nd", ForecastConfig(cycle=(0, 1), guidance_every=2)),
-        *([Configuration("cat", TokenPruningConfig.cat())] if steps > 6 else []),
-    ]
+
+
+def _few() -> dict[str, Any]:
+    """For 4 to 8 steps: what saves within each of them, and forecasts to compare."""
+    dense: dict[str, Any] = {"dense_steps_first": 2, "dense_steps_last": 0}
+    return {
+        "few-step": configs.load("few-step"),
+        "tomesd": configs.load("tomesd"),
+        "forecast-2nd": ForecastConfig(cycle=(0, 1), dense_steps_first=2, **_LAST),
+        "forecast-2nd-uncorrected": ForecastConfig(cycle=(0, 1), **dense),
+        "prune-50": TokenPruningConfig(cycle=(0.5,), **dense),
+        "prune-75": TokenPruningConfig(cycle=(0.75,), **dense),
+        "prune-50-no-kv": TokenPruningConfig(cycle=(0.5,), keys_values="none", **dense),
+        "prune-50-clusters": TokenPruningConfig(cycle=(0.5,), clusters=16, **dense),
+        "guidance-2nd": ForecastConfig(cycle=(1,), guidance_every=2),
+    }
 
 
 def _label(option: tuple[str, Any]) -> str:

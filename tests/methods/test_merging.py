@@ -383,8 +383,11 @@ def test_every_preset_loads_and_has_only_known_keys():
     for name in accel.configs.names():
         accel.configs.load(name)
     assert accel.configs.load("tomesd") == Config.tomesd(0.5)
-    for name in ("quality", "balanced", "fast", "few-step"):
-        assert accel.configs.load(name).correct
+    for name in ("quality", "balanced", "fast"):
+        assert accel.configs.load(name).correct == "auto"
+    # Nothing is left out of a run of four steps; less is computed within three of them.
+    budgets = [phase.budget for phase in accel.configs.load("few-step").schedule().phases(4)]
+    assert budgets == [1, 0.5, 0.5, 0.5]
 
 
 def test_a_yaml_file(tmp_path):
