@@ -262,16 +262,22 @@ _LAST: dict[str, Any] = {"dense_steps_last": 0, "correct": True}
 
 def _many() -> dict[str, Any]:
     """For 9 steps and more: whole steps can be left out."""
-    presets = {name: configs.load(name) for name in ("quality", "balanced", "fast")}
+    presets = {name: configs.load(name) for name in ("quality", "balanced", "fast", "draft")}
     # Between the presets, and sparser than they are.
-    fourth: dict[str, Any] = {"cycle": (0, 1), "late_cycle": (0, 0, 0, 1), **_LAST}
-    seventh: dict[str, Any] = {"cycle": (0, 1, 0, 0, 1), "late_cycle": (0,) * 6 + (1,), "trend": 0.5, **_LAST}
     dense: dict[str, Any] = {"dense_steps_first": 7, "dense_steps_last": 0}
     return {
         **presets,
-        "sparse-6": ForecastConfig(**fourth, late_from=0.33, dense_steps_first=6),
-        "sparse-5": ForecastConfig(**fourth, late_from=0.29, dense_steps_first=5),
-        "sparse-3": ForecastConfig(**seventh, late_from=0.33, dense_steps_first=3),
+        "sparse-6": ForecastConfig(
+            cycle=(0, 1), late_cycle=(0, 0, 0, 1), late_from=0.33, dense_steps_first=6, **_LAST
+        ),
+        "sparse-3": ForecastConfig(
+            cycle=(0, 1, 0, 0, 1),
+            late_cycle=(0,) * 6 + (1,),
+            late_from=0.33,
+            trend=0.5,
+            dense_steps_first=3,
+            **_LAST,
+        ),
         **{f"{name}-uncorrected": replace(config, correct=False) for name, config in presets.items()},
         "forecast-2nd": ForecastConfig(cycle=(0, 1)),
         "forecast-3rd": ForecastConfig(cycle=(0, 0, 1)),

@@ -379,11 +379,11 @@ def test_two_pipelines_at_once():
 
 
 def test_every_preset_loads_and_has_only_known_keys():
-    assert {"quality", "balanced", "fast", "few-step", "merging", "tomesd"} <= set(accel.configs.names())
+    assert {"quality", "balanced", "fast", "draft", "few-step", "merging", "tomesd"} <= set(accel.configs.names())
     for name in accel.configs.names():
         accel.configs.load(name)
     assert accel.configs.load("tomesd") == Config.tomesd(0.5)
-    for name in ("quality", "balanced", "fast"):
+    for name in ("quality", "balanced", "fast", "draft"):
         assert accel.configs.load(name).correct == "auto"
     # Nothing is left out of a run of four steps; less is computed within three of them.
     budgets = [phase.budget for phase in accel.configs.load("few-step").schedule().phases(4)]
