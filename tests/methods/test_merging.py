@@ -379,7 +379,9 @@ def test_two_pipelines_at_once():
 
 
 def test_every_preset_loads_and_has_only_known_keys():
-    assert {"quality", "balanced", "fast", "draft", "few-step", "merging", "tomesd"} <= set(accel.configs.names())
+    assert {"quality", "balanced", "fast", "draft", "few-step", "merging", "tomesd"} <= set(
+        accel.configs.names()
+    )
     for name in accel.configs.names():
         accel.configs.load(name)
     assert accel.configs.load("tomesd") == Config.tomesd(0.5)
