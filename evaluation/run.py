@@ -91,6 +91,10 @@ def run(
     """
     if warmup < 0:
         raise EvaluationError(f"warmup must be at least 0, not {warmup}")
+    ways = {item.name: Way(pipe, item.attach) for item in resolve(configurations)}
+    for way in ways.values():  # a method that this pipeline cannot have is refused before a folder is made
+        with way.ready():
+            pass
     folder, settings, resolved = check(
         path,
         suite,
@@ -103,10 +107,6 @@ def run(
         batch_size=batch_size,
         call=call,
     )
-    ways = {item.name: Way(pipe, item.attach) for item in resolved}
-    for way in ways.values():  # a method that this pipeline cannot have is refused before any image is made
-        with way.ready():
-            pass
     folder.prepare(suite, settings, resolved)
     rank, world, _ = rank_and_world()
     done = _done(folder, verify)
