@@ -13,7 +13,7 @@ from accel.evaluation import configurations, importing, suites
 from accel.evaluation.errors import AccelWarning, EvaluationError, IncomparableError, RecordError
 from accel.evaluation.folder import RunFolder, sample_key
 from accel.evaluation.geneval import Detection, Metadata, ObjectSpec
-from accel.evaluation.run import check, run
+from accel.evaluation.run import run
 from accel.evaluation.score import score
 from accel.evaluation.scorers import DetectionScorer, pixel_scorers
 
@@ -211,42 +211,6 @@ def test_an_interrupted_pipeline_keeps_what_is_finished(tmp_path, suite, fake):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "r", suite, Interrupted(), [], model="m", warmup=0)
     assert len(records(RunFolder(tmp_path / "r"))) == 4
-
-
-def test_a_configuration_that_fails_stops_the_run_or_is_given_up(tmp_path, suite, fake):
-    original, asked = type(fake).__call__, []
-
-    class Fails(type(fake)):
-        def __call__(self, prompt, *, num_inference_steps=20, **arguments):
-            if (prompt, num_inference_steps) == (["prompt 2"], 4):
-                raise RuntimeError("no such shape")
-            return original(self, prompt, num_inference_steps=num_inference_steps, **arguments)
-
-    with pytest.raises(RuntimeError, match="no such shape"):
-        run(tmp_path / "loud", suite, Fails(), STEPS, warmup=0)
-    with pytest.raises(RuntimeError, match="no such shape"):
-        run(tmp_path / "asked", suite, Fails(), STEPS, warmup=0, tolerate=lambda *_: False)
-
-    def tolerate(configuration, prompts, error):
-        asked.append((configuration.name, [p.text for p in prompts], str(error)))
-        return True
-
-    seen = []
-    folder = run(tmp_path / "r", suite, Fails(), STEPS, warmup=0, tolerate=tolerate, progress=seen.append)
-    assert asked == [("steps=4", ["prompt 2"], "no such shape")]  # once: it is left alone from there on
-    made = [key[:2] for key in records(folder)]
-    assert sorted(i for name, i in made if name == "steps=4") == [0, 1]
-    assert all(sorted(i for n, i in made if n == name) == list(range(6)) for name in ("plain", "steps=8"))
-    assert seen[-1][:2] == (18, 18)
-
-
-def test_checking_a_folder_writes_nothing(tmp_path, suite, fake):
-    folder, settings, resolved = check(tmp_path / "r", suite, fake, STEPS, limit=1)
-    assert list(folder.path.iterdir()) == []
-    assert (settings["limit"], [c.name for c in resolved]) == (1, ["plain", *STEPS])
-    run(tmp_path / "r", suite, fake, [], limit=1)
-    with pytest.raises(RecordError, match="base_seed = 0, now it is 1"):
-        check(tmp_path / "r", suite, fake, [], limit=1, base_seed=1)
 
 
 def test_limit_takes_tasks_in_turn_and_a_larger_one_continues_a_smaller():
