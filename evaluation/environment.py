@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("accel-image", "torch", "diffusers", "transformers", "accelerate", "triton", "numpy", "pillow")
+_PACKAGES = (
+    "accel-image", "torch", "diffusers", "transformers", "accelerate", "triton", "cache-dit", "numpy", "pillow",
+)  # fmt: skip
 
 
 def environment() -> dict[str, Any]:

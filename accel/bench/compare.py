@@ -6,7 +6,6 @@ where it was, and the report has its intervals, Pareto plots and environment.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -163,13 +162,9 @@ def _made_with(summary: dict[str, Any]) -> str:
         return " and ".join(dict.fromkeys(str(start.get(name) or "unknown") for start in starts))
 
     versions = [
-        f"{name} {' and '.join(dict.fromkeys(str(start['versions'].get(name)) for start in starts))}"
-        for name in ("torch", "diffusers")
+        f"{name} {' and '.join(dict.fromkeys(start['versions'].get(name) or 'missing' for start in starts))}"
+        for name in ("torch", "diffusers", "cache-dit")
     ]
-    try:
-        versions.append(f"cache-dit {importlib.metadata.version('cache-dit')}")
-    except importlib.metadata.PackageNotFoundError:
-        versions.append("cache-dit not installed")
     call = ", ".join(f"{name} {value}" for name, value in summary["run"]["call"].items())
     return (
         f"Made with: model {summary['run']['model']}, dtype {every('dtype')}; {call}; {summary['prompts']} "

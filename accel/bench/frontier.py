@@ -80,8 +80,8 @@ def fastest(items: Sequence[Entry], group: str, level: float, key: str) -> Entry
 
 
 def markdown(items: Sequence[Entry], missing: Sequence[str] = ()) -> str:
-    """All settings, those `missing` by name; then for each level, and for both readings of it, the fastest of each group and accel's over
-    the others'."""
+    """All settings, those `missing` by name; then for each level, and for both readings of it, the fastest of each
+    group and accel's over the others'."""
     lines = [
         "",
         "## All settings, fastest first",

@@ -39,8 +39,8 @@ class ForecastConfig:
         late_cycle: takes the place of `cycle` once this share of all steps is over, `late_from`, in (0, 1), and
             the cycle that runs is complete: early, predictions change faster. None: the same.
         order: degree of the polynomial that is continued, 0 (hold the last prediction), 1 or 2.
-        trend: share of the extrapolated change that is believed, in (0, 1]: far ahead a line overshoots. From
-            five skipped steps in a row on, 0.5 is better than 1; up to three, 1 is better.
+        trend: share of the extrapolated change that is believed, in (0, 1]: far ahead a line overshoots. On the
+            built-in model 0.5 is better than 1 where five steps in a row are skipped, and worse where two are.
         tolerance: forecast a step only if the error it would have, relative to the prediction, is at most
             this much; else compute it. The error is extrapolated from the one measured at the last computed
             step. The measured value is read once per step in question, which waits for the device. None:
