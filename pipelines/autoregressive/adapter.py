@@ -17,9 +17,11 @@ model, B images, T = rows x columns tokens of a finished image.
 from __future__ import annotations
 
 import importlib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -153,7 +155,13 @@ class Adapter(ABC):
     @property
     @abstractmethod
     def backbone(self) -> nn.Module:
-        """The causal transformer: takes inputs_embeds, attention_mask, position_ids, past_key_values."""
+        """The causal transformer: takes inputs_embeds, attention_mask, position_ids and a cache."""
+
+    @cached_property
+    def cache_argument(self) -> str:
+        """What the backbone calls its cache: `cache` from transformers 5.24 on, `past_key_values` before. Read
+        from the signature, so that any release that has either is fine; asked for first outside of compiled code."""
+        return "cache" if "cache" in inspect.signature(self.backbone.forward).parameters else "past_key_values"
 
     @property
     @abstractmethod
@@ -230,8 +238,8 @@ class Adapter(ABC):
             inputs_embeds=embedding_RWD,
             attention_mask=bias_R1WS,
             position_ids=position,
-            past_key_values=key_values,
             use_cache=True,
+            **{self.cache_argument: key_values},
         ).last_hidden_state
 
     # After the last.
