@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from .api import accelerate
     from .errors import AccelError, AccelWarning
     from .handle import Handle
-    from .methods.forecasting import ForecastConfig
-    from .methods.merging import TokenMergingConfig
-    from .methods.pruning import TokenPruningConfig
-    from .methods.speculation import SpeculativeDecodingConfig
+    from .methods.forecasting.config import ForecastConfig
+    from .methods.merging.config import TokenMergingConfig
+    from .methods.pruning.config import TokenPruningConfig
+    from .methods.speculation.config import SpeculativeDecodingConfig
     from .stats import Stats
 
 __all__ = [
@@ -46,15 +46,15 @@ __all__ = [
 _HOME = {
     "AccelError": "accel.errors",
     "AccelWarning": "accel.errors",
-    "ForecastConfig": "accel.methods.forecasting",
+    "ForecastConfig": "accel.methods.forecasting.config",
     "Handle": "accel.handle",
-    "SpeculativeDecodingConfig": "accel.methods.speculation",
+    "SpeculativeDecodingConfig": "accel.methods.speculation.config",
     "Stats": "accel.stats",
-    "TokenMergingConfig": "accel.methods.merging",
-    "TokenPruningConfig": "accel.methods.pruning",
+    "TokenMergingConfig": "accel.methods.merging.config",
+    "TokenPruningConfig": "accel.methods.pruning.config",
     "accelerate": "accel.api",
 }
-_SUBMODULES = ("configs", "errors", "evaluation", "kernels", "methods", "pipelines", "plan", "registry")
+_SUBMODULES = ("configs", "core", "errors", "evaluation", "generation", "kernels", "methods", "pipelines")
 
 # In a clone, the folders beside this one are its subpackages, as pyproject.toml declares. A process started in
 # the clone (`python -m accel`, a spawned worker) finds this folder before the installed package.

@@ -9,6 +9,7 @@ from typing import Any
 
 from . import configs, methods
 from .handle import Handle, make_room
+from .pipelines import registry
 
 
 def accelerate(
@@ -37,11 +38,11 @@ def accelerate(
     """
     if isinstance(config, (str, PathLike, Mapping)):
         config = configs.load(config)
-    name, method = methods.of(config)
-    target = method.Target.of(pipe)  # a method knows which pipelines it takes, and counts in its own Stats
-    make_room(target.denoiser, name, replace=replace)
-    stats = method.Stats(name)
+    cls = methods.of(config)
+    target, stats = cls.take_apart(pipe, registry.find), cls.Stats(cls.name)
+    method = cls(target, config, stats)  # refuses what it cannot do, before an attached one makes room
+    make_room(target.subject, cls, replace=replace)
     with ExitStack() as stack:  # if attaching fails half-way, everything is undone
-        run = method.attach(target, config, stats, stack)
-        run.handle = Handle(name, config, target.denoiser, stats, stack.pop_all())
-    return run.handle
+        method.attach(stack)
+        method.handle = Handle(method, config, target.subject, stats, stack.pop_all())
+    return method.handle

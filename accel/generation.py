@@ -11,20 +11,40 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from . import configs
 from .api import accelerate
-from .backends import dtype_argument, require_sound_stack
-from .decoding import Sampling
-from .errors import ConfigError, UnsupportedError, WeightsError
+from .core.decoding import Sampling
+from .errors import ConfigError, UnsupportedError
+from .pipelines.loading import BUILTIN, BUILTIN_AR, DTYPES, is_autoregressive, load_pipeline
+from .pipelines.timing import measure
+
+__all__ = [
+    "BUILTIN",
+    "BUILTIN_AR",
+    "DTYPES",
+    "Decoding",
+    "Generated",
+    "Job",
+    "Settings",
+    "Way",
+    "batches",
+    "check_can_accelerate",
+    "default_steps",
+    "guidance_argument",
+    "is_autoregressive",
+    "load_pipeline",
+    "parse_size",
+    "presets_for",
+    "run",
+    "size_multiple",
+    "timed",
+]
 
 T = TypeVar("T")
-BUILTIN, BUILTIN_AR = "builtin", "builtin-ar"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -37,91 +57,6 @@ def parse_size(text: str) -> tuple[int, int]:
     if len(numbers) not in (1, 2) or min(numbers, default=0) < 1:
         raise ConfigError(f"size {text!r} is neither a number of pixels (512) nor WIDTHxHEIGHT (768x512)")
     return numbers[0], numbers[-1]
-
-
-def load_pipeline(model: str = BUILTIN, device: str | None = None, dtype: str | None = None) -> Any:
-    """A built-in model, a local folder, or a hub id: a diffusers pipeline, or an autoregressive one. Pickled
-    weights are refused.
-
-    Args:
-        model: "builtin", "builtin-ar", a folder or a hub id. What has a model_index.json is loaded by diffusers;
-            what has only a config.json (or is LlamaGen's), as an `AutoregressivePipeline`.
-        device: default: CUDA if there is one, else CPU.
-        dtype: a key of `DTYPES`; default: bfloat16 on CUDA, float32 elsewhere.
-
-    Raises:
-        WeightsError: the model cannot be loaded; says why and what to do.
-        UnknownNameError: an autoregressive model of a class that no adapter knows.
-        ConfigError: unknown dtype, or a device that this machine or this torch does not have.
-    """
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
-    if device is not None:
-        _check(device)
-    require_sound_stack()
-    if model in (BUILTIN, BUILTIN_AR):
-        from .pipelines import builtin
-
-        load = builtin.load_pipeline if model == BUILTIN else builtin.load_autoregressive
-        return load(device, DTYPES[dtype] if dtype else None)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    torch_dtype = DTYPES[dtype] if dtype else (torch.bfloat16 if device.startswith("cuda") else torch.float32)
-    folder = Path(model)
-    if not _is_diffusers(model):
-        from .pipelines.autoregressive import AutoregressivePipeline
-
-        return AutoregressivePipeline.from_pretrained(model, dtype=torch_dtype).to(device)
-    from diffusers import DiffusionPipeline
-
-    if folder.exists() and _only_pickles(folder):
-        raise WeightsError(
-            f"{folder}: its weights are pickles (.bin/.pt/.ckpt), which can run any code when loaded and are "
-            "refused. Convert them to safetensors: pipe.save_pretrained(folder, safe_serialization=True)"
-        )
-    try:
-        pipe = DiffusionPipeline.from_pretrained(model, **dtype_argument(torch_dtype), use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{model}: cannot be loaded as a diffusers pipeline: {error}") from error
-    return pipe.to(device)
-
-
-def _check(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # builds without CUDA only assert
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device {device!r} cannot be used here ({reason}); cpu always works") from error
-
-
-def _is_diffusers(model: str) -> bool:
-    """Whether diffusers saved it: it has a model_index.json. Raises for a folder that nobody saved."""
-    from .pipelines.autoregressive.loading import read_json
-
-    folder = Path(model)
-    if not folder.exists():
-        if model.startswith((".", "/", "~")) or model.count("/") != 1:  # no hub id looks like that
-            raise WeightsError(f"{model}: there is no such folder, and hub ids are of the form owner/name")
-        return read_json(model, "model_index.json") is not None
-    if (folder / "model_index.json").is_file():
-        return True
-    if not (folder / "config.json").is_file() and not any(folder.glob("[ct]2i_*")):
-        raise WeightsError(
-            f"{folder}: neither a diffusers pipeline folder (it has no model_index.json) nor that of an "
-            "autoregressive model (it has no config.json)"
-        )
-    return False
-
-
-def is_autoregressive(pipe: Any) -> bool:
-    """Whether it makes images token by token."""
-    from .pipelines.autoregressive import AutoregressivePipeline
-
-    return isinstance(pipe, AutoregressivePipeline)
-
-
-def _only_pickles(folder: Path) -> bool:
-    has = {suffix: any(folder.rglob(f"*{suffix}")) for suffix in (".safetensors", ".bin", ".pt", ".ckpt")}
-    return not has.pop(".safetensors") and any(has.values())
 
 
 @dataclass(frozen=True)
@@ -140,7 +75,7 @@ class Settings:
         steps: denoising steps; not for autoregressive models.
         size: width, height in pixels.
         guidance: strength of classifier-free guidance.
-        temperature, top_k, top_p: see `accel.decoding.Sampling`; for autoregressive models only.
+        temperature, top_k, top_p: see `accel.core.decoding.Sampling`; for autoregressive models only.
     """
 
     steps: int | None = None
@@ -298,7 +233,7 @@ class Decoding:
 
 
 @dataclass
-class Run:
+class Generated:
     """A batch, once generated: images (B, 3, H, W), wall seconds of the call, seconds in the denoiser (or in
     the autoregressive model's forwards), the acceleration's statistics, what decoding took."""
 
@@ -356,14 +291,12 @@ def timed(
     settings: Settings,
     config: Any = None,
     on_step: Callable[[int], None] = lambda steps: None,
-) -> Run:
+) -> Generated:
     """`run`, measured; accelerated for just this call if a config is given.
 
     Args:
         pipe: a pipeline; or a `Way`, which has its configuration.
     """
-    from .evaluation.timing import measure
-
     way = pipe if isinstance(pipe, Way) else Way.of(pipe, config)
     with way.ready() as (called, handle):
         if handle is not None:
@@ -373,7 +306,7 @@ def timed(
         # A copy: the next call through a handle that stays starts counting anew.
         stats = copy.copy(handle.stats) if handle is not None else None
         decoding = Decoding.of(stats, clock.calls) if is_autoregressive(called) else None
-    return Run(images, clock.seconds, clock.denoiser_seconds, stats, decoding)
+    return Generated(images, clock.seconds, clock.denoiser_seconds, stats, decoding)
 
 
 def default_steps(pipe: Any, settings: Settings | None = None) -> int | None:

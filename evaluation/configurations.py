@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from accel.evaluation.errors import EvaluationError
+from .errors import EvaluationError
 
 PLAIN = "plain"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*")

@@ -18,16 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from accel.evaluation.bootstrap import jackknife_interval
-from accel.evaluation.errors import EvaluationError, IncomparableError, RecordError
-from accel.evaluation.metrics import (
-    FrechetDistance,
-    Moments,
-    cmmd,
-    kernel_inception_distance,
-    precision_recall,
-)
-from accel.evaluation.records import Appender, Record, latest_records, read_records, write_atomically
+from .bootstrap import jackknife_interval
+from .errors import EvaluationError, IncomparableError, RecordError
+from .metrics import FrechetDistance, Moments, cmmd, kernel_inception_distance, precision_recall
+from .records import Appender, Record, latest_records, read_records, write_atomically
 
 Key = tuple[str, int, int]  # configuration (or "reference"), prompt id, sample
 _READ = 4096

@@ -19,10 +19,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from accel.evaluation.configurations import Configuration
-from accel.evaluation.errors import AccelWarning, RecordError
-from accel.evaluation.records import Record, latest_records, write_atomically
-from accel.evaluation.suites import Prompt, Suite
+from .configurations import Configuration
+from .errors import AccelWarning, RecordError
+from .records import Record, latest_records, write_atomically
+from .suites import Prompt, Suite
 
 PROBLEMS = "problems.json"
 _GROWING = ("configurations", "limit", "samples_per_prompt")  # may be extended; the rest decides images

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accel.evaluation.configurations import Configuration
-from accel.evaluation.errors import MetadataError, RecordError
-from accel.evaluation.folder import RunFolder, sample_key
-from accel.evaluation.geneval.metadata import parse_line
-from accel.evaluation.geneval.scorer import Detection, Verdict, score
-from accel.evaluation.records import Appender, rank_and_world
-from accel.evaluation.suites import Prompt, Suite
+from .configurations import Configuration
+from .errors import MetadataError, RecordError
+from .folder import RunFolder, sample_key
+from .geneval.metadata import parse_line
+from .geneval.scorer import Detection, Verdict, score
+from .records import Appender, rank_and_world
+from .suites import Prompt, Suite
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from accel.evaluation.errors import EvaluationError, SanityError
-from accel.evaluation.folder import RunFolder
-from accel.evaluation.geneval.metadata import Metadata, ObjectSpec, parse_line
-from accel.evaluation.geneval.scorer import Verdict, aggregate, score
-from accel.evaluation.records import write_atomically
-from accel.evaluation.score import GROUND_TRUTH, load_image
-from accel.evaluation.scorers import DetectionScorer, Detector
-from accel.evaluation.suites import Prompt
+from .errors import EvaluationError, SanityError
+from .folder import RunFolder
+from .geneval.metadata import Metadata, ObjectSpec, parse_line
+from .geneval.scorer import Verdict, aggregate, score
+from .records import write_atomically
+from .score import GROUND_TRUTH, load_image
+from .scorers import DetectionScorer, Detector
+from .suites import Prompt
 
 _BATCH = 16
 
@@ -34,7 +34,7 @@ class Judge:
 
 def scenes_judge(size: int = 256) -> Judge:
     """The built-in detector, checked on pictures drawn from the prompts before anything is judged."""
-    from accel.evaluation import scenes
+    from . import scenes
 
     def detect(images: torch.Tensor, metadata: Sequence[Metadata]) -> list:
         return scenes.detect(images)
@@ -52,7 +52,7 @@ def scenes_judge(size: int = 256) -> Judge:
 
 def draw_scenes(metadata: Sequence[Metadata], size: int, *, seed: int | Sequence[int]) -> torch.Tensor:
     """Ground truth: one picture of each line of the scenes suite, (B, 3, size, size) uint8."""
-    from accel.evaluation import scenes
+    from . import scenes
 
     drawn = scenes.render(scenes.sample_scenes(list(metadata), np.random.default_rng(seed)), size)
     return (drawn * 255).round().to(torch.uint8)
@@ -84,7 +84,7 @@ def geneval_judge(
     Checked first on `sanity_images` (a folder in GenEval's layout whose pictures are known to be
     right) or, without one, on the photographs that scikit-image brings along.
     """
-    from accel.evaluation.geneval.detector import Mask2FormerDetector
+    from .geneval.detector import Mask2FormerDetector
 
     detect = Mask2FormerDetector(detector, clip, device=device)
     sanity(detect, _known_pictures(sanity_images))

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from accel import generation
-from accel.evaluation.errors import AccelWarning, EvaluationError
+
+from .errors import AccelWarning, EvaluationError
 
 
 def load_pipeline(spec: str, *, device: str | None = None, dtype: str | None = None) -> Any:

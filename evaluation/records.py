@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from accel.evaluation.errors import AccelWarning, RecordError
+from .errors import AccelWarning, RecordError
 
 Record = dict[str, Any]
 

@@ -18,20 +18,15 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from accel.evaluation.configurations import Configuration, resolve
-from accel.evaluation.environment import environment
-from accel.evaluation.errors import EvaluationError
-from accel.evaluation.folder import RunFolder, sample_key
-from accel.evaluation.records import (
-    Appender,
-    Record,
-    rank_and_world,
-    read_records,
-    write_atomically,
-)
-from accel.evaluation.suites import Prompt, Suite, take
-from accel.evaluation.timing import is_compiled, measure
 from accel.generation import Decoding, Way, is_autoregressive
+from accel.pipelines.timing import is_compiled, measure
+
+from .configurations import Configuration, resolve
+from .environment import environment
+from .errors import EvaluationError
+from .folder import RunFolder, sample_key
+from .records import Appender, Record, rank_and_world, read_records, write_atomically
+from .suites import Prompt, Suite, take
 
 # Prompts of one sample number differ in seed, samples of one prompt too; a prime keeps them apart
 # for every suite below a million prompts.

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from accel.evaluation.errors import AccelWarning, EvaluationError, RecordError
-from accel.evaluation.extractors import Extractor
-from accel.evaluation.features import FeatureWriter, index_records, store_path
-from accel.evaluation.folder import RunFolder, sample_key
-from accel.evaluation.records import Appender, Record, rank_and_world, write_atomically
-from accel.evaluation.scorers import Scorer
-from accel.evaluation.suites import Prompt
+from .errors import AccelWarning, EvaluationError, RecordError
+from .extractors import Extractor
+from .features import FeatureWriter, index_records, store_path
+from .folder import RunFolder, sample_key
+from .records import Appender, Record, rank_and_world, write_atomically
+from .scorers import Scorer
+from .suites import Prompt
 
 GROUND_TRUTH = "ground-truth"  # folder in a run's: a drawn picture of every prompt and sample
 REFERENCE = "reference"  # stands where a configuration's name would: the images of a reference folder

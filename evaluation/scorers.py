@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 import torch
 
-from accel.evaluation import metrics
-from accel.evaluation.extractors import ClipExtractor
-from accel.evaluation.geneval.metadata import Metadata
-from accel.evaluation.geneval.scorer import Detection, Rules, score
-from accel.evaluation.suites import Prompt
+from . import metrics
+from .extractors import ClipExtractor
+from .geneval.metadata import Metadata
+from .geneval.scorer import Detection, Rules, score
+from .suites import Prompt
 
 # images (B, 3, H, W) uint8 and their metadata -> detections per image. The metadata says which
 # classes need a colour; a detector may ignore it.

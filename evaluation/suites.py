@@ -10,8 +10,8 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from accel.evaluation.errors import EvaluationError, MetadataError
-from accel.evaluation.geneval.metadata import Metadata, parse_line, read_metadata
+from .errors import EvaluationError, MetadataError
+from .geneval.metadata import Metadata, parse_line, read_metadata
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Suite:
 
 def scenes(split: str = "test", per_task: int = 36, seed: int = 0) -> Suite:
     """The built-in world's prompts: six tasks, `split="test"` are combinations no training has seen."""
-    from accel.evaluation import scenes as world
+    from . import scenes as world
 
     lines = world.prompts(split, per_task, seed)
     return Suite("scenes", _numbered(lines), {"split": split, "per_task": per_task, "seed": seed})

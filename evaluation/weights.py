@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from accel.evaluation.errors import WeightsError
+from .errors import WeightsError
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from accel import configs
 from accel.evaluation.metrics.pixel import psnr
+from accel.evaluation.pictures import Column, side_by_side
 from accel.generation import Job, Settings, batches, load_pipeline, timed
-from accel.pictures import Column, side_by_side
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="builtin")

@@ -21,7 +21,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import accel
-from accel.bench.macs import counted
+from accel.evaluation.bench.macs import counted
 from accel.pipelines import builtin
 
 #: Parts of an operator's name -> what it does for a step; the first that fits.

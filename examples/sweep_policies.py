@@ -23,9 +23,9 @@ import yaml
 from torch import Tensor
 
 from accel import configs
-from accel.bench.macs import counted
-from accel.bench.peers import Peer, fewer_steps, ours, theirs
 from accel.evaluation import suites
+from accel.evaluation.bench.macs import counted
+from accel.evaluation.bench.peers import Peer, fewer_steps, ours, theirs
 from accel.evaluation.configurations import PLAIN, Configuration
 from accel.evaluation.metrics.pixel import psnr
 from accel.evaluation.models import load_pipeline

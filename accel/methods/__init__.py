@@ -1,24 +1,62 @@
-"""The methods, by name and by the type of their configuration."""
+"""The methods: one folder each, and the table that maps a configuration class to its method."""
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from accel.errors import ConfigError, UnknownNameError
 
-#: Method name -> (module, name of its configuration class). The module's `attach` does the work.
-_METHODS = {
-    "forecast": ("accel.methods.forecasting", "ForecastConfig"),
-    "speculative_decoding": ("accel.methods.speculation", "SpeculativeDecodingConfig"),
-    "token_merging": ("accel.methods.merging", "TokenMergingConfig"),
-    "token_pruning": ("accel.methods.pruning", "TokenPruningConfig"),
+from .forecasting.config import ForecastConfig
+from .merging.config import TokenMergingConfig
+from .pruning.config import TokenPruningConfig
+from .speculation.config import SpeculativeDecodingConfig
+
+if TYPE_CHECKING:
+    from accel.core.method import Method
+
+
+def _forecasting() -> type[Method]:
+    from .forecasting.engine import Forecasting
+
+    return Forecasting
+
+
+def _merging() -> type[Method]:
+    from .merging.engine import TokenMerging
+
+    return TokenMerging
+
+
+def _pruning() -> type[Method]:
+    from .pruning.engine import TokenPruning
+
+    return TokenPruning
+
+
+def _speculation() -> type[Method]:
+    from .speculation.engine import SpeculativeDecoding
+
+    return SpeculativeDecoding
+
+
+#: Configuration class -> (the method's name in presets, what imports its class). Configurations cost nothing to
+#: import; engines bring torch.
+TABLE: dict[type, tuple[str, Callable[[], type[Method]]]] = {
+    ForecastConfig: ("forecast", _forecasting),
+    SpeculativeDecodingConfig: ("speculative_decoding", _speculation),
+    TokenMergingConfig: ("token_merging", _merging),
+    TokenPruningConfig: ("token_pruning", _pruning),
 }
 
 
+def register(config: type, name: str, load: Callable[[], type[Method]]) -> None:
+    """Make a method known, for the process: configurations of this class are `load()`'s."""
+    TABLE[config] = (name, load)
+
+
 def names() -> list[str]:
-    return sorted(_METHODS)
+    return sorted(name for name, _ in TABLE.values())
 
 
 def config_class(name: str) -> type:
@@ -27,23 +65,31 @@ def config_class(name: str) -> type:
     Raises:
         UnknownNameError: no such method.
     """
-    if name not in _METHODS:
-        raise UnknownNameError("method", name, names())
-    module, attribute = _METHODS[name]
-    return getattr(importlib.import_module(module), attribute)
+    for config, (known, _) in TABLE.items():
+        if known == name:
+            return config
+    raise UnknownNameError("method", name, names())
 
 
-def of(config: Any) -> tuple[str, ModuleType]:
-    """(name, module) of the method that a configuration object belongs to.
+def name_of(config: Any) -> str:
+    """The name of the method that a configuration belongs to, by its class or a base class.
 
     Raises:
-        ConfigError: not a configuration object.
+        ConfigError: not a configuration.
     """
-    for name, (module, attribute) in _METHODS.items():
-        home = type(config).__module__
-        if (home == module or home.startswith(f"{module}.")) and type(config).__name__ == attribute:
-            return name, importlib.import_module(module)
-    known = ", ".join(attribute for _, attribute in _METHODS.values())
+    return _entry(config)[0]
+
+
+def of(config: Any) -> type[Method]:
+    """The method that a configuration belongs to; as `name_of`."""
+    return _entry(config)[1]()
+
+
+def _entry(config: Any) -> tuple[str, Callable[[], type[Method]]]:
+    for cls in type(config).__mro__:
+        if cls in TABLE:
+            return TABLE[cls]
+    known = ", ".join(cls.__name__ for cls in TABLE)
     raise ConfigError(
         f"expected a preset name, a YAML path, a mapping or one of {known}; got {type(config).__name__}"
     )

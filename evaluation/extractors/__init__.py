@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 
 from accel.evaluation.errors import EvaluationError
-from accel.evaluation.extractors.base import Extractor
-from accel.evaluation.extractors.hub import ClipExtractor, Dinov2Extractor
-from accel.evaluation.extractors.inception import InceptionExtractor
-from accel.evaluation.extractors.scenes import ScenesExtractor
+
+from .base import Extractor
+from .hub import ClipExtractor, Dinov2Extractor
+from .inception import InceptionExtractor
+from .scenes import ScenesExtractor
 
 __all__ = [
     "ClipExtractor",

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from accel.evaluation.errors import WeightsError
-from accel.evaluation.extractors.base import resize_and_crop
 from accel.evaluation.weights import fingerprint
+
+from .base import resize_and_crop
 
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

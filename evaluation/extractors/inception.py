@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from accel.evaluation.errors import WeightsError
-from accel.evaluation.extractors.base import resize_clean
 from accel.evaluation.weights import WeightFile
+
+from .base import resize_clean
 
 INCEPTION = WeightFile(
     name="inception-2015-12-05.pt",

@@ -1,6 +1,6 @@
 """GenEval: prompt metadata, scoring rules, and a transformers port of the detector stage."""
 
-from accel.evaluation.geneval.metadata import (
+from .metadata import (
     COLORS,
     RELATIONS,
     TASKS,
@@ -10,7 +10,7 @@ from accel.evaluation.geneval.metadata import (
     read_metadata,
     write_metadata,
 )
-from accel.evaluation.geneval.scorer import Aggregate, Detection, Rules, Verdict, aggregate, relations, score
+from .scorer import Aggregate, Detection, Rules, Verdict, aggregate, relations, score
 
 __all__ = [
     "COLORS",

@@ -20,8 +20,9 @@ from PIL import Image
 
 from accel.evaluation.errors import EvaluationError, WeightsError
 from accel.evaluation.extractors.hub import ClipExtractor
-from accel.evaluation.geneval.metadata import COLORS, Metadata
-from accel.evaluation.geneval.scorer import Box, Detection, Rules
+
+from .metadata import COLORS, Metadata
+from .scorer import Box, Detection, Rules
 
 _SHORT_EDGE, _LONG_EDGE = 800, 1333
 _MAX_INSTANCES = 100

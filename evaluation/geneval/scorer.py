@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from accel.evaluation.bootstrap import Interval, mean_interval
-from accel.evaluation.geneval.metadata import TASKS, Metadata, ObjectSpec
+
+from .metadata import TASKS, Metadata, ObjectSpec
 
 Box = tuple[float, float, float, float]
 

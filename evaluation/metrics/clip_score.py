@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from accel.evaluation.metrics.pixel import _PairMean
+from .pixel import _PairMean
 
 
 class _Embedder(Protocol):

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from accel.evaluation.metrics.pixel import _PairMean, as_float
 from accel.evaluation.weights import WeightFile, load_pickle_free, require_module
+
+from .pixel import _PairMean, as_float
 
 ALEXNET = WeightFile(
     name="alexnet-owt-7be5be79.pth",

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from accel.evaluation.metrics.kernel import _blocks, _checked, _FeatureSets
+from .kernel import _blocks, _checked, _FeatureSets
 
 _TIE = 1e-12  # of the squared lengths, some thousand times what float64 rounds
 

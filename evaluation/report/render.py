@@ -16,10 +16,11 @@ from PIL import Image
 from accel.evaluation.errors import RecordError
 from accel.evaluation.folder import RunFolder, sample_key
 from accel.evaluation.records import write_atomically
-from accel.evaluation.report import tables
-from accel.evaluation.report.plot import Point, layout
-from accel.evaluation.report.summary import summarise
 from accel.evaluation.score import load_image
+
+from . import tables
+from .plot import Point, layout
+from .summary import summarise
 
 _HERE = Path(__file__).parent
 _THUMBNAIL = 320  # pixels; larger pictures are shrunk, so that a page stays a few MB

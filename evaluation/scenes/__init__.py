@@ -4,7 +4,8 @@
 judges images of any origin by GenEval's rules.
 """
 
-from ..geneval.metadata import TASKS
+from accel.evaluation.geneval.metadata import TASKS
+
 from .detect import detect
 from .layout import sample_scenes
 from .prompts import prompts

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from ..geneval.scorer import Detection
+from accel.evaluation.geneval.scorer import Detection
+
 from .render import DISTANCES
 from .world import COLOR_NAMES, SHAPES, palette
 

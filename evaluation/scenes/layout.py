@@ -11,7 +11,8 @@ import math
 import numpy as np
 import torch
 
-from ..geneval.metadata import Metadata
+from accel.evaluation.geneval.metadata import Metadata
+
 from .split import is_held_out_pair
 from .world import COLOR_NAMES, MAX_OBJECTS, RELATIONS, SHAPES, Scenes
 

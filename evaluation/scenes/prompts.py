@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..geneval.metadata import TASKS, Metadata, ObjectSpec
+from accel.evaluation.geneval.metadata import TASKS, Metadata, ObjectSpec
+
 from .split import (
     is_held_out_binding,
     is_held_out_company,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from ..geneval.metadata import RELATIONS as RELATIONS
+from accel.evaluation.geneval.metadata import RELATIONS as RELATIONS
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "moon")
 PLURALS = ("circles", "squares", "triangles", "stars", "hearts", "crosses", "rings", "moons")

@@ -161,7 +161,9 @@ class Adapter(ABC):
     def cache_argument(self) -> str:
         """What the backbone calls its cache: `cache` from transformers 5.24 on, `past_key_values` before. Read
         from the signature, so that any release that has either is fine; asked for first outside of compiled code."""
-        return "cache" if "cache" in inspect.signature(self.backbone.forward).parameters else "past_key_values"
+        return (
+            "cache" if "cache" in inspect.signature(self.backbone.forward).parameters else "past_key_values"
+        )
 
     @property
     @abstractmethod

@@ -25,7 +25,7 @@ _STEP = 64
 
 
 class PromptedModel:
-    """Prompts that have been read, ready to continue: the `accel.decoding.TokenModel` of every family.
+    """Prompts that have been read, ready to continue: the `accel.core.decoding.TokenModel` of every family.
 
     Args:
         adapter: the loaded model.
@@ -79,7 +79,7 @@ class PromptedModel:
         return guide(self, self.adapter.logits(last_R1D))[:, 0]
 
     def forward(self, token_BW: Tensor, at_B: Tensor) -> Tensor:
-        """See `accel.decoding.TokenModel`."""
+        """See `accel.core.decoding.TokenModel`."""
         # No image can be further than the number of tokens fed so far: all slots before a token were fed, too.
         # Windows are fed again and again, so that this is soon far too much: then the decoder should know better.
         width, seen = token_BW.shape[1], self.places

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from accel.decoding import Decoder, Sampling, decode
+from accel.core.checks import check, is_number, is_whole
+from accel.core.decoding import Decoder, Sampling, decode
 from accel.errors import ConfigError, UnsupportedError
-from accel.methods.checks import check, is_number, is_whole
 
 from .adapter import Adapter, find
 from .loading import class_name
@@ -44,7 +44,7 @@ class AutoregressivePipeline:
 
     Attributes:
         adapter: the loaded model and what is known about its family.
-        decoder: how tokens are drawn, `accel.decoding.decode` unless `accel.accelerate` put another one there.
+        decoder: how tokens are drawn, `accel.core.decoding.decode` unless `accel.accelerate` put another one there.
         model: the transformers model (or the family's own).
 
     >>> pipe = AutoregressivePipeline.from_pretrained(folder).to("cuda")         # doctest: +SKIP
@@ -135,7 +135,7 @@ class AutoregressivePipeline:
             height, width: in pixels; None: the model's own.
             num_images_per_prompt: images of a prompt follow each other in the output.
             guidance_scale: strength of classifier-free guidance; 1 turns it off and halves the work.
-            temperature, top_k, top_p: see `accel.decoding.Sampling`. None for these and guidance_scale: what
+            temperature, top_k, top_p: see `accel.core.decoding.Sampling`. None for these and guidance_scale: what
                 the checkpoint's generation configuration says, else 1, all tokens, no guidance.
             generator: one for the call, or one per image. An image depends on its own generator alone: the
                 same seed gives the same image in any batch. None: torch's global one.

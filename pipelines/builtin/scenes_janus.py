@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from accel.errors import WeightsError
+from accel.pipelines.autoregressive import AutoregressivePipeline
+from accel.pipelines.autoregressive.loading import class_name
 
-from ..autoregressive import AutoregressivePipeline
-from ..autoregressive.loading import class_name
 from .words import known_prompts
 
 # transformers does without any of these: it makes up an empty tokenizer and plain sampling.

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_janus import PROMPTS
 
 import accel
-from accel.decoding import decode
+from accel.core.decoding import decode
 from accel.errors import (
     AccelWarning,
     ConfigError,

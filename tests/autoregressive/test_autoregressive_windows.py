@@ -8,7 +8,7 @@ import torch
 from tiny_janus import PROMPTS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from accel.decoding import Sampling, decode
+from accel.core.decoding import Sampling, decode
 from accel.pipelines.autoregressive import AutoregressivePipeline
 from accel.pipelines.autoregressive import model as model_module
 from accel.pipelines.autoregressive.cache import KeyValues

@@ -11,9 +11,9 @@ import pytest
 import tiny_janus
 import torch
 
-from accel.bench import autoregressive as bench
-from accel.bench.autoregressive_report import speedup
 from accel.evaluation import suites
+from accel.evaluation.bench import autoregressive as bench
+from accel.evaluation.bench.autoregressive_report import speedup
 from accel.evaluation.configurations import PLAIN, Configuration, resolve
 from accel.evaluation.errors import EvaluationError
 from accel.evaluation.folder import RunFolder, sample_key

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from accel.bench.compare import MACS, PROBLEMS, compare
-from accel.bench.peers import Peer
+from accel.evaluation.bench.compare import MACS, PROBLEMS, compare
+from accel.evaluation.bench.peers import Peer
 from accel.evaluation.configurations import PLAIN, Configuration
 from accel.evaluation.errors import RecordError
 from accel.evaluation.folder import RunFolder

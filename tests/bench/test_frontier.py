@@ -7,7 +7,7 @@ from dataclasses import replace
 import matplotlib.figure
 import pytest
 
-from accel.bench import frontier
+from accel.evaluation.bench import frontier
 from accel.evaluation.configurations import PLAIN
 
 METHODS = {

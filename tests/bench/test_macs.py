@@ -7,7 +7,7 @@ import torch
 from conftest import FAMILIES, make_pixart
 
 import accel
-from accel.bench.macs import counted
+from accel.evaluation.bench.macs import counted
 
 
 def macs_of(pipe, call, config=None):

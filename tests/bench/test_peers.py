@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import flux_call, make_flux
 
-from accel.bench import peers
-from accel.bench.compare import PROBLEMS, _report, try_out
+from accel.evaluation.bench import peers
+from accel.evaluation.bench.compare import PROBLEMS, _report, try_out
 from accel.evaluation.configurations import PLAIN, Configuration, resolve
 from accel.pipelines import builtin
 
@@ -72,7 +72,7 @@ def test_problems_stand_in_the_report(tmp_path, monkeypatch):
     page = tmp_path / "report" / "index.html"
     page.parent.mkdir()
     page.with_name("report.md").write_text("# Report\n")
-    monkeypatch.setattr("accel.bench.compare.report", lambda path: page)
+    monkeypatch.setattr("accel.evaluation.bench.compare.report", lambda path: page)
     macs = {"plain": 4 * 10**9, "a": 10**9}
     written = _report(SimpleNamespace(path=tmp_path), ["a", "b"], {"b": "TypeError: no"}, macs)
     assert "| a | 1.0 | 0.250 |" in written.read_text()

@@ -10,10 +10,11 @@ import torch
 from conftest import FAMILIES, make_flux
 
 import accel
-from accel.plan import TokenPlan
-from accel.registry import denoiser_of, find
-from accel.site import Side
-from accel.span import Span
+from accel.core.capability import denoiser_of
+from accel.core.plan import TokenPlan
+from accel.core.site import Side
+from accel.core.span import Span
+from accel.pipelines.registry import find
 
 HALF = accel.TokenMergingConfig(ratio=0.5, refresh_every=2)
 

@@ -8,7 +8,7 @@ import diffusers
 import pytest
 import torch
 
-from accel.noise_levels import log_snr, step_lengths
+from accel.core.noise_levels import log_snr, step_lengths
 
 # diffusers' schedulers hand torch tensors to numpy 2 the old way.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from accel.plan import TokenPlan
+from accel.core.plan import TokenPlan
 
 # Shapes: B batch, N tokens, K slots, C channels.
 

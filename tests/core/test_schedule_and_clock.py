@@ -8,9 +8,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
 
-from accel.clock import Clock, Listener, Readback
+from accel.core.clock import Clock, Listener, Readback
+from accel.core.schedule import Schedule, slots
 from accel.errors import ConfigError
-from accel.schedule import Schedule, slots
 
 
 def budgets(schedule, total):

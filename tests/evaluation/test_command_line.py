@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from accel import cli_evaluate
+from accel.cli import evaluate as cli_evaluate
 from accel.errors import AccelError, AccelWarning
 from accel.evaluation import metrics
 from accel.evaluation.errors import EvaluationError, WeightsError

@@ -9,7 +9,7 @@ from diffusers import FlowMatchHeunDiscreteScheduler
 
 import accel
 from accel.errors import ConfigError, UnsupportedError
-from accel.registry import find
+from accel.pipelines.registry import find
 
 Config = accel.TokenMergingConfig
 

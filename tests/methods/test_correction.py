@@ -9,7 +9,7 @@ from conftest import FAMILIES, flux_call, freeze, log_snr, make_flux
 
 import accel
 from accel.errors import AccelWarning, ConfigError
-from accel.methods.correction import Correction
+from accel.methods.forecasting.correction import Correction
 
 Config = accel.ForecastConfig
 CYCLE = {"cycle": (0, 0, 1), "dense_steps_first": 2, "dense_steps_last": 1, "order": 0}

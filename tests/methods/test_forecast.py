@@ -10,8 +10,8 @@ from conftest import FAMILIES, freeze, log_snr, make_flux
 from diffusers import FlowMatchHeunDiscreteScheduler
 
 import accel
+from accel.core.history import History, extrapolate
 from accel.errors import ConfigError, UnsupportedError
-from accel.methods.forecast import History, extrapolate
 
 Config = accel.ForecastConfig
 CYCLE = {"cycle": (0, 1), "dense_steps_first": 2, "dense_steps_last": 1}

@@ -7,8 +7,8 @@ import torch
 from conftest import FAMILIES, freeze, log_snr, make_flux, make_pixart
 
 import accel
+from accel.core.schedule import Schedule
 from accel.errors import ConfigError, UnsupportedError
-from accel.schedule import Schedule
 
 ALONE = accel.ForecastConfig(cycle=(1,), guidance_every=2)
 WITH_FORECASTS = accel.ForecastConfig(cycle=(0, 1), guidance_every=2)

@@ -7,8 +7,9 @@ import torch
 from conftest import FAMILIES, make_pixart
 
 import accel
-from accel.methods import importance, matching, noise
-from accel.registry import find
+from accel.methods import importance
+from accel.methods.merging import matching, noise
+from accel.pipelines.registry import find
 
 
 def grid_features(height, width, channels=6, batch=1, seed=0):

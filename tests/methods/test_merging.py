@@ -9,10 +9,10 @@ from conftest import FAMILIES, make_flux, make_pixart
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import accel
+from accel.core.plan import TokenPlan
+from accel.core.span import Span
 from accel.errors import AlreadyAcceleratedError, ConfigError, UnknownNameError, UnsupportedError
-from accel.plan import TokenPlan
-from accel.registry import find
-from accel.span import Span
+from accel.pipelines.registry import find
 
 Config = accel.TokenMergingConfig
 OFF = {"dense_steps_first": 0, "dense_steps_last": 0, "dense_blocks_first": 0, "dense_blocks_last": 0}

@@ -10,9 +10,9 @@ from conftest import FAMILIES, freeze, log_snr, make_flux, make_pixart
 from diffusers import FlowMatchHeunDiscreteScheduler
 
 import accel
-from accel import registry
+from accel.core.site import Side
 from accel.errors import ConfigError, UnsupportedError
-from accel.site import Side
+from accel.pipelines import registry
 
 Config = accel.TokenPruningConfig
 GUIDED = {"guidance": 3.0, "batch": 2}

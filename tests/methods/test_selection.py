@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from accel.methods import selection
-from accel.schedule import Phase, Schedule
+from accel.core.schedule import Phase, Schedule
+from accel.methods.pruning import selection
 
 
 def test_pool_is_the_mean_of_the_neighbours_there_are():

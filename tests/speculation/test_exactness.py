@@ -7,8 +7,9 @@ import pytest
 import torch
 from small_models import OneGenerator, TableModel, generators, z_score
 
-from accel.decoding import Sampling, decode
-from accel.methods.speculation import SpeculativeDecoder, SpeculativeDecodingConfig
+from accel.core.decoding import Sampling, decode
+from accel.methods.speculation import SpeculativeDecodingConfig
+from accel.methods.speculation.decoder import SpeculativeDecoder
 from accel.methods.speculation.loop import speculate, step_of
 from accel.methods.speculation.verify import rule_of
 

@@ -11,7 +11,7 @@ import torch
 from small_models import OneGenerator, PictureModel, TableModel, generators
 
 import accel
-from accel.decoding import Sampling, decode
+from accel.core.decoding import Sampling, decode
 from accel.errors import (
     AccelWarning,
     AlreadyAcceleratedError,
@@ -19,7 +19,8 @@ from accel.errors import (
     UnknownNameError,
     UnsupportedError,
 )
-from accel.methods.speculation import SpeculativeDecoder, SpeculativeDecodingConfig
+from accel.methods.speculation import SpeculativeDecodingConfig
+from accel.methods.speculation.decoder import SpeculativeDecoder
 from accel.methods.speculation.loop import ring_of, speculate, step_of
 from accel.methods.speculation.randomness import Randomness
 from accel.methods.speculation.verify import rule_of

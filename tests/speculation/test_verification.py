@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import pad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from accel.decoding import Sampling
+from accel.core.decoding import Sampling
 from accel.methods.speculation import SpeculativeDecodingConfig, verify
 from accel.methods.speculation.draft import above, carry, inverse_cdf, residual
 from accel.methods.speculation.loop import step_of

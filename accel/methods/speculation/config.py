@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from accel.core.checks import check, is_number, is_whole
 from accel.errors import ConfigError
-from accel.methods.checks import check, is_number, is_whole
 
 #: With a budget, groups are chosen among the powers of two up to this size, unless `group_size` says more.
 LARGEST_GROUP = 64

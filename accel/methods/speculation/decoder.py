@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from accel.decoding import Sampling, TokenModel, decode, draw
+from accel.core.decoding import Sampling, TokenModel, decode, draw
 from accel.errors import AccelWarning, ConfigError, UnsupportedError
 
 from . import windows
@@ -27,7 +27,7 @@ from .verify import rule_of
 
 
 class SpeculativeDecoder:
-    """An `accel.decoding.Decoder`: the same law of images as `decode`, in fewer forwards.
+    """An `accel.core.decoding.Decoder`: the same law of images as `decode`, in fewer forwards.
 
     An image depends on its own generator alone, whatever else is in the batch, as long as the window is the same
     (with noise verification, whatever the window is). Knows nothing about model families. A model may offer
@@ -45,8 +45,7 @@ class SpeculativeDecoder:
         timer: windows.Timer = windows.seconds,
     ) -> None:
         self.config, self.stats = config, stats or SpeculationStats()
-        #: The pipeline keeps its decoder alive, and the decoder a handle that nobody kept.
-        self.handle: Any = None
+        self.owner: Any = None  # what put it into a pipeline
         self._timer = timer
         self._gains: dict[tuple, windows.Gain] = {}
         self._timed: dict[tuple, dict[int, float]] = {}
@@ -61,7 +60,7 @@ class SpeculativeDecoder:
         generators: Sequence[torch.Generator],
         on_slots: Callable[[int], None] = lambda slots: None,
     ) -> Tensor:
-        """See `accel.decoding.Decoder`.
+        """See `accel.core.decoding.Decoder`.
 
         Raises:
             ConfigError: groups of more tokens than the vocabulary has.

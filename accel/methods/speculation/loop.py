@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from accel.decoding import Sampling, TokenModel, draw
+from accel.core.decoding import Sampling, TokenModel, draw
 
 from .config import SpeculativeDecodingConfig
 from .draft import inverse_cdf
@@ -148,7 +148,7 @@ def speculate(
 
 
 class _Readback:
-    """(B,) counts on their way to the host (as `accel.clock.Readback`, for more than one)."""
+    """(B,) counts on their way to the host (as `accel.core.clock.Readback`, for more than one)."""
 
     def __init__(self, values: Tensor) -> None:
         self._event = None

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from accel.decoding import Sampling, draw
+from accel.core.decoding import Sampling, draw
 
 from .draft import above, carry, inverse_cdf, residual
 from .verify import Rule, accepted, exact

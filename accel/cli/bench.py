@@ -1,0 +1,145 @@
+"""`accel bench`: side-by-side comparisons on one model, in one run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from accel.errors import ConfigError
+
+from . import common as c
+
+app = typer.Typer(help="Compare with what people use today, on this machine.", no_args_is_help=True)
+_console = Console(stderr=True)
+
+
+@app.command()
+def peers(
+    out: Annotated[
+        Path, typer.Argument(help="Folder for images, records and report; continued if it exists.")
+    ],
+    model: Annotated[str, typer.Option(help="builtin, a diffusers folder or a hub id.")] = "builtin",
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of the plain pipeline.")] = 24,
+    limit: Annotated[int, typer.Option(min=1, help="Number of prompts, tasks in turn.")] = 36,
+    only: Annotated[
+        str, typer.Option(help="Regular expression: only the settings whose name it finds.")
+    ] = "",
+    size: Annotated[int | None, typer.Option(help="Height and width; default: the pipeline's.")] = None,
+    seed: Annotated[int, typer.Option(help="Base seed.")] = 0,
+    device: c.Device = None,
+    dtype: c.Dtype = None,
+) -> None:
+    """Plain, fewer steps, tomesd's scheme, diffusers' caches, cache-dit and accel, interleaved in one run.
+
+    Writes report/report.md, report/index.html (Pareto plots), report/report.json (environment) and
+    problems.json (settings that are missing or fail, with their errors). A stopped run continues; another --only adds
+    settings, which get no speedup where the plain pictures were made in an earlier start.
+    """
+    from accel.evaluation import suites
+    from accel.evaluation.bench.compare import compare
+    from accel.evaluation.bench.peers import fewer_steps, ours, theirs
+    from accel.generation import load_pipeline
+
+    wanted = _pattern(only)
+    chosen = [c for c in (*fewer_steps(steps), *theirs(steps), *ours(steps)) if wanted.search(c.name)]
+    if not chosen:
+        raise ConfigError(f"--only {only!r} matches none of the settings")
+    pipe = load_pipeline(model, device, dtype)
+    if hasattr(pipe, "set_progress_bar_config"):
+        pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": steps} | ({} if size is None else {"height": size, "width": size})
+
+    def progress(state: tuple[int, int, str]) -> None:
+        done, total, name = state
+        _console.print(f"{done}/{total} {name}", highlight=False)
+
+    page = compare(
+        out, pipe, suites.scenes(), chosen, call=call, model=model, limit=limit, seed=seed, progress=progress
+    )
+    typer.echo(page.read_text(encoding="utf-8"))
+    _console.print(f"report: {page.with_name('index.html')}", highlight=False, soft_wrap=True)
+
+
+@app.command("ar")
+def autoregressive(
+    out: Annotated[
+        Path, typer.Argument(help="Folder for images, records and report; continued if it exists.")
+    ],
+    model: Annotated[str, typer.Option(help="builtin-ar, a folder, or a hub id.")] = "builtin-ar",
+    limit: Annotated[int, typer.Option(min=1, help="Number of prompts, tasks in turn.")] = 60,
+    samples: Annotated[int, typer.Option("--seeds", min=1, help="Images per prompt, each its own seed.")] = 1,
+    batch_sizes: Annotated[str, typer.Option(help="Images per call, comma-separated.")] = "1,2,4,8,16,32",
+    repeats: Annotated[int, typer.Option(min=1, help="Calls at each batch size above 1.")] = 3,
+    window: Annotated[int, typer.Option(min=2, help="Window of all but the sweep over windows.")] = 16,
+    only: Annotated[
+        str, typer.Option(help="Regular expression: only the settings whose name it finds, and plain.")
+    ] = "",
+    guidance: c.Guidance = None,
+    temperature: c.Temperature = None,
+    top_k: c.TopK = None,
+    top_p: c.TopP = None,
+    seed: Annotated[int, typer.Option(help="Base seed.")] = 0,
+    device: c.Device = None,
+    dtype: c.Dtype = None,
+) -> None:
+    """transformers' generate, plain decoding, SJD, lossless couplings, GSD, mixtures, windows; one run.
+
+    Writes report/autoregressive.md, .json, .csv and plots. A stopped run continues.
+    """
+    from accel.evaluation import suites
+    from accel.evaluation.bench.autoregressive import bench, settings
+    from accel.generation import Settings
+
+    wanted = _pattern(only)
+    chosen = [item for item in settings(window=window) if item.is_plain or wanted.search(item.name)]
+    sizes = _sizes(batch_sizes)
+    pipe = c.load(model, device, dtype)
+    call = Settings(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+    call.check(pipe)
+    with _bar() as update:
+        page = bench(
+            out,
+            pipe,
+            suites.scenes(),
+            chosen,
+            call=call.arguments(pipe),
+            model=model,
+            limit=limit,
+            samples=samples,
+            seed=seed,
+            batch_sizes=sizes,
+            repeats=repeats,
+            progress=update,
+        )
+    typer.echo(page.read_text(encoding="utf-8"))
+    _console.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[tuple[int, int, str]], None]]:
+    """A bar for what `accel.evaluation.run` says: (done, total, configuration) of the batch size at hand."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=_console, transient=True) as bars:
+        task = bars.add_task("", total=None)
+        yield lambda state: bars.update(task, completed=state[0], total=state[1], description=state[2])
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ConfigError(f"--only {text!r} is not a regular expression: {error}") from error
+
+
+def _sizes(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) >= 1 for part in parts):
+        raise ConfigError(f"--batch-sizes {text!r}: expected whole numbers >= 1, such as 1,4,16")
+    return [int(part) for part in parts]

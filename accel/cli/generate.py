@@ -1,0 +1,98 @@
+"""`accel generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from accel.errors import ConfigError
+
+from . import common as c
+
+
+def generate(
+    prompts: Annotated[
+        list[str], typer.Argument(help="One or more prompts, each in quotes.", show_default=False)
+    ],
+    model: Annotated[str, typer.Option(help=c.MODELS)] = "builtin",
+    preset: c.Preset = None,
+    config: c.Config = None,
+    steps: c.Steps = None,
+    size: c.Size = None,
+    guidance: c.Guidance = None,
+    temperature: c.Temperature = None,
+    top_k: c.TopK = None,
+    top_p: c.TopP = None,
+    seed: c.Seed = 0,
+    num: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("accel-out"),
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also generate without acceleration, and show both.")
+    ] = False,
+    device: c.Device = None,
+    dtype: c.Dtype = None,
+    force: c.Force = False,
+    as_json: c.Json = False,
+) -> None:
+    """Generate images, accelerated if a preset or config is given.
+
+    Every image is saved as soon as its batch is done, with prompt, seed and configuration in the PNG's
+    text fields; Ctrl-C keeps what is finished.
+    """
+    from accel import generation as g
+
+    chosen = c.configuration(preset, config)
+    if compare and chosen is None:
+        raise ConfigError("--compare needs something to compare with: add --preset or --config")
+    settings = g.Settings(steps, g.parse_size(size) if size else None, guidance, temperature, top_k, top_p)
+    jobs = [
+        g.Job(prompt, seed + index * num + copy)
+        for index, prompt in enumerate(prompts)
+        for copy in range(num)
+    ]
+    paths = [out / f"{index:04d}-{c.slug(job.prompt)}-{job.seed}.png" for index, job in enumerate(jobs)]
+    extra = [path.with_name(f"{path.stem}-compare.png") for path in paths] if compare else []
+    c.prepare(out, paths + extra, force)
+    pipe = c.load(model, device, dtype)
+    settings.check(pipe)
+    if chosen is not None:
+        g.check_can_accelerate(pipe, chosen)
+    label = preset or (config.stem if config else "plain")
+
+    plain: list[Any] = []
+    made: list[Any] = []
+    rows: list[dict[str, Any]] = []
+    ways = [g.Way.of(pipe, None), g.Way.of(pipe, chosen)]
+    per_call = steps or g.default_steps(pipe, settings) or 0
+    calls = -(-len(jobs) // batch) * (2 if compare else 1)
+    try:
+        title = "drawing tokens" if g.is_autoregressive(pipe) else "denoising"
+        with c.progress(title, calls * per_call) as advance:
+            for group in g.batches(range(len(jobs)), batch):
+                members = [jobs[i] for i in group]
+                if compare:
+                    plain.append(g.timed(ways[0], members, settings, on_step=advance))
+                made.append(g.timed(ways[1], members, settings, on_step=advance))
+                files = [paths[i] for i in group]
+                c.save(made[-1].images, members, files, label, model)
+                if compare:
+                    c.save_comparisons(members, plain[-1], made[-1], files, label)
+                    rows += c.pair_rows(members, plain[-1:], made[-1:], files)
+                else:
+                    facts = {"seconds": made[-1].seconds / len(members), **c.decoding_row(made[-1])}
+                    rows += [
+                        {"prompt": job.prompt, "seed": job.seed, **facts, "file": str(file)}
+                        for job, file in zip(members, files, strict=True)
+                    ]
+    except KeyboardInterrupt:
+        c.progress_console.print(
+            f"interrupted: {len(rows)} of {len(jobs)} images are finished and kept in {out}"
+        )
+        raise typer.Exit(130) from None
+    result: dict[str, Any] = {"images": rows}
+    if compare:
+        result["summary"] = c.summarise(rows, label, chosen)
+    c.show(result, as_json, f"{model}, {c.describe(pipe, per_call)}")

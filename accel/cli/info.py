@@ -1,0 +1,86 @@
+"""`accel info`: versions, device, what is active and why the rest is not, presets."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from accel import __version__, backends, configs, methods
+from accel.pipelines import builtin
+
+_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
+
+
+def _versions() -> dict[str, str]:
+    found = {"accel": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "missing"
+    return found
+
+
+def _builtin() -> dict[str, str]:
+    """Folder of each built-in model, or how to make it."""
+    found = {}
+    for name, folder, index, script in (
+        ("builtin", builtin.FOLDER, "model_index.json", "train_scenes_diffusion.py"),
+        ("builtin-ar", builtin.AUTOREGRESSIVE_FOLDER, "config.json", "train_scenes_ar.py"),
+    ):
+        missing = f"missing: train it with examples/{script}"
+        found[name] = str(folder) if (folder / index).is_file() else missing
+    return found
+
+
+def _presets() -> dict[str, list[str]]:
+    """Names of presets, by the method they configure."""
+    found: dict[str, list[str]] = {}
+    for name in configs.names():
+        method = methods.name_of(configs.load(name))
+        found.setdefault(method, []).append(name)
+    return found
+
+
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Versions, device, which backends are active and why the others are not, presets, model families."""
+    from accel.pipelines import registry
+    from accel.pipelines.autoregressive import adapter
+
+    probes, models, presets = backends.probes(), _builtin(), _presets()
+    if as_json:
+        report = {
+            "versions": _versions(),
+            "backends": {probe.name: probe.as_dict() for probe in probes},
+            "presets": configs.names(),
+            "presets_by_method": presets,
+            "builtin": models["builtin"],
+            "builtin_ar": models["builtin-ar"],
+            "denoisers": registry.known(),
+            "autoregressive_models": adapter.known(),
+        }
+        typer.echo(json.dumps(report, indent=2))
+        return
+    console = Console()
+    console.print("  ".join(f"{name} {number}" for name, number in _versions().items()), highlight=False)
+    table = Table("backend", "active", "version", "", box=None, pad_edge=False)
+    for probe in probes:
+        table.add_row(
+            probe.name,
+            "[green]yes[/]" if probe.active else "[yellow]no[/]",
+            probe.version or "–",
+            probe.detail,
+        )
+    console.print(table)
+    lines = [f"presets, {method}: {', '.join(names)}" for method, names in presets.items()]
+    lines += [f"model {name}: {where}" for name, where in models.items()]
+    lines.append(f"denoisers: {', '.join(registry.known())}")
+    lines.append(f"autoregressive models: {', '.join(adapter.known())}")
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)

@@ -1,0 +1,240 @@
+"""Where the denoising loop is, without asking the device.
+
+diffusers' schedulers all have `set_timesteps` and `step`; not all have `step_index`. Both are wrapped on the
+scheduler *instance*, and `set_begin_index` where there is one (image-to-image starts in the middle).
+All of this runs outside of compiled code: it is the one place where steps are counted.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .noise_levels import log_snr, step_lengths
+
+
+class Listener:
+    """What follows a clock. `begin`, then for every step `before` and `after`, then `end`.
+
+    `end` also comes when the loop fails inside the scheduler or the denoiser, or a pipeline leaves it early. `begin`
+    may come again without it (a loop of the user's own, left early): state is dropped at either.
+    """
+
+    def begin(self, clock: Clock) -> None: ...
+
+    def before(self, clock: Clock) -> None: ...
+
+    def after(self, clock: Clock) -> None: ...
+
+    def end(self, clock: Clock) -> None: ...
+
+
+class Clock:
+    """Counts the steps of one scheduler and tells its listeners.
+
+    Attributes:
+        step: index of the step that is running, from 0 also when the loop starts in the middle.
+        total: number of steps of this run.
+        timesteps: the scheduler's timesteps of this run, on the host.
+        times: what forecasts run along, rising: the steps' log signal-to-noise ratio (accel.core.noise_levels).
+        lengths: what each step multiplies the prediction with before it adds it to the sample; None: unknown.
+        running: a loop has been started and has not ended.
+        runs: how many loops have been started.
+        samples: batch of the latents seen by the last `step`, None before the first. The denoiser's batch is
+            a multiple of it when guidance is batched.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = weakref.ref(scheduler)
+        self._listeners: list[Listener] = []
+        self._bars: list[tuple[weakref.ref, dict[str, Any]]] = []  # pipelines, and their own progress_bar
+        self._whole = 0  # timesteps of the schedule, of which a run may skip the first
+        self.step = self.total = self.runs = 0
+        self.timesteps: tuple[float, ...] = ()
+        self.times: tuple[float, ...] = ()
+        self.lengths: tuple[float, ...] | None = None
+        self.running = False
+        self.samples: int | None = None
+
+    @classmethod
+    def of(cls, scheduler: Any) -> Clock:
+        """The clock of this scheduler; one for all methods, so that they can leave in any order."""
+        # Found through its own wrapper: a table of clocks would keep pipelines alive that nobody uses.
+        return getattr(vars(scheduler).get("step"), "accel_clock", None) or cls(scheduler)
+
+    def follows(self, scheduler: Any) -> bool:
+        return self._scheduler() is scheduler
+
+    @property
+    def listeners(self) -> tuple[Listener, ...]:
+        return tuple(self._listeners)
+
+    def add(self, listener: Listener, pipe: Any = None) -> Callable[[], None]:
+        """Tell `listener` from now on; returns the undo action. The first wraps the scheduler, the last
+        unwraps it. With the pipeline that runs the loop, it is also known when that leaves it before the last
+        step: interrupted, or by an exception in a callback."""
+        if not self._listeners:
+            self._wrap()
+        if pipe is not None:
+            self._watch(pipe)
+        self._listeners.append(listener)
+        return functools.partial(self._leave, listener)
+
+    def abort(self) -> None:
+        """The loop failed: listeners drop their state."""
+        if self.running:
+            self.running = False
+            self._tell("end")
+
+    def _leave(self, listener: Listener) -> None:
+        self._listeners.remove(listener)
+        if not self._listeners:
+            self._unwrap()
+
+    def _tell(self, event: str) -> None:
+        for listener in tuple(self._listeners):
+            getattr(listener, event)(self)
+
+    def _wrap(self) -> None:
+        scheduler = self._scheduler()
+        assert scheduler is not None
+        self._own = {name: vars(scheduler)[name] for name in _WRAPPED if name in vars(scheduler)}
+        for name, handler in _HANDLERS.items():
+            if hasattr(scheduler, name):
+                setattr(scheduler, name, _wrapped(self, getattr(scheduler, name), handler))
+        # What copy, deepcopy and pickle ask for: a copy with these wrappers would drive this scheduler.
+        vars(scheduler)["__getstate__"] = self._plain_state
+
+    def _watch(self, pipe: Any) -> None:
+        own = {name: value for name, value in vars(pipe).items() if name == "progress_bar"}
+        if hasattr(pipe, "progress_bar") and not hasattr(own.get("progress_bar"), "accel_clock"):
+            self._bars.append((weakref.ref(pipe), own))
+            pipe.progress_bar = _watched(self, pipe.progress_bar)
+
+    def _unwrap(self) -> None:
+        for reference, own in self._bars:
+            if (pipe := reference()) is not None:
+                vars(pipe).pop("progress_bar", None)
+                vars(pipe).update(own)
+        self._bars.clear()
+        scheduler = self._scheduler()
+        if scheduler is None:
+            return
+        for name in _WRAPPED:
+            vars(scheduler).pop(name, None)
+        vars(scheduler).update(self._own)
+
+    def _plain_state(self) -> dict[str, Any]:
+        """The scheduler's attributes without anything of ours."""
+        attributes = vars(self._scheduler())
+        return {name: value for name, value in attributes.items() if name not in _WRAPPED} | self._own
+
+    def _on_set_timesteps(self, result: Any, *args: Any, **kwargs: Any) -> None:
+        scheduler = self._scheduler()
+        assert scheduler is not None
+        self._whole = len(scheduler.timesteps)
+        self._start(self._whole)
+
+    def _on_set_begin_index(self, result: Any, begin_index: int = 0, *args: Any, **kwargs: Any) -> None:
+        # Pipelines call it between set_timesteps and the first denoising call, mostly with 0.
+        if self.running and self.step == 0 and self.total != self._whole - begin_index:
+            self._start(self._whole - begin_index)
+
+    def _on_step(self, result: Any, *args: Any, **kwargs: Any) -> None:
+        if not self.running:  # a step outside of a run we saw the start of: nothing is ours to count
+            return
+        sample = kwargs.get("sample", args[2] if len(args) > 2 else None)
+        self.samples = sample.shape[0] if isinstance(sample, Tensor) else None
+        self._tell("after")
+        self.step += 1
+        if self.step < self.total:
+            self._tell("before")
+        else:
+            self.running = False
+            self._tell("end")
+
+    def _start(self, total: int) -> None:
+        scheduler = self._scheduler()
+        assert scheduler is not None
+        # Read once per run, before the loop: no step waits for the device.
+        first = self._whole - total
+        self.timesteps = tuple(float(t) for t in scheduler.timesteps[first:].tolist())
+        self.times = log_snr(scheduler)[first:]
+        lengths = step_lengths(scheduler)
+        self.lengths = None if lengths is None else lengths[first:]
+        self.step, self.total, self.samples, self.running = 0, total, None, True
+        self.runs += 1
+        self._tell("begin")
+        self._tell("before")
+
+
+_HANDLERS: dict[str, Callable[..., None]] = {
+    "set_timesteps": Clock._on_set_timesteps,
+    "set_begin_index": Clock._on_set_begin_index,
+    "step": Clock._on_step,
+}
+_WRAPPED = (*_HANDLERS, "__getstate__")
+
+
+def _wrapped(clock: Clock, method: Callable, handler: Callable[..., None]) -> Callable:
+    # functools.wraps keeps the signature: diffusers inspects set_timesteps and step to see what they accept.
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            result = method(*args, **kwargs)
+            handler(clock, result, *args, **kwargs)
+        except BaseException:
+            clock.abort()
+            raise
+        return result
+
+    call.accel_clock = clock  # type: ignore[attr-defined]
+    return call
+
+
+def _watched(clock: Clock, method: Callable) -> Callable:
+    """`pipe.progress_bar`: diffusers' pipelines run their loop inside of it, and it closes however they leave."""
+
+    @functools.wraps(method)
+    def progress_bar(*args: Any, **kwargs: Any) -> Any:
+        bar = method(*args, **kwargs)
+        run, close = clock.runs, bar.close
+
+        def closed() -> None:
+            # A bar closes again when it is collected, maybe while another loop is running.
+            if clock.runs == run:
+                clock.abort()
+            close()
+
+        bar.close = closed
+        return bar
+
+    progress_bar.accel_clock = clock  # type: ignore[attr-defined]
+    return progress_bar
+
+
+class Readback:
+    """A device scalar on its way to the host, read one step later.
+
+    Reading at once would make the host wait for everything queued. One step later the device has a whole step
+    of work queued behind the value, so it never runs dry, and the decision stays the same in every run.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self._event = None
+        self._host = value.detach().float()
+        if value.is_cuda:
+            self._host = torch.empty((), dtype=torch.float32, pin_memory=True)
+            self._host.copy_(value.detach(), non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> float:
+        if self._event is not None:
+            self._event.synchronize()
+        return float(self._host)

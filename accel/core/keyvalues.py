@@ -1,0 +1,154 @@
+"""Keys and values of all tokens, kept from step to step, while only some tokens are computed.
+
+The computed tokens then still attend to the whole image (CAT Pruning, arXiv:2502.00433, section 3.3). No
+attention processor is copied: hooks on the modules that make keys and values write the new rows into the kept
+tensors and return those. Where there is a rotary table, the hooks apply it, row by row, and the processor gets
+none, so that every attention backend keeps working.
+
+Shapes: B batch, L rows (text and computed image tokens, or one of them), K computed slots, N tokens, T text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor, nn
+
+from accel.errors import UnsupportedError
+
+from .plan import TokenPlan
+
+Table = tuple[Tensor, Tensor]
+Rows = Literal["first", "last"]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A self-attention whose keys and values can be kept, as data.
+
+    Attributes:
+        path: the attention module's path inside the denoiser.
+        keys, values: its submodules whose outputs are all keys and all values of the image tokens, (B, L, ...),
+            after them text tokens only if they come first in the same tensor.
+        table: the argument that holds the rotary table, (L, d) each; None without one.
+        rotated: the submodules whose outputs the table applies to, and which of its rows: the "first" or the
+            "last" L.
+        rotate: (x (B, L, H, d), table rows) -> the rotated x, exactly as the attention processor does it.
+        refused: arguments of the module with which its processor takes rotated for unrotated rows -> what to say.
+    """
+
+    path: str
+    keys: str
+    values: str
+    table: str | None = None
+    rotated: Mapping[str, Rows] = field(default_factory=dict)
+    rotate: Callable[[Tensor, Table], Tensor] | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+
+class KeyValues:
+    """The kept keys and values of a denoiser.
+
+    Attributes:
+        plan: the tokens that are computed in this call; None: all.
+        storing: keep what a call with all tokens computes.
+        call: set by the owner: the index of the running call within the step; each call of a step (the
+            branches of guidance) has its own keys and values.
+    """
+
+    def __init__(self, call: Callable[[], int]) -> None:
+        self.call = call
+        self.layers = 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.plan: TokenPlan | None = None
+        self.storing = False
+        self.tables: dict[str, Table] = {}
+        self.kept: dict[tuple[int, str], Tensor] = {}
+
+    @property
+    def active(self) -> bool:
+        return self.storing or self.plan is not None
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.kept.values())
+
+    def check(self, calls: int) -> None:
+        """After a step that stored in this many calls: every attention must have passed through the hooks.
+
+        Raises:
+            UnsupportedError: an attention processor that makes its keys or values another way.
+        """
+        seen = sum(call < calls for call, _ in self.kept)
+        if seen != 2 * self.layers * calls:
+            raise UnsupportedError(
+                f"keys and values of {seen} of {2 * self.layers * calls} projections were seen: a custom "
+                "attention processor or fused projections. Use keys_values='none', or the default processors."
+            )
+
+    def attach(self, denoiser: nn.Module, attentions: list[Attention], stack: ExitStack) -> None:
+        self.layers = len(attentions)
+        for attention in attentions:
+            module = denoiser.get_submodule(attention.path)
+            if getattr(module, "fused_projections", False):
+                raise UnsupportedError(
+                    f"{attention.path} has fused projections. Call pipe.transformer.unfuse_qkv_projections() "
+                    "first, or use keys_values='none'."
+                )
+            if attention.table is not None:
+                hook = self._take_table(attention)
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            for name in {*attention.rotated, attention.keys, attention.values}:
+                made = self._made(attention, name)
+                stack.callback(module.get_submodule(name).register_forward_hook(made).remove)
+
+    # Inside the denoiser, possibly traced.
+
+    def _take_table(self, attention: Attention) -> Callable:
+        path, name = attention.path, attention.table
+        assert name is not None
+
+        def take(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            if not self.active:
+                return None
+            for argument, reason in attention.refused.items():
+                if kwargs.get(argument) is not None:
+                    raise UnsupportedError(f"{argument} in {path}: {reason}")
+            self.tables[path] = kwargs[name]
+            return args, {**kwargs, name: None}
+
+        return take
+
+    def _made(self, attention: Attention, name: str) -> Callable:
+        path, rows, rotate = attention.path, attention.rotated.get(name), attention.rotate
+        kept = f"{path}.{name}" if name in (attention.keys, attention.values) else None
+
+        def made(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+            if not self.active:
+                return None
+            if rows is not None:
+                assert rotate is not None
+                L, (cos, sin) = output.shape[1], self.tables[path]
+                part = slice(L) if rows == "first" else slice(cos.shape[0] - L, None)
+                output = rotate(output, (cos[part], sin[part]))
+            return output if kept is None else self._keep((self.call(), kept), output)
+
+        return made
+
+    def _keep(self, key: tuple[int, str], new_BL: Tensor) -> Tensor:
+        plan = self.plan
+        if plan is None:
+            self.kept[key] = new_BL
+            return new_BL
+        kept_BL = self.kept[key]
+        text = new_BL.shape[1] - plan.slots
+        if text:
+            kept_BL[:, :text].copy_(new_BL[:, :text])
+        plan.write(kept_BL[:, text:], new_BL[:, text:])
+        return kept_BL

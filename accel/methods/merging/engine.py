@@ -1,0 +1,262 @@
+"""Cached token merging at work: when plans are built, from what, and how predictions are unmerged.
+
+Shapes: B batch, N tokens, K slots, C channels, c channels of a prediction, G plan rows.
+"""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import ExitStack
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from accel.core.clock import Readback
+from accel.core.history import History, memory
+from accel.core.plan import TokenPlan
+from accel.core.run import Run, StepMethod, Target
+from accel.core.schedule import slots
+from accel.core.span import Span
+from accel.errors import AccelWarning, UnsupportedError
+from accel.methods import importance
+from accel.stats import Stats, StepStats
+
+from . import matching, noise
+from .config import TokenMergingConfig
+
+
+class TokenMerging(StepMethod):
+    """Cached merging at work on one denoiser: a plan per group of layers, and when to rebuild them."""
+
+    name = "token_merging"
+
+    def __init__(self, target: Target, config: TokenMergingConfig, stats: Stats) -> None:
+        self.target, self.config = target, config
+        self.sites = list(target.adapter.sites(target.denoiser))
+        first, last = config.dense_blocks_first, len(self.sites) - config.dense_blocks_last
+        if first >= last:
+            raise UnsupportedError(
+                f"nothing to merge: dense_blocks_first={first} and "
+                f"dense_blocks_last={config.dense_blocks_last} leave none of the model's "
+                f"{len(self.sites)} blocks."
+            )
+        if config.proportional and any(site.bias is None for site in self.sites):
+            raise UnsupportedError(
+                f"proportional=True: the attention of {target.adapter.name} takes no bias per key."
+            )
+        if min(config.budgets) >= 1:
+            warnings.warn(
+                f"{config.source} merges nothing: the pipeline is not accelerated.",
+                AccelWarning,
+                stacklevel=3,
+            )
+        self.carries = config.unmerge == "carry" or 0 in config.budgets
+        self.groups = [_Group(self, blocks) for blocks in _layer_groups(first, last, config.refresh_layers)]
+        self.run = Run(target, config.schedule(), self, stats, span=config.scope == "span")
+        self.run.keep_outputs = self.carries or (config.protect > 0 and config.importance != "detail")
+        self.forget()
+
+    def attach(self, stack: ExitStack) -> None:
+        for group in self.groups:
+            for span, blocks in group.spans:
+                sites = [self.sites[i] for i in blocks]
+                span.attach(self.target.denoiser, sites, stack, bias=self.config.proportional)
+        self.run.attach(stack)
+
+    # Between steps (see StepMethod).
+
+    def forget(self) -> None:
+        self.guidance: Tensor | None = None
+        self.history: History | None = None
+        self.forecasts: list[Tensor] = []
+        self._growths: list[Readback] = []
+        # On the device, so that compiled code can number its draws without a new graph for each.
+        device = next(self.target.denoiser.parameters()).device
+        self.draw = torch.zeros((), dtype=torch.int64, device=device)
+        for group in self.groups:
+            group.forget()
+
+    def prepare(self, run: Run) -> None:
+        if run.clock.step == 0 and self.carries and self.config.order > 0:
+            run.check_times()
+        run.correct, self.forecasts = None, []
+        if self.history is not None and not run.phase.dense:
+            self.forecasts = self.history.forecasts(run.time)
+            if run.phase.budget == 0:
+                run.answer(self.forecasts)
+                return
+            if self.config.unmerge == "carry":
+                run.correct = self._carry
+        refresh = run.phase.refresh
+        if self.config.drift is not None:
+            refresh = self._drifted() or refresh
+        if refresh and run.outputs:
+            tokens = tuple(run.target.adapter.output_tokens(run.target.denoiser, o) for o in run.outputs)
+            self.guidance = importance.guidance_magnitude(tokens, run.samples or tokens[0].shape[0])
+        for group in self.groups:
+            group.stale = (
+                group.stale or refresh or (0 < run.phase.budget < 1 and group.budget != run.phase.budget)
+            )
+            group.built = False
+
+    def _drifted(self) -> bool:
+        limit = 1 + (self.config.drift or 0)
+        drifted = any(growth.read() > limit for growth in self._growths)
+        current = [] if drifted else [g.growth for g in self.groups if g.growth is not None]
+        self._growths = [Readback(growth) for growth in current]
+        return drifted
+
+    def account(self, run: Run) -> StepStats:
+        assert run.grid is not None
+        tokens = run.grid[0] * run.grid[1]
+        total = len(self.sites) * tokens
+        self._learn(run)
+        held = memory(self.history)
+        if run.phase.budget == 0:
+            return StepStats(0, total, forecast=total, cache_bytes=held)
+        active = [g for g in self.groups if g.plan is not None and not run.phase.dense]
+        saved = sum(len(g.blocks) * (tokens - g.plan.slots) for g in active if g.plan is not None)
+        built = sum(g.built for g in active)
+        return StepStats(total - saved, total, built, len(active) - built, cache_bytes=held)
+
+    def _learn(self, run: Run) -> None:
+        """Keep what the step predicted, for the deviations and forecasts of the steps after it."""
+        if not self.carries or run.phase.budget == 0:
+            return
+        if self.history is None:
+            self.history = History(self.config.order)
+            self.history.start(run.outputs, run.time)
+        else:
+            run.check_calls(len(run.outputs), len(self.history.values))
+            self.history.add(run.outputs, run.time)
+
+    # Inside the denoiser, possibly traced.
+
+    def build(self, x_BNC: Tensor, grid: tuple[int, int]) -> TokenPlan | None:
+        """A plan from the tokens at a group's entry; None if a threshold finds nothing similar enough."""
+        config, N = self.config, x_BNC.shape[1]
+        if grid[0] * grid[1] != N:
+            raise UnsupportedError(
+                f"{N} image tokens are not the {grid[0]}x{grid[1]} grid the model was told of"
+            )
+        keep, protected, cell = _sizes(
+            config, self.run.phase.budget, grid, multiple=16 if x_BNC.is_cuda else 1
+        )
+        # One plan for all, unless the model allows one per image and the number of images is known: before
+        # the first step is over it is not, because the batch may hold both halves of guidance.
+        samples = self.run.samples
+        shared = self.target.adapter.shared_plan or samples is None or x_BNC.shape[0] % samples
+        rows = 1 if shared or samples is None else samples
+        unit_GNC = matching.features(x_BNC, rows)
+
+        score_GN = exempt_GN = None
+        if protected or config.destinations != "random":
+            score_GN = self._importance(x_BNC, grid, rows)
+        if config.destinations == "random" or score_GN is None:
+            self.draw = self.draw.to(x_BNC.device) + 1
+            wish_GN = noise.uniform(N, config.seed, self.draw).expand(rows, -1)
+        else:
+            wish_GN = score_GN if config.destinations == "important" else -score_GN
+        if protected and score_GN is not None:
+            exempt_GN = matching.top_mask(score_GN, protected)
+
+        dst_GD = matching.destinations(wish_GN, grid, cell)
+        best_GN, target_GN = matching.match(unit_GNC, dst_GD, exempt_GN)
+        if config.threshold is not None:
+            # The only wait for the device, once per plan. Rounded so that few different shapes occur.
+            similar = int((best_GN >= config.threshold).sum(1).min())
+            keep = max(keep, slots(N, 1 - similar / N, multiple=16))
+            if keep >= N:
+                return None
+        return matching.merge_plan(best_GN, target_GN, keep).repeat(x_BNC.shape[0] // rows if rows > 1 else 1)
+
+    def _carry(self, prediction: Tensor) -> Tensor:
+        """Forecast + what the groups' means say about it: the mean of each group as computed, and within the
+        group every token's own deviation as forecast."""
+        target, plan, grid = self.target, self.groups[-1].plan, self.run.grid
+        if plan is None or grid is None:
+            return prediction
+        call = len(self.run.outputs)
+        self.run.check_calls(max(call + 1, len(self.forecasts)), len(self.forecasts))
+        old_BNc = target.adapter.output_tokens(target.denoiser, self.forecasts[call])
+        new_BNc = target.adapter.output_tokens(target.denoiser, prediction)
+        gather = plan.take if self.config.merge == "pick" else plan.reduce
+        carried_BNc = old_BNc + plan.expand(gather(new_BNc - old_BNc))
+        return target.adapter.with_tokens(target.denoiser, prediction, carried_BNc, grid)
+
+    def _importance(self, x_BNC: Tensor, grid: tuple[int, int], rows: int) -> Tensor:
+        score_BN = self.guidance if self.config.importance != "detail" else None
+        if score_BN is None or score_BN.shape[1] != x_BNC.shape[1]:
+            score_BN = importance.local_detail(x_BNC, grid)
+        return score_BN.unflatten(0, (-1, rows)).mean(0)
+
+
+class _Group:
+    """Consecutive blocks that share a plan, built from the tokens at the entry of the first of them."""
+
+    def __init__(self, method: TokenMerging, blocks: range) -> None:
+        self.method, self.blocks = method, blocks
+        config = method.config
+        stretches = [blocks] if config.scope == "span" else [range(b, b + 1) for b in blocks]
+        observe = self._observe if config.drift is not None else None
+        self.spans = [
+            (Span(self.plan_for, pick=config.merge == "pick", observe=None if i else observe), stretch)
+            for i, stretch in enumerate(stretches)
+        ]
+
+    def forget(self) -> None:
+        self.plan: TokenPlan | None = None
+        self.stale, self.built = True, False
+        self.budget = 1.0  # of the plan
+        self.baseline: Tensor | None = None  # merging error when the plan was new
+        self.growth: Tensor | None = None  # merging error / baseline
+        for span, _ in self.spans:
+            span.clear()
+
+    def plan_for(self, x_BNC: Tensor) -> TokenPlan | None:
+        run = self.method.run
+        if run.phase.dense or run.grid is None:
+            return None
+        if self.stale:
+            with torch.no_grad():
+                self.plan = self.method.build(x_BNC, run.grid)
+            self.stale, self.built, self.budget = False, True, run.phase.budget
+        return self.plan
+
+    def _observe(self, x_BNC: Tensor, reduced_BKC: Tensor, plan: TokenPlan) -> None:
+        """How much worse the plan fits than when it was new: merging error relative to the tokens' size."""
+        error = (x_BNC - plan.expand(reduced_BKC)).float().square().mean() / x_BNC.float().square().mean()
+        if self.built or self.baseline is None:
+            self.baseline = error
+        self.growth = error / self.baseline
+
+
+def _layer_groups(first: int, last: int, refresh: tuple[int, ...] | Literal["all"]) -> list[range]:
+    """Blocks first..last-1 cut where a new plan is due."""
+    inner = range(first + 1, last) if refresh == "all" else sorted({b for b in refresh if first < b < last})
+    cuts = [first, *inner, last]
+    return [range(a, b) for a, b in pairwise(cuts)]
+
+
+def _sizes(
+    config: TokenMergingConfig, budget: float, grid: tuple[int, int], multiple: int
+) -> tuple[int, int, int]:
+    """(tokens kept, tokens protected, cell side) for a grid; raises if that leaves nothing to merge."""
+    tokens = grid[0] * grid[1]
+    keep = slots(tokens, budget, multiple)
+    protected = int(config.protect * tokens)
+    fitting = matching.cell_size(grid, keep - protected)
+    if keep >= tokens or fitting is None:
+        raise UnsupportedError(
+            f"{config.source} merges nothing at this size: of {grid[0]}x{grid[1]} = {tokens} tokens "
+            f"{keep} would be kept (a multiple of {multiple}), {protected} of them protected. Use a larger "
+            "image, or another ratio."
+        )
+    if config.cell is not None and config.cell < fitting:
+        raise UnsupportedError(
+            f"cell={config.cell} has too many destinations for {config.source} and "
+            f"protect={config.protect} on a {grid[0]}x{grid[1]} grid; use cell={fitting} or None."
+        )
+    return keep, protected, config.cell or fitting

@@ -1,0 +1,137 @@
+"""FLUX: dual-stream, then single-stream blocks; text and image tokens come in and go out separately.
+
+All blocks share one rotary table, text rows first, broadcast over the batch: so one plan for the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from accel.core.capability import Adapter
+from accel.core.keyvalues import Attention, Rows
+from accel.core.plan import TokenPlan
+from accel.core.site import Side, Site
+from accel.errors import UnsupportedError
+
+Get = Callable[[str], Any]
+
+
+def follow_rotary(get: Get, plan: TokenPlan) -> tuple[Tensor, ...]:
+    """Cosines, sines (text + N, d) -> (text + K, d): all text rows, the row of each slot's position."""
+    return tuple(_rotary_rows(table, plan) for table in get("image_rotary_emb"))
+
+
+def _rotary_rows(table: Tensor, plan: TokenPlan) -> Tensor:
+    text, image = table.split([table.shape[0] - plan.tokens, plan.tokens])
+    return torch.cat([text, image.index_select(0, plan.dst[0])])
+
+
+def follow_key_bias(get: Get, plan: TokenPlan) -> dict[str, Any]:
+    """A bias of log(slot size) on the image keys, 0 on the text keys: (1, 1, 1, text + K)."""
+    kwargs = get("joint_attention_kwargs") or {}
+    if kwargs.get("attention_mask") is not None:
+        raise UnsupportedError(
+            "proportional attention needs the place of `attention_mask` in joint_attention_kwargs"
+        )
+    text = get("encoder_hidden_states")
+    bias = torch.cat([text.new_zeros(text.shape[1]), plan.size[0].log().to(text.dtype)])
+    return {**kwargs, "attention_mask": bias[None, None, None]}
+
+
+def _sites(denoiser: nn.Module) -> list[Site]:
+    groups = ("transformer_blocks", "single_transformer_blocks")
+    paths = [f"{g}.{name}" for g in groups for name, _ in denoiser.get_submodule(g).named_children()]
+    sides = (Side("image_rotary_emb", follow_rotary),)
+    bias = Side("joint_attention_kwargs", follow_key_bias)
+    return [Site(path, output=1, sides=sides, bias=bias) for path in paths]
+
+
+def _grid(denoiser: nn.Module, img_ids: Tensor) -> tuple[int, int]:
+    ids = (img_ids[0] if img_ids.ndim == 3 else img_ids).cpu().long()
+    row, column = ids[:, 1] - ids[0, 1], ids[:, 2] - ids[0, 2]
+    height, width = int(row[-1]) + 1, int(column[-1]) + 1
+    index = torch.arange(len(ids))
+    if height * width != len(ids) or not (
+        torch.equal(row, index // width) and torch.equal(column, index % width)
+    ):
+        raise UnsupportedError(
+            f"the {len(ids)} image tokens are not one row-major grid (reference-image tokens, as in "
+            "Kontext, or custom img_ids); token reduction needs one"
+        )
+    return height, width
+
+
+def _rotate(x_BLHd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    return apply_rotary_emb(x_BLHd, table, sequence_dim=1)  # what FLUX's attention processors call
+
+
+#: The processor of diffusers' IP-Adapter attends to the adapter's tokens with what `norm_q` gives, before it applies
+#: the rotary table; the hooks have applied it by then, also at dense steps.
+_IP_ADAPTER = (
+    "an IP-Adapter needs queries before the rotary embedding, and keys_values='all' keeps those after it. Use "
+    "keys_values='none', or run without the adapter (pipe.unload_ip_adapter())."
+)
+
+
+def _attentions(denoiser: nn.Module) -> list[Attention]:
+    # Dual-stream blocks normalise text and image apart and put the text first; single-stream ones get both in
+    # one, in that order.
+    dual: dict[str, Rows] = {
+        "norm_q": "last",
+        "norm_k": "last",
+        "norm_added_q": "first",
+        "norm_added_k": "first",
+    }
+    single: dict[str, Rows] = {"norm_q": "last", "norm_k": "last"}
+    groups = {"transformer_blocks": dual, "single_transformer_blocks": single}
+    return [
+        Attention(
+            path=f"{group}.{name}.attn",
+            keys="norm_k",
+            values="to_v",
+            table="image_rotary_emb",
+            rotated=rotated,
+            rotate=_rotate,
+            refused={"ip_hidden_states": _IP_ADAPTER},
+        )
+        for group, rotated in groups.items()
+        for name, _ in denoiser.get_submodule(group).named_children()
+    ]
+
+
+def _refuse(arguments: Mapping[str, Any], span: bool) -> None:
+    if "ip_adapter_masks" in (arguments.get("joint_attention_kwargs") or {}):
+        raise UnsupportedError(
+            "joint_attention_kwargs['ip_adapter_masks']: masks over the image do not follow reduced tokens. "
+            "Run without the masks, or without acceleration."
+        )
+    controlled = [
+        name
+        for name in ("controlnet_block_samples", "controlnet_single_block_samples")
+        if arguments.get(name) is not None
+    ]
+    if span and controlled:
+        raise UnsupportedError(
+            f"{controlled[0]}: ControlNet adds full-size residuals between blocks, where span scope has "
+            "fewer tokens. Use scope='block', or run without ControlNet."
+        )
+
+
+ADAPTER = Adapter(
+    name="FLUX",
+    sites=_sites,
+    grid_source=lambda arguments: arguments["img_ids"],
+    grid=_grid,
+    output_tokens=lambda denoiser, prediction: prediction,
+    with_tokens=lambda denoiser, prediction, x_BNc, grid: x_BNc,
+    per_token=lambda denoiser, x_BN, grid: x_BN[..., None],
+    shared_plan=True,
+    attentions=_attentions,
+    refuse=_refuse,
+)

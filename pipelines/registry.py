@@ -1,0 +1,48 @@
+"""Which denoiser has which adapter, by the name of its class, so that no model is imported to know it."""
+
+from __future__ import annotations
+
+import importlib
+
+from torch import nn
+
+from accel.core.capability import Adapter
+from accel.errors import UnknownNameError
+
+#: Class name -> module whose `ADAPTER` describes it.
+_BUILTIN = {
+    "FluxTransformer2DModel": "accel.pipelines.diffusion.flux",
+    "PixArtTransformer2DModel": "accel.pipelines.diffusion.pixart",
+}
+_REGISTERED: dict[str, Adapter] = {}
+
+
+def register(class_name: str, adapter: Adapter) -> None:
+    """Make denoisers of this class known, for the process; takes precedence over the built-in adapters."""
+    _REGISTERED[class_name] = adapter
+
+
+def known() -> list[str]:
+    """Class names of the denoisers that can be accelerated."""
+    return sorted({*_BUILTIN, *_REGISTERED})
+
+
+def find(denoiser: nn.Module) -> Adapter:
+    """The adapter of a denoiser, by the names of its class and base classes.
+
+    Raises:
+        UnknownNameError: no adapter; names the nearest class and says how to write one.
+    """
+    for cls in type(denoiser).__mro__:
+        if cls.__name__ in _REGISTERED:
+            return _REGISTERED[cls.__name__]
+        if cls.__name__ in _BUILTIN:
+            return importlib.import_module(_BUILTIN[cls.__name__]).ADAPTER
+    raise UnknownNameError(
+        "denoiser class",
+        type(denoiser).__name__,
+        known(),
+        "To support another model, describe its blocks in an accel.core.capability.Adapter "
+        "(accel/pipelines/diffusion/pixart.py is a complete example) and call "
+        "accel.pipelines.registry.register(class_name, adapter).",
+    )
