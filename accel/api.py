@@ -41,8 +41,8 @@ def accelerate(
     cls = methods.of(config)
     target, stats = cls.take_apart(pipe, registry.find), cls.Stats(cls.name)
     method = cls(target, config, stats)  # refuses what it cannot do, before an attached one makes room
-    make_room(target.subject, cls, replace=replace)
+    make_room(target, cls, replace=replace)
     with ExitStack() as stack:  # if attaching fails half-way, everything is undone
         method.attach(stack)
-        method.handle = Handle(method, config, target.subject, stats, stack.pop_all())
+        method.handle = Handle(method, config, target, stats, stack.pop_all())
     return method.handle

@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from .core.around import compiled
 from .core.method import Method
 from .errors import AlreadyAcceleratedError, ConfigError
 
-#: The handles attached to each denoiser (or whatever else a method changes), by method. Weak on both sides: a
+#: A method, and the identity of the loop it follows: pipelines with schedulers of their own may share a denoiser.
+_Key = tuple[type[Method], int]
+
+#: The handles attached to each denoiser (or whatever else a method changes). Weak on both sides: a
 #: pipeline that nobody uses must go.
-_ATTACHED: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[type[Method], Handle]]
+_ATTACHED: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[_Key, Handle]]
 _ATTACHED = weakref.WeakKeyDictionary()
 
 
@@ -30,27 +34,29 @@ class Handle:
         stats: what was computed, skipped, rebuilt, and how long it took.
     """
 
-    def __init__(self, method: Method, config: Any, subject: Any, stats: Any, undo: ExitStack) -> None:
+    def __init__(self, method: Method, config: Any, target: Any, stats: Any, undo: ExitStack) -> None:
+        subject = target.subject
         self.method, self.config, self.stats = method.name, config, stats
         self._method = weakref.ref(method)
-        self._subject = weakref.ref(subject)
+        self._subject, self._pipe = weakref.ref(subject), target.pipe
         method.undo = undo  # the undo actions know the model
-        _ATTACHED.setdefault(subject, weakref.WeakValueDictionary())[type(method)] = self
-        _forget_compiled(subject)
+        self._key = (type(method), id(target.loop))
+        _ATTACHED.setdefault(subject, weakref.WeakValueDictionary())[self._key] = self
+        _forget_compiled(subject, target.pipe())
 
     @property
     def attached(self) -> bool:
         subject, method = self._subject(), self._method()
-        return subject is not None and method is not None and _ATTACHED[subject].get(type(method)) is self
+        return subject is not None and method is not None and _ATTACHED[subject].get(self._key) is self
 
     def remove(self) -> None:
         """Detach. The pipeline is bit-exactly what it was. Calling it twice is fine."""
         subject, method = self._subject(), self._method()
         if subject is None or method is None or not self.attached:
             return
-        del _ATTACHED[subject][type(method)]
+        del _ATTACHED[subject][self._key]
         method.undo.close()
-        _forget_compiled(subject)
+        _forget_compiled(subject, self._pipe())
 
     def __enter__(self) -> Handle:
         return self
@@ -62,17 +68,22 @@ class Handle:
         return f"<accel.Handle {self.config!r}, {'attached' if self.attached else 'removed'}>"
 
 
-def _forget_compiled(changed: Any) -> None:
+def _forget_compiled(changed: Any, pipe: Any) -> None:
     """A hook attached after a module was compiled and has run would silently be ignored. What is no module has
-    no hooks, and its compiled code stays."""
-    if isinstance(changed, nn.Module):
+    no hooks; what was not compiled is not worth that everything else of the process is compiled again."""
+    if not isinstance(changed, nn.Module):
+        return
+    held = [module for module in vars(pipe).values() if isinstance(module, nn.Module)] if pipe else []
+    wrapped = any(getattr(module, "_orig_mod", None) is changed for module in held)
+    if wrapped or any(compiled(module) for module in changed.modules()):
         torch.compiler.reset()
 
 
-def make_room(subject: Any, method: type[Method], *, replace: bool) -> None:
-    """Refuse a second handle of one method on one model, or remove the first if asked to replace it; refuse
+def make_room(target: Any, method: type[Method], *, replace: bool) -> None:
+    """Refuse a second handle of one method on one model and loop, or remove the first if asked to replace it; refuse
     methods that do not go together."""
-    attached = dict(_ATTACHED.get(subject) or {})
+    everywhere = dict(_ATTACHED.get(target.subject) or {})
+    attached = {other: handle for (other, loop), handle in everywhere.items() if loop == id(target.loop)}
     for other, handle in attached.items():
         if other is not method and (other.alone or method.alone):
             raise ConfigError(

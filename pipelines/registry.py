@@ -7,7 +7,6 @@ import importlib
 from torch import nn
 
 from accel.core.capability import Adapter
-from accel.errors import UnknownNameError
 
 #: Class name -> module whose `ADAPTER` describes it.
 _BUILTIN = {
@@ -28,21 +27,11 @@ def known() -> list[str]:
 
 
 def find(denoiser: nn.Module) -> Adapter:
-    """The adapter of a denoiser, by the names of its class and base classes.
-
-    Raises:
-        UnknownNameError: no adapter; names the nearest class and says how to write one.
-    """
+    """The adapter of a denoiser, by the names of its class and base classes. One that nobody has described gets an
+    adapter that declares nothing but a prediction: enough for forecasts."""
     for cls in type(denoiser).__mro__:
         if cls.__name__ in _REGISTERED:
             return _REGISTERED[cls.__name__]
         if cls.__name__ in _BUILTIN:
             return importlib.import_module(_BUILTIN[cls.__name__]).ADAPTER
-    raise UnknownNameError(
-        "denoiser class",
-        type(denoiser).__name__,
-        known(),
-        "To support another model, describe its blocks in an accel.core.capability.Adapter "
-        "(accel/pipelines/diffusion/pixart.py is a complete example) and call "
-        "accel.pipelines.registry.register(class_name, adapter).",
-    )
+    return Adapter(type(denoiser).__name__)

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from accel.core.around import Around, compiled
+
 
 class Measurement:
     """`seconds` of the whole call, `denoiser_seconds` of it in `calls` of the denoiser (None: not measurable),
@@ -30,19 +32,15 @@ class Measurement:
 def measure(pipe: Any) -> Iterator[Measurement]:
     """Measure what runs inside the `with` block. Enter it after accelerating `pipe`.
 
-    The denoiser's clock runs from before the first to after the last hook that is on it at that
-    moment, so an acceleration's own work counts as denoiser time.
+    The denoiser's clock stands around its hooks and whatever an acceleration does about its calls, so that all of
+    that counts as denoiser time.
     """
     device = _device(pipe)
     result = Measurement()
     denoiser = _denoiser(pipe)
-    laps = _Laps(device)
-    handles = []
-    if denoiser is not None:
-        handles = [
-            denoiser.register_forward_pre_hook(laps.start, prepend=True),
-            denoiser.register_forward_hook(laps.stop),
-        ]
+    laps = None if denoiser is None else _Laps(denoiser, device)
+    if laps is not None:
+        laps.install()
     peak_is_ours = _reset_peak(device)
     try:
         _synchronise(device)
@@ -51,27 +49,28 @@ def measure(pipe: Any) -> Iterator[Measurement]:
         _synchronise(device)
         result.seconds = time.perf_counter() - start
     finally:
-        for handle in handles:
-            handle.remove()
-    if denoiser is not None:
+        if laps is not None:
+            laps.remove()
+    if laps is not None:
         result.denoiser_seconds, result.calls = laps.total(), laps.count
     if peak_is_ours:
         result.peak_bytes, result.peak_kind = _peak(device)
 
 
-class _Laps:
+class _Laps(Around):
     """Sums forward passes. On CUDA with events, which cost no synchronisation inside the loop."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, module: torch.nn.Module, device: torch.device) -> None:
+        super().__init__(module)
         self._cuda = device.type == "cuda"
         self._marks: list[Any] = []
         self._device = device
 
-    def start(self, *_: Any) -> None:
+    def around(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         self._mark()
-
-    def stop(self, *_: Any) -> None:
+        output = self.call(*args, **kwargs)
         self._mark()
+        return output
 
     @property
     def count(self) -> int:
@@ -99,15 +98,11 @@ def is_compiled(pipe: Any) -> bool:
     """Whether some part of the pipeline runs through torch.compile."""
     components = getattr(pipe, "components", None) or vars(pipe)
     return any(
-        _compiled(module)
+        compiled(module)
         for component in components.values()
         if isinstance(component, torch.nn.Module)
         for module in component.modules()
     )
-
-
-def _compiled(module: Any) -> bool:
-    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
 
 
 def _denoiser(pipe: Any) -> torch.nn.Module | None:
@@ -115,10 +110,10 @@ def _denoiser(pipe: Any) -> torch.nn.Module | None:
     for name in ("transformer", "unet"):
         module = getattr(pipe, name, None)
         if isinstance(module, torch.nn.Module):
-            return None if _compiled(module) else module
+            return None if compiled(module) else module
     backbone = getattr(getattr(pipe, "adapter", None), "backbone", None)
     whole = hasattr(getattr(pipe, "_forward", None), "_torchdynamo_orig_callable")
-    return None if whole or not isinstance(backbone, torch.nn.Module) or _compiled(backbone) else backbone
+    return None if whole or not isinstance(backbone, torch.nn.Module) or compiled(backbone) else backbone
 
 
 def _device(pipe: Any) -> torch.device:

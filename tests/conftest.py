@@ -14,6 +14,8 @@ from diffusers import (
     PixArtTransformer2DModel,
 )
 
+from accel.core.around import Around
+
 TEXT_TOKENS, FLUX_DIM, PIXART_DIM = 7, 32, 16
 
 
@@ -140,6 +142,26 @@ def pixart_call(
         "generator": torch.Generator().manual_seed(5),
         **extra,
     }
+
+
+class Watch(Around):
+    """Tells `seen(args, kwargs, output)` what a module is asked from outside, and what its caller gets."""
+
+    def __init__(self, module, seen):
+        super().__init__(module)
+        self.seen = seen
+
+    def around(self, args, kwargs):
+        output = self.call(*args, **kwargs)
+        self.seen(args, kwargs, output)
+        return output
+
+    def __enter__(self):
+        self.install()
+        return self
+
+    def __exit__(self, *exc):
+        self.remove()
 
 
 def freeze(pipe):

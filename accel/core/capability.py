@@ -1,17 +1,73 @@
-"""What a model family has, declared: one `Adapter` each, in a small file of its own (`accel.pipelines.diffusion`)."""
+"""What a model family has and what a method needs, declared; one check compares.
+
+A family is one `Adapter` in a small file of its own (`accel.pipelines.diffusion`). What it does not declare it does
+not have; a denoiser nobody has described has its prediction, which is all that forecasts need.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from accel.errors import UnsupportedError
+from accel.errors import ConfigError, UnsupportedError
 
 from .keyvalues import Attention
 from .site import Site
+
+#: What there is to have, and what of an adapter declares it.
+CAPABILITIES = {
+    "prediction": "a prediction that can be read and written",
+    "tokens": "where its image tokens are (Adapter.tokens)",
+    "keys and values": "where its attentions make keys and values (Adapter.attentions)",
+    "key bias": "how its attentions take a bias per key (Site.bias)",
+    "branches": "how its calls run the branches of guidance (Adapter.branches)",
+}
+
+
+@dataclass(frozen=True)
+class Branches:
+    """How a family's pipelines run classifier-free guidance.
+
+    Attributes:
+        batched: of a call with both branches in one batch, the half that is the conditional one; None: they make
+            a call for each, or it is not known.
+        calls: of two calls a step, the conditional one; None: they make one call, or it is not known. Where it is
+            known, calls may come and go during a run (guidance over a part of the steps).
+    """
+
+    batched: Literal["first", "second"] | None = None
+    calls: Literal["first"] | None = None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Where a denoiser's image tokens are.
+
+    Attributes:
+        sites: denoiser -> its blocks in the order in which they run.
+        grid_source: the denoiser's arguments, by name -> what the token grid can be told from.
+        grid: (denoiser, that) -> (rows, columns) of the image tokens in their order. Called once per run, outside
+            of compiled code; may wait for the device.
+        of: (denoiser, prediction) -> the prediction per token (B, N, c), in the tokens' order.
+        put: (denoiser, prediction, tokens (B, N, c), grid) -> the prediction with these tokens in it, the inverse
+            of `of`.
+        spread: (denoiser, values per token (B, N), grid) -> the same values, broadcasting to a prediction.
+        shared_plan: the model can only follow one plan for the whole batch.
+        refuse: called with (denoiser's arguments by name, True if tokens stay reduced between blocks); raises
+            `UnsupportedError` for what cannot work.
+    """
+
+    sites: Callable[[nn.Module], Sequence[Site]]
+    grid_source: Callable[[Mapping[str, Any]], Any]
+    grid: Callable[[nn.Module, Any], tuple[int, int]]
+    of: Callable[[nn.Module, Tensor], Tensor]
+    put: Callable[[nn.Module, Tensor, Tensor, tuple[int, int]], Tensor]
+    spread: Callable[[nn.Module, Tensor, tuple[int, int]], Tensor]
+    shared_plan: bool
+    refuse: Callable[[Mapping[str, Any], bool], None] = lambda arguments, span: None
 
 
 @dataclass(frozen=True)
@@ -20,36 +76,82 @@ class Adapter:
 
     Attributes:
         name: for messages.
-        sites: denoiser -> its blocks in the order in which they run.
-        grid_source: the denoiser's arguments, by name -> a tensor from which the token grid can be told.
-            Called where torch.compile may be tracing: only pick the tensor.
-        grid: (denoiser, that tensor) -> (rows, columns) of the image tokens in their order. Called once per
-            run, outside of compiled code; may wait for the device.
-        output_tokens: (denoiser, prediction) -> the prediction per token (B, N, c), in the tokens' order.
-        with_tokens: (denoiser, prediction, tokens (B, N, c), grid) -> the prediction with these tokens in it, the
-            inverse of `output_tokens`.
-        per_token: (denoiser, values per token (B, N), grid) -> the same values, broadcasting to a prediction.
-        shared_plan: the model can only follow one plan for the whole batch.
-        attentions: denoiser -> the self-attentions whose keys and values can be kept, in any order; none if
-            the model's attention cannot be hooked that way.
-        refuse: called with (denoiser's arguments by name, True if tokens stay reduced between blocks); raises
-            `UnsupportedError` for what cannot work.
+        branches: how guidance runs.
+        tokens: where the image tokens are; None: not described.
+        attentions: denoiser -> the self-attentions whose keys and values can be kept, in any order; None: the
+            model's attention cannot be hooked that way.
     """
 
     name: str
-    sites: Callable[[nn.Module], Sequence[Site]]
-    grid_source: Callable[[Mapping[str, Any]], Tensor]
-    grid: Callable[[nn.Module, Tensor], tuple[int, int]]
-    output_tokens: Callable[[nn.Module, Tensor], Tensor]
-    with_tokens: Callable[[nn.Module, Tensor, Tensor, tuple[int, int]], Tensor]
-    per_token: Callable[[nn.Module, Tensor, tuple[int, int]], Tensor]
-    shared_plan: bool
-    attentions: Callable[[nn.Module], Sequence[Attention]] = lambda denoiser: ()
-    refuse: Callable[[Mapping[str, Any], bool], None] = lambda arguments, span: None
+    branches: Branches = Branches()
+    tokens: Tokens | None = None
+    attentions: Callable[[nn.Module], Sequence[Attention]] | None = None
+
+    def has(self, denoiser: nn.Module) -> frozenset[str]:
+        """Keys of `CAPABILITIES`."""
+        found = {"prediction"}
+        if self.tokens is not None:
+            found.add("tokens")
+            if all(site.bias is not None for site in self.tokens.sites(denoiser)):
+                found.add("key bias")
+        if self.attentions is not None:
+            found.add("keys and values")
+        if self.branches != Branches():
+            found.add("branches")
+        return frozenset(found)
+
+    def check(self, denoiser: nn.Module) -> None:
+        """Whether the denoiser has what is declared: modules at their paths, arguments of these names.
+
+        Raises:
+            ConfigError: an adapter that describes another model; names the path or the argument.
+        """
+        for site in self.tokens.sites(denoiser) if self.tokens else ():
+            site.check(self.name, denoiser)
+        for attention in self.attentions(denoiser) if self.attentions else ():
+            for path in (attention.path, *(f"{attention.path}.{n}" for n in attention.modules)):
+                if not _has(denoiser, path):
+                    raise ConfigError(
+                        f"adapter {self.name!r} declares an attention at {path!r}, which {type(denoiser).__name__} "
+                        f"does not have. Give Attention the path of a module."
+                    )
 
 
-def denoiser_of(pipe: Any) -> tuple[nn.Module, nn.Module]:
-    """The module that a diffusers pipeline calls at every step, and the denoiser itself.
+def require(method: str, needs: Iterable[str], adapter: Adapter, denoiser: nn.Module) -> None:
+    """Refuse a method whose needs a denoiser's adapter does not declare.
+
+    Args:
+        needs: keys of `CAPABILITIES`.
+
+    Raises:
+        UnsupportedError: names the missing pieces, and what to do.
+    """
+    missing = [need for need in needs if need not in adapter.has(denoiser)]
+    if missing:
+        what = "; ".join(f"{need}: {CAPABILITIES[need]}" for need in missing)
+        raise UnsupportedError(
+            f"{method} needs what is not known of {type(denoiser).__name__} ({what}). Forecasts need the prediction "
+            "only: the presets quality, balanced, fast and draft work here. To describe the model, see "
+            "accel/pipelines/diffusion/pixart.py, a complete example, and accel.pipelines.registry.register."
+        )
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+#: Attributes of diffusers pipelines that hold what is called at every step; the second list beside the first
+#: (Ideogram 4 has its unconditional branch in a module of its own).
+_DENOISERS = ("transformer", "unet", "prior", "decoder")
+_BESIDE = ("unconditional_transformer",)
+
+
+def denoisers_of(pipe: Any) -> list[tuple[nn.Module, nn.Module]]:
+    """The modules that a diffusers pipeline calls at every step, each with the denoiser itself, the first one first.
 
     They differ if the pipeline's module is torch.compile's wrapper.
 
@@ -57,10 +159,10 @@ def denoiser_of(pipe: Any) -> tuple[nn.Module, nn.Module]:
         UnsupportedError: the object has no denoiser or no scheduler.
     """
     # Not `a or b`: a compiled module has a __len__ that raises.
-    candidates = [getattr(pipe, name, None) for name in ("transformer", "unet")]
-    module = next((m for m in candidates if m is not None), None)
-    if not isinstance(module, nn.Module) or getattr(pipe, "scheduler", None) is None:
-        if callable(getattr(pipe, "decoder", None)):
+    candidates = [getattr(pipe, name, None) for name in _DENOISERS]
+    module = next((m for m in candidates if isinstance(m, nn.Module)), None)
+    if module is None or getattr(pipe, "scheduler", None) is None:
+        if callable(getattr(pipe, "decoder", None)) and not isinstance(pipe.decoder, nn.Module):
             raise UnsupportedError(
                 f"{type(pipe).__name__} makes images token by token and has no denoiser: this method is for "
                 "diffusers pipelines. Autoregressive pipelines take SpeculativeDecodingConfig."
@@ -69,4 +171,6 @@ def denoiser_of(pipe: Any) -> tuple[nn.Module, nn.Module]:
             "expected a diffusers pipeline with a transformer (or unet) and a scheduler, got "
             f"{type(pipe).__name__}. Pass the pipeline itself, not one of its parts."
         )
-    return module, getattr(module, "_orig_mod", module)
+    beside = [getattr(pipe, name, None) for name in _BESIDE]
+    modules = [module, *(m for m in beside if isinstance(m, nn.Module))]
+    return [(m, getattr(m, "_orig_mod", m)) for m in modules]

@@ -8,13 +8,15 @@ All of this runs outside of compiled code: it is the one place where steps are c
 from __future__ import annotations
 
 import functools
+import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import CodeType
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from . import caller, samplers
 from .noise_levels import log_snr, step_lengths
 
 
@@ -47,6 +49,9 @@ class Clock:
         runs: how many loops have been started.
         samples: batch of the latents seen by the last `step`, None before the first. The denoiser's batch is
             a multiple of it when guidance is batched.
+        model_output: what the last `step` was given as the model's; None before the first.
+        noise: why the running loop's sampler adds noise, a clause for messages; None: not seen to.
+        pipe: the pipeline that runs the loop, weakly; None for a loop of the user's own.
     """
 
     def __init__(self, scheduler: Any) -> None:
@@ -60,6 +65,14 @@ class Clock:
         self.lengths: tuple[float, ...] | None = None
         self.running = False
         self.samples: int | None = None
+        self.model_output: Any = None
+        self.noise: str | None = None
+        self.pipe: weakref.ref | None = None
+        self._place: caller.Place | None = None
+        self._paths: set[tuple[CodeType, ...]] = set()  # by which the loop's first step called its denoisers
+        self._step_names: list[str] = []
+        self._step_defaults: dict[str, Any] = {}
+        self._dice: samplers.Dice | None = None
 
     @classmethod
     def of(cls, scheduler: Any) -> Clock:
@@ -85,11 +98,23 @@ class Clock:
         self._listeners.append(listener)
         return functools.partial(self._leave, listener)
 
+    def calls(self, place: caller.Place, path: tuple[CodeType, ...]) -> bool:
+        """Whether a call made there is the running loop's: in its thread, by its pipeline and no other that is
+        nested in it, and through the functions by which its first step called."""
+        if not self.running or place != self._place:
+            return False
+        if self.step == 0:
+            self._paths.add(path)
+        return path in self._paths
+
     def abort(self) -> None:
         """The loop failed: listeners drop their state."""
         if self.running:
-            self.running = False
-            self._tell("end")
+            self._stop()
+
+    def _stop(self) -> None:
+        self.running, self.model_output, self._dice = False, None, None
+        self._tell("end")
 
     def _leave(self, listener: Listener) -> None:
         self._listeners.remove(listener)
@@ -107,6 +132,11 @@ class Clock:
         for name, handler in _HANDLERS.items():
             if hasattr(scheduler, name):
                 setattr(scheduler, name, _wrapped(self, getattr(scheduler, name), handler))
+        signature = inspect.signature(type(scheduler).step)
+        self._step_names = list(signature.parameters)[1:]
+        self._step_defaults = {
+            name: p.default for name, p in signature.parameters.items() if p.default is not p.empty
+        }
         # What copy, deepcopy and pickle ask for: a copy with these wrappers would drive this scheduler.
         vars(scheduler)["__getstate__"] = self._plain_state
 
@@ -145,18 +175,32 @@ class Clock:
         if self.running and self.step == 0 and self.total != self._whole - begin_index:
             self._start(self._whole - begin_index)
 
+    def before_step(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """The scheduler is about to step. What adds noise by its class or its settings is known by now; what does
+        by the arguments, or is nobody's we know, shows here."""
+        if not self.running:
+            return
+        scheduler = self._scheduler()
+        given = {**self._step_defaults, **dict(zip(self._step_names, args, strict=False)), **kwargs}
+        sample = given.get("sample")
+        self.samples = sample.shape[0] if isinstance(sample, Tensor) else None
+        self.model_output = given.get("model_output")
+        self.noise = self.noise or samplers.adds_noise(scheduler, given)
+        self._dice = None
+        if not samplers.is_known(scheduler) and isinstance(sample, Tensor):
+            self._dice = samplers.Dice(given.get("generator"), sample.device)
+
     def _on_step(self, result: Any, *args: Any, **kwargs: Any) -> None:
         if not self.running:  # a step outside of a run we saw the start of: nothing is ours to count
             return
-        sample = kwargs.get("sample", args[2] if len(args) > 2 else None)
-        self.samples = sample.shape[0] if isinstance(sample, Tensor) else None
+        if self._dice is not None and self._dice.fell:
+            self.noise = self.noise or "drew random numbers in its step"
         self._tell("after")
         self.step += 1
         if self.step < self.total:
             self._tell("before")
         else:
-            self.running = False
-            self._tell("end")
+            self._stop()
 
     def _start(self, total: int) -> None:
         scheduler = self._scheduler()
@@ -168,6 +212,10 @@ class Clock:
         lengths = step_lengths(scheduler)
         self.lengths = None if lengths is None else lengths[first:]
         self.step, self.total, self.samples, self.running = 0, total, None, True
+        self.model_output, self._dice, self.noise = None, None, samplers.adds_noise(scheduler)
+        self._place, self._paths = caller.here()[0], set()
+        pipe = caller.pipeline()
+        self.pipe = None if pipe is None else weakref.ref(pipe)
         self.runs += 1
         self._tell("begin")
         self._tell("before")
@@ -186,6 +234,8 @@ def _wrapped(clock: Clock, method: Callable, handler: Callable[..., None]) -> Ca
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
+            if handler is Clock._on_step:
+                clock.before_step(args, kwargs)
             result = method(*args, **kwargs)
             handler(clock, result, *args, **kwargs)
         except BaseException:
@@ -216,25 +266,3 @@ def _watched(clock: Clock, method: Callable) -> Callable:
 
     progress_bar.accel_clock = clock  # type: ignore[attr-defined]
     return progress_bar
-
-
-class Readback:
-    """A device scalar on its way to the host, read one step later.
-
-    Reading at once would make the host wait for everything queued. One step later the device has a whole step
-    of work queued behind the value, so it never runs dry, and the decision stays the same in every run.
-    """
-
-    def __init__(self, value: Tensor) -> None:
-        self._event = None
-        self._host = value.detach().float()
-        if value.is_cuda:
-            self._host = torch.empty((), dtype=torch.float32, pin_memory=True)
-            self._host.copy_(value.detach(), non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def read(self) -> float:
-        if self._event is not None:
-            self._event.synchronize()
-        return float(self._host)

@@ -19,16 +19,17 @@ from torch import Tensor
 
 from accel.errors import AccelWarning, UnsupportedError
 
+from .capability import Branches
 from .history import History
-from .run import Run, prediction_of
+from .prediction import prediction_of
+from .run import Run
 
 
 class Guidance:
     """The branches of guidance of one run: which are computed, and the history that continues their difference.
 
-    Two calls a step: the first is computed, the second one answered (diffusers' pipelines with two calls all
-    start with the conditional one). One call with both: it gets the second half of the batch, the conditional
-    one in diffusers.
+    Two calls a step: the first is computed, the second one answered. One call with both: it gets the conditional
+    half of the batch. Which is which is declared by the family (`Branches`).
 
     Args:
         run: whose steps it follows; its phases say at which of them one branch is enough.
@@ -70,12 +71,22 @@ class Guidance:
         if self.history is None:
             return
         run.check_calls(len(run.outputs), 1 if self._batched else 2)
-        if not run.branch_skipped:
+        if run.changed:  # guidance was turned off or on: the history is about other calls
+            self.history = None
+        elif not run.branch_skipped:
             self.history.add(self._branches(), run.time)
 
+    @property
+    def _declared(self) -> Branches:
+        return self.run.target.adapter.branches
+
     def _branches(self) -> tuple[Tensor, ...]:
+        """(conditional, unconditional)"""
         outputs = self.run.outputs
-        return outputs[0].chunk(2)[::-1] if self._batched else outputs
+        if not self._batched:
+            return outputs
+        halves = outputs[0].chunk(2)
+        return halves if self._declared.batched == "first" else halves[::-1]
 
     def _recognise(self) -> None:
         """After the first step: how this pipeline runs guidance.
@@ -85,14 +96,26 @@ class Guidance:
                 calls answered here; token plans of a whole batch, and guidance in one call.
         """
         run, every = self.run, self.run.schedule.guidance_every
-        calls, others = len(run.outputs), [r for r in run.beside() if r is not run]
+        calls, others = len(run.outputs), [r for r in run.alongside() if r is not run]
         if calls > 2:
             raise UnsupportedError(
                 f"guidance_every={every}: the model is called {calls} times a step; it takes one call with both "
                 "branches of guidance, or one for each."
             )
-        samples = run.clock.samples
-        self._batched = calls == 1 and samples is not None and len(run.outputs[0]) == 2 * samples
+        samples, name = run.clock.samples, type(run.target.denoiser).__name__
+        copies = len(run.outputs[0]) // samples if calls == 1 and samples else 1
+        if copies > 2:
+            raise UnsupportedError(
+                f"guidance_every={every}: {name} runs {copies} branches of guidance in one batch; it takes two. Use "
+                "guidance_every=1."
+            )
+        self._batched = copies == 2
+        known = self._declared.batched if self._batched else self._declared.calls
+        if (self._batched or calls == 2) and known is None:
+            raise UnsupportedError(
+                f"guidance_every={every}: which of the branches of guidance is the conditional one is not known of "
+                f"{name} (Adapter.branches). Use guidance_every=1."
+            )
         if calls == 1 and not self._batched:
             warnings.warn(
                 f"guidance_every={every} has nothing to save: the model is called for one branch only (guidance "
@@ -118,9 +141,11 @@ class Guidance:
             output = call(*args, **kwargs)
             self._conditional = prediction_of(output)
             return output
-        run.check_calls(3 if run.branch_skipped else 2, 2)
+        run.check_calls(max(run.seen, 2), 2)
+        if run.changed:
+            return call(*args, **kwargs)
         unconditional = self._continued(self._conditional)
-        for other in run.beside():  # no hook of theirs sees this call
+        for other in run.alongside():  # the call never goes into the module
             other.branch_skipped = True
             if other.keep_outputs:
                 other.outputs = (*other.outputs, unconditional)
@@ -128,12 +153,15 @@ class Guidance:
 
     def _half_batch(self, call: Callable, args: tuple, kwargs: dict) -> Any:
         run = self.run
-        run.check_calls(2 if run.branch_skipped else 1, 1)
+        run.check_calls(run.seen, 1)
+        if run.changed:
+            return call(*args, **kwargs)
         assert run.samples is not None
-        batch = 2 * run.samples
-        args = tuple(_second_half(value, batch) for value in args)
-        conditional = prediction_of(call(*args, **_second_half(kwargs, batch)))
-        both = torch.cat([self._continued(conditional), conditional])
+        first = self._declared.batched == "first"
+        args, kwargs = _half((args, kwargs), 2 * run.samples, first=first)
+        conditional = prediction_of(call(*args, **kwargs))
+        branches = [conditional, self._continued(conditional)]
+        both = torch.cat(branches if first else branches[::-1])
         run.branch_skipped, run.outputs = True, (both,)
         return run.like_output(both)
 
@@ -144,10 +172,14 @@ class Guidance:
         return (unconditional + (conditional.float() - was)).to(conditional.dtype)
 
 
-def _second_half(value: Any, batch: int) -> Any:
+def _half(value: Any, batch: int, *, first: bool) -> Any:
     """The conditional half of whatever is given per image."""
     if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch:
-        return value[batch // 2 :]
+        return value[: batch // 2] if first else value[batch // 2 :]
+    if isinstance(value, list) and len(value) == batch:
+        return value[: batch // 2] if first else value[batch // 2 :]
+    if isinstance(value, (list, tuple)):
+        return type(value)(_half(item, batch, first=first) for item in value)
     if isinstance(value, Mapping):
-        return {name: _second_half(item, batch) for name, item in value.items()}
+        return {name: _half(item, batch, first=first) for name, item in value.items()}
     return value

@@ -48,6 +48,11 @@ class Attention:
     rotate: Callable[[Tensor, Table], Tensor] | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def modules(self) -> frozenset[str]:
+        """The submodules whose outputs are taken."""
+        return frozenset({*self.rotated, self.keys, self.values})
+
 
 class KeyValues:
     """The kept keys and values of a denoiser.
@@ -55,12 +60,15 @@ class KeyValues:
     Attributes:
         plan: the tokens that are computed in this call; None: all.
         storing: keep what a call with all tokens computes.
-        call: set by the owner: the index of the running call within the step; each call of a step (the
-            branches of guidance) has its own keys and values.
+
+    Args:
+        ours: whether the running call of the denoiser is the followed loop's.
+        call: the index of the running call within the step; each call of a step (the branches of guidance) has its
+            own keys and values.
     """
 
-    def __init__(self, call: Callable[[], int]) -> None:
-        self.call = call
+    def __init__(self, ours: Callable[[], bool], call: Callable[[], int]) -> None:
+        self.ours, self.call = ours, call
         self.layers = 0
         self.clear()
 
@@ -73,7 +81,7 @@ class KeyValues:
 
     @property
     def active(self) -> bool:
-        return self.storing or self.plan is not None
+        return self.ours() and (self.storing or self.plan is not None)
 
     @property
     def bytes(self) -> int:
@@ -104,7 +112,7 @@ class KeyValues:
             if attention.table is not None:
                 hook = self._take_table(attention)
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            for name in {*attention.rotated, attention.keys, attention.values}:
+            for name in attention.modules:
                 made = self._made(attention, name)
                 stack.callback(module.get_submodule(name).register_forward_hook(made).remove)
 

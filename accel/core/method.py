@@ -41,7 +41,8 @@ class Method(ABC):
     @classmethod
     @abstractmethod
     def take_apart(cls, pipe: Any, find: Callable[[nn.Module], Adapter]) -> Any:
-        """The pipeline taken apart; its `subject` is what the method changes, for which handles are kept.
+        """The pipeline taken apart. Its `subject` is what the method changes, for which handles are kept; its `loop`
+        is what the method follows: two pipelines with schedulers of their own may share a denoiser.
 
         Args:
             find: denoiser -> its adapter.

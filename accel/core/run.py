@@ -1,8 +1,8 @@
-"""One method at work on one denoiser: what is common to all methods that reduce tokens.
+"""One method at work on one denoiser: what is common to all methods that follow a denoising loop.
 
-The rule that keeps torch.compile happy and the device busy: hooks, which may be traced, only read plain flags
-and store tensors. Everything that counts, decides or reads a value happens in the clock's callbacks, between
-two steps.
+The rule that keeps torch.compile happy and the device busy: hooks on the denoiser's parts, which may be traced, only
+read plain flags and store tensors. Everything that counts, decides or reads a value happens in the clock's callbacks,
+between two steps, or at the gate around the denoiser (`accel.core.gate`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import count, pairwise
 from typing import Any
 
 import torch
@@ -23,20 +22,29 @@ from torch import Tensor, nn
 from accel.errors import AccelWarning, UnsupportedError
 from accel.stats import Stats, StepStats
 
-from .bypass import Bypass, bypassed, occupied
-from .capability import Adapter, denoiser_of
+from . import caller, samplers
+from .capability import Adapter, denoisers_of
 from .clock import Clock, Listener
+from .copies import copies_plain
+from .gate import Gate
 from .method import Method
+from .prediction import like, prediction_of
 from .schedule import Phase, Schedule
 
 
 @dataclass(frozen=True)
 class Target:
-    """A pipeline taken apart. The pipeline itself is only referred to weakly."""
+    """A pipeline taken apart. The pipeline itself is only referred to weakly.
+
+    Attributes:
+        denoiser: what the pipeline calls at every step, without torch.compile's wrapper.
+        beside: further modules that it calls at every step (a branch of guidance in a module of its own).
+        scheduler: whose steps are followed.
+    """
 
     pipe: weakref.ref
-    outer: nn.Module  # what the pipeline calls: the denoiser, or torch.compile's wrapper around it
     denoiser: nn.Module
+    beside: tuple[nn.Module, ...]
     adapter: Adapter
     scheduler: Any
 
@@ -44,14 +52,40 @@ class Target:
     def subject(self) -> nn.Module:
         return self.denoiser
 
+    @property
+    def loop(self) -> Any:
+        return self.scheduler
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        return (self.denoiser, *self.beside)
+
+    @property
+    def outers(self) -> list[nn.Module]:
+        """What the pipeline calls now: the denoisers, or torch.compile's wrappers around them."""
+        pipe = self.pipe()
+        current = [] if pipe is None else denoisers_of(pipe)
+        return [next((o for o, inner in current if inner is module), module) for module in self.modules]
+
+    @property
+    def has_tokens(self) -> bool:
+        return self.adapter.tokens is not None
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of image tokens; 1 where they are not described."""
+        return len(self.adapter.tokens.sites(self.denoiser)) if self.adapter.tokens else 1
+
 
 class StepMethod(Method):
     """A method that follows a denoising loop step by step. Called between steps, never inside the denoiser."""
 
     @classmethod
     def take_apart(cls, pipe: Any, find: Callable[[nn.Module], Adapter]) -> Target:
-        outer, denoiser = denoiser_of(pipe)
-        return Target(weakref.ref(pipe), outer, denoiser, find(denoiser), pipe.scheduler)
+        (_, denoiser), *beside = denoisers_of(pipe)
+        adapter = find(denoiser)
+        adapter.check(denoiser)
+        return Target(weakref.ref(pipe), denoiser, tuple(m for _, m in beside), adapter, pipe.scheduler)
 
     @abstractmethod
     def forget(self) -> None:
@@ -65,11 +99,34 @@ class StepMethod(Method):
     def account(self, run: Run) -> StepStats:
         """After a step: what it did (the calls are counted by the run)."""
 
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        """The token grid has become known.
+
+        Raises:
+            UnsupportedError: the settings do not go with it.
+        """
+
+    def noisy(self, run: Run, reason: str) -> None:
+        """The sampler turned out to add noise, for the reason given.
+
+        Raises:
+            UnsupportedError: unless the method can do with it.
+        """
+        raise UnsupportedError(noise_message(run, reason))
+
+
+def noise_message(run: Run, reason: str) -> str:
+    return (
+        f"{type(run.target.scheduler).__name__} {reason}: a forecast repeats the prediction made for older noise, "
+        f"and the picture turns into noise. {samplers.OTHER} Or merge tokens: the presets few-step and merging."
+    )
+
 
 class Run(Listener):
     """Follows the clock for one method and keeps what a method needs to know about the loop.
 
     Attributes:
+        active: the running call of the denoiser is this loop's. Read by hooks, possibly traced.
         phase: what the running step does; dense while no loop is running.
         grid: (rows, columns) of the image tokens, known from the first call of a run; None before.
         phases: the phases of all steps of this run.
@@ -77,9 +134,12 @@ class Run(Listener):
         outputs: the predictions of this step's calls as the pipeline got them, kept if the method asked for
             them (`keep_outputs`). Their number is the index of the running call.
         correct: set by the method between steps: prediction -> the prediction that the pipeline gets.
-            Possibly traced.
+        detour: set by the method between steps: see `divert`.
         samples: images per step, known after the first step; None before.
         branch_skipped: at this step, one of the two branches of guidance was not computed.
+        changed: calls of this step have other shapes, or are others, than those of the last computed step: what was
+            learnt from that one is not about these.
+        seen: calls of this step so far.
     """
 
     def __init__(
@@ -88,34 +148,45 @@ class Run(Listener):
         self.target, self.schedule, self.method, self.stats, self.span = target, schedule, method, stats, span
         self.keep_outputs = False
         self.clock = Clock.of(target.scheduler)
-        signature = inspect.signature(type(target.denoiser).forward)
-        self._names = list(signature.parameters)[1:]
-        self.correct: Callable[[Tensor], Tensor] | None = None
-        self._bypass = Bypass(target.outer)
-        self._output_class: type | None = None
-        self.phases: tuple[Phase, ...]
-        self.phase: Phase
-        self.time: float
-        self.grid: tuple[int, int] | None
-        self.grid_source: Tensor | None
-        self.outputs: tuple[Tensor, ...]
-        self.samples: int | None
-        self.branch_skipped: bool
+        self._names = list(inspect.signature(type(target.denoiser).forward).parameters)[1:]
+        self._gates: list[Gate] = []
+        self._form: Callable[[Tensor], Any] | None = None
+        self.active = False
+        self.detour: Callable[..., Any] | None
+        self.correct: Callable[[Tensor], Tensor] | None
         self._idle()
 
     def attach(self, stack: ExitStack) -> None:
-        denoiser, outer = self.target.denoiser, self.target.outer
-        stack.callback(outer.register_forward_pre_hook(self._call_starts, with_kwargs=True).remove)
-        stack.callback(denoiser.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
-        stack.callback(denoiser.register_forward_hook(self._leave, always_call=True).remove)
-        stack.callback(outer.register_forward_hook(self._call_ends).remove)
+        for module in self.target.modules:
+            stack.callback(module.register_forward_pre_hook(self._inside, with_kwargs=True).remove)
+            copies_plain(module, stack)
+        self._open()
+        stack.callback(self._close)
         stack.callback(self.clock.add(self, self.target.pipe()))
         stack.callback(self._drop)
 
-    # The clock's side: eager, between steps.
+    def _open(self) -> None:
+        """Gates around what the pipeline calls now; again when a loop starts, since it may have been compiled."""
+        gates = [Gate.of(outer) for outer in self.target.outers]
+        if gates != self._gates:
+            self._close()
+            self._gates = gates
+        for gate in gates:
+            gate.open(self)
+
+    def _close(self) -> None:
+        for gate in self._gates:
+            gate.close(self)
+        self._gates = []
+
+    # The clock's side: between steps.
 
     def begin(self, clock: Clock) -> None:
         self._drop()
+        if not self._is_ours():
+            self._foreign = True
+            return
+        self.stats.notes.clear()
         self.phases = self.schedule.phases(clock.total)
         self._partial = any(0 < phase.budget < 1 for phase in self.phases)
         if self.schedule.reduces and all(phase.dense and phase.guided for phase in self.phases):
@@ -125,106 +196,141 @@ class Run(Listener):
                 AccelWarning,
                 stacklevel=2,
             )
+        self._open()
 
-    def before(self, clock: Clock) -> None:
-        self._bypass.stop()
-        self.phase, self.time = self.phases[clock.step], clock.times[clock.step]
-        self.samples = clock.samples
-        self.branch_skipped = False
-        self.method.prepare(self)
-        self.outputs = ()
-        self._calls = 0
-
-    def check_calls(self, calls: int, expected: int) -> None:
-        """Refuse a step that calls the denoiser another number of times than the steps before it: a forecast
-        would continue another branch of guidance."""
-        if calls != expected:
-            raise UnsupportedError(
-                f"the model was called {calls} times at step {self.clock.step}, but {expected} times at the steps "
-                "before it (guidance over a part of the steps, or a scheduler that calls it a varying number "
-                "of times). Forecasts need the same number at every step."
-            )
-
-    def check_times(self) -> None:
-        """Refuse a scheduler that does not go from one time to the next, with one call at each: there is no slope
-        to forecast along.
+    def _is_ours(self) -> bool:
+        """Whether the loop that starts calls the denoiser: other pipelines may share the scheduler.
 
         Raises:
-            UnsupportedError: second-order schedulers (Heun, KDPM2, ...), times that repeat (PNDM, ...) or go back.
+            UnsupportedError: the accelerated pipeline itself now has another denoiser.
         """
-        scheduler, times = self.target.scheduler, self.clock.times
-        # Not timesteps: many steps close to the end round to the same one, at noise levels of their own.
-        rises = [(b > a) - (b < a) for a, b in pairwise(times)]
-        order = getattr(scheduler, "order", 1)
-        other = "Use a first-order or multistep scheduler (Euler, DDIM, DPM-Solver++ 2M, UniPC)."
-        if order > 1:
-            reason = (
-                f"calls the model {order} times for every step (like Heun and KDPM2): at the same timestep as "
-                f"another call, or at one in between. {other}"
+        pipe = None if self.clock.pipe is None else self.clock.pipe()
+        if pipe is None:
+            return True
+        try:
+            inner = [denoiser for _, denoiser in denoisers_of(pipe)]
+        except UnsupportedError:  # of a kind of its own; its calls will tell
+            return True
+        if any(denoiser is self.target.denoiser for denoiser in inner):
+            return True
+        if pipe is self.target.pipe():
+            raise UnsupportedError(
+                "the pipeline's denoiser was replaced after accelerate(). Call handle.remove() and accelerate the "
+                "pipeline again."
             )
-        elif all(rise == 1 for rise in rises) or all(rise == -1 for rise in rises):  # -1: inversion
+        return False
+
+    def before(self, clock: Clock) -> None:
+        if self._foreign:
             return
-        elif hasattr(scheduler, "prk_timesteps"):
-            reason = f"calls the model more than once at the same timestep in its first steps (PNDM). {other}"
-        elif 0 in rises:
-            step = rises.index(0)
-            reason = (
-                f"repeats a time: steps {step} and {step + 1} are at the same noise level (timesteps "
-                f"{self.clock.timesteps[step]:g} and {self.clock.timesteps[step + 1]:g}). Give it timesteps or "
-                "sigmas that differ from step to step."
-            )
-        else:
-            reason = f"goes back and forth between noise levels. {other}"
+        self.phase, self.time = self.phases[clock.step], clock.times[clock.step]
+        self.samples = clock.samples
+        self.branch_skipped = self.changed = False
+        self.answers = self.detour = None
+        self.method.prepare(self)
+        self.outputs = ()
+        self._calls, self._arrived, self._shapes_now = 0, 0, []
+
+    def check_calls(self, calls: int, expected: int) -> None:
+        """Refuse a step that calls the denoiser another number of times than the steps before it, where it is not
+        known which branches of guidance the calls are: a forecast would continue another branch."""
+        if calls == expected:
+            return
+        if self.target.adapter.branches.calls is not None:
+            self.changed = True
+            return
         raise UnsupportedError(
-            f"{type(scheduler).__name__} {reason} Forecasts need one call of the model at each time."
+            f"the model was called {calls} times at step {self.clock.step}, but {expected} times at the steps "
+            "before it (guidance over a part of the steps, or a scheduler that calls it a varying number "
+            "of times), and which of them are left is not known of "
+            f"{type(self.target.denoiser).__name__}. Forecasts need the same number at every step."
         )
+
+    def check_sampler(self) -> None:
+        """Refuse a sampler that cannot be forecast under (see `accel.core.samplers`).
+
+        Raises:
+            UnsupportedError: it adds noise, or does not go from one time to the next with one call at each.
+        """
+        clock, name = self.clock, type(self.target.scheduler).__name__
+        reason = samplers.unsteady(self.target.scheduler, clock.times, clock.timesteps)
+        if reason is not None:
+            raise UnsupportedError(
+                f"{name} {reason}. {samplers.OTHER} Forecasts need one call of the model at each time."
+            )
+        if clock.noise is not None:
+            self.method.noisy(self, clock.noise)
 
     def answer(self, predictions: Sequence[Tensor]) -> None:
         """Do not run the denoiser at the step that is about to start, but give these `predictions` to its
         calls."""
         self._refuse_second()
-        calls = count(1)
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            call = next(calls)
-            self.check_calls(max(call, len(predictions)), len(predictions))
-            return self.like_output(predictions[call - 1])
-
-        self._bypass.start(forward)
+        self.answers = predictions
 
     def divert(self, detour: Callable[..., Any]) -> None:
-        """Send the calls of the step that is about to start through `detour` (see `Bypass.divert`)."""
+        """Calls of the step that is about to start run `detour(call, args, kwargs)`. `call` is what would have run:
+        the detour may call it or not, with other arguments, and return something else."""
         self._refuse_second()
-        self._bypass.divert(detour)
+        self.detour = detour
 
     def _refuse_second(self) -> None:
-        if occupied(self.target.outer):
+        if any(run.answers is not None or run.detour is not None for run in self.alongside()):
             raise UnsupportedError(
                 f"two methods forecast step {self.clock.step} of the same model. Put both into one schedule: "
                 "TokenPruningConfig takes forecast steps (0 in cycle=...), partial steps and guidance_every."
             )
 
-    def beside(self) -> list[Run]:
-        """The runs on the same denoiser, this one among them."""
+    def alongside(self) -> list[Run]:
+        """The runs on the same denoiser and loop, this one among them."""
         runs = [run for run in self.clock.listeners if isinstance(run, Run)]
         return [run for run in runs if run.target.denoiser is self.target.denoiser]
 
     def after(self, clock: Clock) -> None:
-        if self.grid is None and self.grid_source is not None:
-            self.grid = self.target.adapter.grid(self.target.denoiser, self.grid_source)
-        self.grid_source = None
+        if self._foreign:
+            return
+        if clock.step == 0 and self._arrived == 0:
+            self._not_called()
+            return
         if clock.step == 0:  # not in `begin`, which image-to-image brings about twice
             self.stats.runs += 1
             self.stats.steps.clear()
-        done = replace(self.method.account(self), calls=self._calls or None)
-        if bypassed(self.target.outer):  # by this method or by another one on the same denoiser
+        if clock.noise is not None:
+            self.method.noisy(self, clock.noise)
+        done = replace(self.method.account(self), calls=self._calls)
+        if any(run.answers is not None and not run.computed_instead for run in self.alongside()):
             done = replace(done, computed=0, built=0, reused=0, forecast=done.total)
         elif self.branch_skipped:
             saved = done.computed - done.computed // 2
             done = replace(
                 done, computed=done.computed - saved, forecast=done.forecast + saved, branch_skipped=True
             )
+        if self.computed:
+            self._shapes = self._shapes_now
         self.stats.record(done)
+
+    @property
+    def computed_instead(self) -> bool:
+        """This step was to be answered, but its calls were others than the ones that can be: they were computed."""
+        return self.answers is not None and self.changed
+
+    @property
+    def computed(self) -> bool:
+        """The denoiser ran at this step."""
+        return self.answers is None or self.changed
+
+    def _not_called(self) -> None:
+        """A loop whose first step never called the denoiser is not ours; silently so if it is another pipeline's."""
+        pipe = None if self.clock.pipe is None else self.clock.pipe()
+        if pipe is None or pipe is self.target.pipe():
+            warnings.warn(
+                f"the loop of {self.clock.total} steps never called the accelerated {type(self.target.denoiser).__name__} "
+                "in its own thread (a copy, another wrapper of torch.compile, or a worker thread): it is not "
+                "accelerated.",
+                AccelWarning,
+                stacklevel=2,
+            )
+        self._drop()
+        self._foreign = True
 
     def end(self, clock: Clock) -> None:
         self._drop()
@@ -234,71 +340,126 @@ class Run(Listener):
         self.method.forget()
 
     def _idle(self) -> None:
-        self._bypass.stop()
         self.phase, self.phases, self.time, self._partial = Phase(1.0), (), 0.0, False
-        self.correct = None
-        self.grid = self.grid_source = self.samples = None
-        self.branch_skipped = False
-        self.outputs = ()
-        self._calls = 0
+        self.answers: Sequence[Tensor] | None = None
+        self.correct = self.detour = None
+        self.grid: tuple[int, int] | None = None
+        self.samples: int | None = None
+        self.branch_skipped = self.changed = self._foreign = self._gridless = False
+        self.outputs: tuple[Tensor, ...] = ()
+        self._calls = self._arrived = 0
+        self._shapes: list[tuple] = []  # of the calls of the last computed step
+        self._shapes_now: list[tuple] = []
 
-    # The denoiser's side: possibly traced.
+    # The denoiser's side, at its gate: eager, around the call of the module.
 
-    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    @property
+    def seen(self) -> int:
+        return self._arrived
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens of a plain step, over all blocks; 1 where they are not described, so that steps are counted."""
+        return 1 if self.grid is None else self.target.blocks * self.grid[0] * self.grid[1]
+
+    def arrives(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """One of this loop's calls has come."""
+        shapes = _shapes(args, kwargs)
+        known = self._shapes[self._arrived : self._arrived + 1]
+        self.changed = self.changed or (known != [shapes] and bool(known))
+        self._shapes_now.append(shapes)
+        self._arrived += 1
+
+    def enters(self, args: tuple, kwargs: dict[str, Any], *, traced: bool) -> None:
+        """It is about to go into the module, whose hooks are `traced` along if it is compiled."""
+        if traced:
+            self._read(args, kwargs)
+        self.stats.call_starts(next(a.device for a in _tensors((*args, *kwargs.values()))))
+
+    def _read(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """The arguments: what cannot be followed, and at the first call the grid."""
+        tokens = self.target.adapter.tokens
+        if tokens is None:
+            return
         arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
         if self._partial:  # at the first step, not after minutes of dense ones
-            self.target.adapter.refuse(arguments, self.span)
-        if self.grid is None:
-            self.grid_source = self.target.adapter.grid_source(arguments)
-        if torch.compiler.is_compiling():
-            return
-        pipe = self.target.pipe()
-        if pipe is not None and not self.clock.follows(pipe.scheduler):
-            raise UnsupportedError(
-                "the pipeline's scheduler was replaced after accelerate(), so its steps cannot be followed. "
-                "Call handle.remove() (or accelerate(..., replace=True)) after setting the scheduler."
-            )
-        if not self.clock.running:
-            warnings.warn(
-                "the denoiser was called outside of a denoising loop (no scheduler.set_timesteps before it, "
-                "or all steps done): it computes all tokens.",
-                AccelWarning,
-                stacklevel=2,
-            )
-        if self.grid is None and self.grid_source is not None:
-            self.grid = self.target.adapter.grid(module, self.grid_source)
-            self.grid_source = None
+            tokens.refuse(arguments, self.span)
+        if self.grid is None and not self._gridless:
+            try:
+                self.grid = tokens.grid(self.target.denoiser, tokens.grid_source(arguments))
+                self.method.check_grid(self.grid)
+            except UnsupportedError:
+                if self._partial:
+                    raise
+                self._gridless = True  # forecasts need none
 
-    def _leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        if output is None:  # always_call: the denoiser raised
-            self.clock.abort()
+    def answer_now(self) -> Tensor | None:
+        """The forecast for this call; None: compute it."""
+        if self.answers is None or self.changed:
             return None
+        call = self._arrived - 1
+        if call >= len(self.answers):
+            self.check_calls(call + 1, len(self.answers))
+            return None
+        return self.answers[call]
+
+    def leaves(self, output: Any) -> Any:
+        """It came out with this; what the pipeline gets."""
         prediction = prediction_of(output)
-        self._output_class = type(output)
-        if self.correct is not None:
+        self._form = like(output)
+        if self.keep_outputs and any(gate.keeps_outputs for gate in self._gates):
+            prediction = prediction.clone()
+        if self.correct is not None and not self.changed:
             prediction = self.correct(prediction)
-            output = self.like_output(prediction)
+            output = self._form(prediction)
         if self.keep_outputs:
             self.outputs = (*self.outputs, prediction)
+        self._calls += 1
+        self.stats.call_ends(prediction.device)
         return output
 
     def like_output(self, prediction: Tensor) -> Any:
         """The prediction in what the denoiser's calls return."""
-        cls: Any = self._output_class
-        assert cls is not None
-        return (prediction,) if issubclass(cls, tuple) else cls(sample=prediction)
+        assert self._form is not None
+        return self._form(prediction)
 
-    # Around the denoiser: not traced, unless it was compiled in place (`module.compile()`).
+    def _inside(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Among the denoiser's hooks: other people's may have changed the arguments. Where that is traced, what came
+        to the gate has to do."""
+        if torch.compiler.is_compiling():
+            return
+        if self.active:
+            self._read(args, kwargs)
+        if self.clock.running:
+            return
+        pipe, who = self.target.pipe(), caller.pipeline()
+        if pipe is not None and who in (None, pipe) and not self.clock.follows(pipe.scheduler):
+            raise UnsupportedError(
+                "the pipeline's scheduler was replaced after accelerate(), so its steps cannot be followed. "
+                "Call handle.remove() (or accelerate(..., replace=True)) after setting the scheduler."
+            )
+        why = "no scheduler.set_timesteps before it, or all steps done"
+        if who is not None and who is not pipe:
+            why = f"by another {type(who).__name__}, whose scheduler is not followed: accelerate that one too"
+        warnings.warn(
+            f"the denoiser was called outside of a denoising loop ({why}): it computes all tokens.",
+            AccelWarning,
+            stacklevel=2,
+        )
 
-    def _call_starts(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not torch.compiler.is_compiling():
-            self.stats.call_starts(next(a.device for a in (*args, *kwargs.values()) if isinstance(a, Tensor)))
 
-    def _call_ends(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self._calls += 1
-            self.stats.call_ends(prediction_of(output).device)
+def _shapes(args: tuple, kwargs: dict[str, Any]) -> tuple:
+    """Shapes of the tensors of a call, also of those in lists: what tells one kind of call from another."""
+    return tuple(tensor.shape for tensor in _tensors((*args, *kwargs.values())))
 
 
-def prediction_of(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output.sample
+def _tensors(values: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(value)
+        elif isinstance(value, dict):
+            found += _tensors(value.values())
+    return found

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from accel.errors import ConfigError
+
 from .plan import TokenPlan
 
 
@@ -47,6 +49,30 @@ class Site:
     sides: tuple[Side, ...] = ()
     bias: Side | None = None
 
+    def check(self, family: str, denoiser: nn.Module) -> None:
+        """Whether the denoiser has this site.
+
+        Raises:
+            ConfigError: no module at the path, or it takes no argument of a name that is declared.
+        """
+        try:
+            module = denoiser.get_submodule(self.path)
+        except AttributeError as error:
+            raise ConfigError(
+                f"adapter {family!r} declares a site at {self.path!r}, which {type(denoiser).__name__} does not have"
+            ) from error
+        known = _arguments(module)
+        for name in (self.tokens, *(side.name for side in (*self.sides, *filter(None, [self.bias])))):
+            if name not in known:
+                raise ConfigError(
+                    f"adapter {family!r} declares the argument {name!r} of {self.path!r}, but "
+                    f"{type(module).__name__}.forward takes {', '.join(known)}"
+                )
+
+
+def _arguments(module: nn.Module) -> list[str]:
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
 
 class Port:
     """A `Site` bound to the signature of its module: reads and replaces arguments by name.
@@ -57,11 +83,9 @@ class Port:
 
     def __init__(self, site: Site, module: nn.Module, *, bias: bool = False) -> None:
         self.site = site
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
-        self.position = {name: i for i, name in enumerate(names)}
+        self.position = {name: i for i, name in enumerate(_arguments(module))}
         assert site.bias is not None or not bias
         self.sides = site.sides + ((site.bias,) if bias and site.bias else ())
-        assert {site.tokens, *(s.name for s in self.sides)} <= set(names), (site, names)
 
     def get(self, name: str, args: tuple, kwargs: dict) -> Any:
         if name in kwargs:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.flop_counter import FlopCounterMode
 
-from accel.core.capability import denoiser_of
+from accel.core.capability import denoisers_of
 
 
 class Count:
@@ -25,7 +25,7 @@ def counted(pipe: Any) -> Iterator[Count]:
     not see into compiled code; a multiply-accumulate is two of its operations.
     """
     count, before = Count(), 0
-    module, _ = denoiser_of(pipe)
+    module, _ = denoisers_of(pipe)[0]
     with FlopCounterMode(display=False) as counter:
 
         def starts(*_: Any) -> None:

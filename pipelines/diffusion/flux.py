@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from accel.core.capability import Adapter
+from accel.core.capability import Adapter, Branches, Tokens
 from accel.core.keyvalues import Attention, Rows
 from accel.core.plan import TokenPlan
 from accel.core.site import Side, Site
@@ -125,13 +125,16 @@ def _refuse(arguments: Mapping[str, Any], span: bool) -> None:
 
 ADAPTER = Adapter(
     name="FLUX",
-    sites=_sites,
-    grid_source=lambda arguments: arguments["img_ids"],
-    grid=_grid,
-    output_tokens=lambda denoiser, prediction: prediction,
-    with_tokens=lambda denoiser, prediction, x_BNc, grid: x_BNc,
-    per_token=lambda denoiser, x_BN, grid: x_BN[..., None],
-    shared_plan=True,
+    branches=Branches(calls="first"),
+    tokens=Tokens(
+        sites=_sites,
+        grid_source=lambda arguments: arguments["img_ids"],
+        grid=_grid,
+        of=lambda denoiser, prediction: prediction,
+        put=lambda denoiser, prediction, x_BNc, grid: x_BNc,
+        spread=lambda denoiser, x_BN, grid: x_BN[..., None],
+        shared_plan=True,
+        refuse=_refuse,
+    ),
     attentions=_attentions,
-    refuse=_refuse,
 )

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from accel.core.capability import Adapter
+from accel.core.capability import Adapter, Branches, Tokens
 from accel.core.keyvalues import Attention
 from accel.core.plan import TokenPlan
 from accel.core.site import Side, Site
@@ -70,13 +70,16 @@ def _refuse(arguments: Mapping[str, Any], span: bool) -> None:
 
 ADAPTER = Adapter(
     name="PixArt",
-    sites=_sites,
-    grid_source=lambda arguments: arguments["hidden_states"],
-    grid=_grid,
-    output_tokens=_output_tokens,
-    with_tokens=_with_tokens,
-    per_token=_per_token,
-    shared_plan=False,
+    branches=Branches(batched="second"),
+    tokens=Tokens(
+        sites=_sites,
+        grid_source=lambda arguments: arguments["hidden_states"],
+        grid=_grid,
+        of=_output_tokens,
+        put=_with_tokens,
+        spread=_per_token,
+        shared_plan=False,
+        refuse=_refuse,
+    ),
     attentions=_attentions,
-    refuse=_refuse,
 )

@@ -10,7 +10,7 @@ import torch
 from conftest import FAMILIES, make_flux
 
 import accel
-from accel.core.capability import denoiser_of
+from accel.core.capability import denoisers_of
 from accel.core.plan import TokenPlan
 from accel.core.site import Side
 from accel.core.span import Span
@@ -30,7 +30,7 @@ def permuted(family, pipe, sites, stretches, rows=1, **options):
 
     with ExitStack() as stack:
         for stretch in stretches:
-            Span(plan_for).attach(denoiser_of(pipe)[1], [sites[i] for i in stretch], stack, bias=False)
+            Span(plan_for).attach(denoisers_of(pipe)[0][1], [sites[i] for i in stretch], stack, bias=False)
         return family.latents(pipe, **options)
 
 
@@ -42,12 +42,12 @@ def relative(a, b):
 def test_permutation(family, scope):
     pipe = family.make()
     adapter = find(pipe.transformer)
-    sites = adapter.sites(pipe.transformer)
+    sites = adapter.tokens.sites(pipe.transformer)
     everything = range(len(sites))
     stretches = [everything] if scope == "span" else [[i] for i in everything]
     options = {"steps": 1, "batch": 2}
     plain = family.latents(pipe, **options)
-    rows = 1 if adapter.shared_plan else 2
+    rows = 1 if adapter.tokens.shared_plan else 2
     assert relative(permuted(family, pipe, sites, stretches, rows, **options), plain) <= 1e-6
 
 
@@ -55,7 +55,7 @@ def test_permutation_notices_a_rotary_table_that_does_not_follow():
     # The negative control: the same test, with the table left in the order of the grid.
     family, pipe = FAMILIES["flux"], make_flux()
     keep = Side("image_rotary_emb", lambda get, plan: get("image_rotary_emb"))
-    sites = [replace(s, sides=(keep,)) for s in find(pipe.transformer).sites(pipe.transformer)]
+    sites = [replace(s, sides=(keep,)) for s in find(pipe.transformer).tokens.sites(pipe.transformer)]
     plain = family.latents(pipe, steps=1)
     assert relative(permuted(family, pipe, sites, [range(len(sites))], steps=1), plain) > 1e-2
 

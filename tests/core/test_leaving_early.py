@@ -50,15 +50,16 @@ def test_the_denoiser_is_its_own_again(config, how):
     pipe.transformer.register_forward_hook(lambda m, a, k, o: seen.append(k), with_kwargs=True)
     FLUX.latents(pipe, steps=1, batch=2, height=48)  # other latents than those of the loop
     inputs = seen[0]
-    plain, before = pipe.transformer(**inputs)[0], set(vars(pipe.transformer))
+    plain = pipe.transformer(**inputs)[0]
     expected = fresh(config)
 
     with accel.accelerate(pipe, config):
+        before = set(vars(pipe.transformer))
         leave(pipe, how, guidance=3.0)
         assert set(vars(pipe.transformer)) == before
         run = pipe.scheduler.step.accel_clock.listeners[0]
         assert not run.clock.running
-        assert run.method.guidance.history is run.method.history is None
+        assert run.method.guidance.history is run.method.state.history is None
         assert not (config is PRUNING and run.method.kept.kept)
         with pytest.warns(accel.AccelWarning, match="outside of a denoising loop"):
             assert torch.equal(pipe.transformer(**inputs)[0], plain)

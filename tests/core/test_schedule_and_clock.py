@@ -8,7 +8,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
 
-from accel.core.clock import Clock, Listener, Readback
+from accel.core.clock import Clock, Listener
+from accel.core.readback import Readback
 from accel.core.schedule import Schedule, slots
 from accel.errors import ConfigError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import FAMILIES, make_flux
+from conftest import FAMILIES, Watch, make_flux
 from diffusers import FlowMatchHeunDiscreteScheduler
 
 import accel
@@ -37,12 +37,12 @@ def test_groups_keep_their_mean_and_tokens_their_own_deviation(name):
     with first, accel.accelerate(pipe, config):
         method = method_on(pipe)
 
-        def record(module, args, out):
-            if method.forecasts and method.run.phase.budget < 1:
+        def record(args, kwargs, out):
+            if method.state.forecasts and method.run.phase.budget < 1:
                 call = len(method.run.outputs) - 1
-                seen.append((raw[-1], method.forecasts[call], out[0].clone(), method.groups[-1].plan))
+                seen.append((raw[-1], method.state.forecasts[call], out[0].clone(), method.groups[-1].plan))
 
-        with pipe.transformer.register_forward_hook(record):
+        with Watch(pipe.transformer, record):
             family.latents(pipe, steps=6, guidance=3.0)
     assert len(seen) >= 3
     for computed, forecast, given, plan in seen:
@@ -64,10 +64,10 @@ def test_tokens_go_back_to_where_they_came_from(family):
     adapter = find(pipe.transformer)
     shape = (2, 96, 16) if family is FAMILIES["flux"] else (2, 8, 16, 24)
     prediction = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    x_BNc = adapter.output_tokens(pipe.transformer, prediction)
-    assert torch.equal(adapter.with_tokens(pipe.transformer, prediction, x_BNc, (8, 12)), prediction)
-    changed = adapter.with_tokens(pipe.transformer, prediction, x_BNc + 1, (8, 12))
-    assert torch.equal(adapter.output_tokens(pipe.transformer, changed), x_BNc + 1)
+    x_BNc = adapter.tokens.of(pipe.transformer, prediction)
+    assert torch.equal(adapter.tokens.put(pipe.transformer, prediction, x_BNc, (8, 12)), prediction)
+    changed = adapter.tokens.put(pipe.transformer, prediction, x_BNc + 1, (8, 12))
+    assert torch.equal(adapter.tokens.of(pipe.transformer, changed), x_BNc + 1)
 
 
 @pytest.mark.parametrize("order", [0, 1])

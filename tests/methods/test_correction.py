@@ -126,7 +126,7 @@ def test_forecasts_continue_what_the_model_made_not_what_the_sampler_got():
 
         def look(pipe, step, timestep, kwargs):
             if step < 5:  # after the last, all is dropped
-                seen.append(run.method.history.values[0][0].clone())
+                seen.append(run.method.state.history.values[0][0].clone())
             return kwargs
 
         pipe(**flux_call(steps=6, callback_on_step_end=look))

@@ -122,7 +122,7 @@ def test_tomesd_block_by_brute_force(name):
     """The published scheme, block by block, in loops: merge the block's input, run it, copy the change back."""
     family = FAMILIES[name]
     pipe = family.make()
-    sites = find(pipe.transformer).sites(pipe.transformer)
+    sites = find(pipe.transformer).tokens.sites(pipe.transformer)
     with accel.accelerate(pipe, accel.TokenMergingConfig.tomesd(0.5)) as handle:
         run = next(iter(pipe.scheduler.step.accel_clock._listeners))
         builds = []

@@ -117,7 +117,7 @@ def test_protected_tokens_stay_alone(family, guidance):
         build, score = method.build, method._importance
         scores = []
         method._importance = lambda *a: scores.append(score(*a)) or scores[-1]
-        method.build = lambda *a: plans.append((build(*a), method.guidance)) or plans[-1][0]
+        method.build = lambda *a: plans.append((build(*a), method.state.guidance)) or plans[-1][0]
         family.latents(pipe, steps=4, guidance=guidance)
     assert len(plans) == 3
     for (plan, guided), s in zip(plans, scores, strict=True):
@@ -191,7 +191,7 @@ def test_proportional_attention_is_exact_for_equal_tokens():
         "timestep": torch.randn(1, 6 * 32, generator=g),
     }
     exact = block(x, **inputs)
-    site = find(pipe.transformer).sites(pipe.transformer)[0]
+    site = find(pipe.transformer).tokens.sites(pipe.transformer)[0]
     errors = {}
     for bias in (True, False):
         with ExitStack() as stack:

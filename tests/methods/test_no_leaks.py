@@ -65,7 +65,7 @@ def test_no_state_leaks_between_runs(family, which):
             family.latents(pipe, **runs[0])
         bomb.remove()
         (run,) = pipe.scheduler.step.accel_clock.listeners
-        assert run.method.history is None
+        assert run.method.state.history is None
         if which == "pruning":
             assert not run.method.kept.kept
         assert torch.equal(family.latents(pipe, **runs[0]), expected[0])

@@ -31,7 +31,7 @@ def selections(pipe):
     """The selected positions (G, K) of every partial step, recorded while the pipeline runs."""
     method, seen = method_on(pipe), []
     select = method._select
-    method._select = lambda run: select(run) or seen.append(method.plan.dst)
+    method._select = lambda run: select(run) or seen.append(method.state.plan.dst)
     return seen
 
 
@@ -102,7 +102,9 @@ def test_a_rotary_table_that_does_not_follow_is_noticed(monkeypatch):
     keep = Side(
         "image_rotary_emb", lambda get, plan: tuple(t[: 7 + plan.slots] for t in get("image_rotary_emb"))
     )
-    wrong = replace(adapter, sites=lambda d: [replace(s, sides=(keep,)) for s in adapter.sites(d)])
+    tokens = adapter.tokens
+    sites = lambda d: [replace(s, sides=(keep,)) for s in tokens.sites(d)]  # noqa: E731
+    wrong = replace(adapter, tokens=replace(tokens, sites=sites))
     monkeypatch.setitem(registry._REGISTERED, "FluxTransformer2DModel", wrong)
     freeze(pipe)
     plain = FAMILIES["flux"].latents(pipe, steps=8)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import warnings
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from accel.core.clock import Readback
+from accel.core.capability import require
 from accel.core.guidance import Guidance
 from accel.core.history import History, growth, memory
+from accel.core.readback import Readback
 from accel.core.run import Run, StepMethod, Target
 from accel.core.schedule import Phase
 from accel.errors import AccelWarning
@@ -18,6 +20,32 @@ from accel.stats import Stats, StepStats
 
 from .config import ForecastConfig
 from .correction import Correction
+from .linear import Fit
+
+
+@dataclass
+class _State:
+    """What one run has learnt.
+
+    Attributes:
+        history: the last computed predictions; None before the first.
+        wait: steps that have to be computed before the next forecast, after calls have changed.
+        age: steps since the last computed one.
+        error: relative error per growth of the last forecast that was checked.
+        made: predictions of a corrected step as the model made them.
+        last: time of the last computed step.
+        corrects: what forecasts miss is made up for.
+        fit: how the sampler's input follows from the predictions.
+    """
+
+    history: History | None = None
+    wait: int = 0
+    age: int = 0
+    error: Tensor | None = None
+    made: tuple[Tensor, ...] = ()
+    last: float = 0.0
+    corrects: bool = False
+    fit: Fit = field(default_factory=Fit)
 
 
 class Forecasting(StepMethod):
@@ -26,13 +54,13 @@ class Forecasting(StepMethod):
     name = "forecast"
 
     def __init__(self, target: Target, config: ForecastConfig, stats: Stats) -> None:
+        require(self.name, {"prediction"}, target.adapter, target.denoiser)
         self.target, self.config = target, config
-        self._blocks = len(target.adapter.sites(target.denoiser))
         self.run = Run(target, config.schedule(), self, stats, span=False)
         self.run.keep_outputs = True
         self.guidance = Guidance(self.run, min(config.order, 1), halves=True)
         self.correction = Correction()
-        self.forget()
+        self.state = _State()
 
     def attach(self, stack: ExitStack) -> None:
         self.run.attach(stack)
@@ -40,42 +68,39 @@ class Forecasting(StepMethod):
     # Between steps (see StepMethod).
 
     def forget(self) -> None:
-        self.history: History | None = None
-        self._age = 0
-        self._error: Tensor | None = None  # relative error per growth of the last forecast that was checked
-        self._made: tuple[Tensor, ...] = ()  # predictions of a corrected step as the model made them
-        self._last = 0.0  # time of the last computed step
-        self._corrects = False
+        self.state = _State()
         self.guidance.forget()
         self.correction.forget()
 
     def prepare(self, run: Run) -> None:
-        run.correct, self._made = None, ()
+        state = self.state
+        run.correct, state.made = None, ()
         if run.clock.step == 0:
-            run.check_times()
-            self._corrects = self._can_correct(run)
-        if not run.phase.dense and self._too_far(run):
+            run.check_sampler()
+            state.corrects = self._can_correct(run)
+        if not run.phase.dense and (state.wait or self._too_far(run)):
             run.phase = Phase(1.0)
         if run.phase.dense:
             self.guidance.prepare()
             if self.correction.due:
                 assert run.clock.lengths is not None
-                self.correction.prepare(run.time - self._last, run.clock.lengths[run.clock.step])
+                self.correction.prepare(run.time - state.last, run.clock.lengths[run.clock.step])
             if self.correction.due:
                 run.correct = self._correct
             return
-        assert self.history is not None
-        forecasts = self.history.forecasts(run.time)
-        if self._corrects:
+        assert state.history is not None
+        forecasts = state.history.forecasts(run.time)
+        if state.corrects and (reason := state.fit.wrong()):
+            state.corrects = self._cannot_correct(run, reason)
+        if state.corrects:
             assert run.clock.lengths is not None
-            latest = [values[0] for values in self.history.values]
-            age, length = run.time - self._last, run.clock.lengths[run.clock.step]
+            latest = [values[0] for values in state.history.values]
+            age, length = run.time - state.last, run.clock.lengths[run.clock.step]
             self.correction.add(forecasts, latest, age, length)
         run.answer(forecasts)
 
     def _can_correct(self, run: Run) -> bool:
         """Whether what this run's forecasts miss is made up for; a note in the stats if that was wanted in vain."""
-        run.stats.notes.clear()
         if not self.config.correct:
             return False
         if self.config.guidance_every > 1:
@@ -87,6 +112,9 @@ class Forecasting(StepMethod):
             )
         else:
             return True
+        return self._cannot_correct(run, reason)
+
+    def _cannot_correct(self, run: Run, reason: str) -> bool:
         note = f"correct={self.config.correct} has no effect: {reason}"
         run.stats.notes.append(note)
         if self.config.correct is True:
@@ -97,45 +125,56 @@ class Forecasting(StepMethod):
         """Whether a forecast of this step is expected to miss the tolerance."""
         if self.config.tolerance is None:
             return False
-        if self._error is None:  # nothing measured yet
+        if self.state.error is None:  # nothing measured yet
             return True
-        assert self.history is not None
-        age = self.history.age(run.time)
-        error = Readback(self._error * growth(age, self.config.order)).read()
+        assert self.state.history is not None
+        age = self.state.history.age(run.time)
+        error = float(Readback(self.state.error * growth(age, self.config.order)).read())
         return not error <= self.config.tolerance  # NaN, where nothing can be said, is too far
 
     def account(self, run: Run) -> StepStats:
-        assert run.grid is not None
-        tokens = self._blocks * run.grid[0] * run.grid[1]
+        state = self.state
         if run.phase.dense:
             self.guidance.account()
+            if state.corrects:
+                state.fit.observe(run.outputs, run.clock.model_output)
+        if run.computed:
             self._observe(run)
-        self._age = 0 if run.phase.dense else self._age + 1
-        assert self.history is not None
-        held = memory(self.history, self.guidance.history, *self.correction.tensors)
-        return StepStats(tokens, tokens, cache_bytes=held, oldest_age=self._age)
+        state.age = 0 if run.computed else state.age + 1
+        held = memory(state.history, self.guidance.history, *self.correction.tensors)
+        return StepStats(run.tokens, run.tokens, cache_bytes=held, oldest_age=state.age)
 
     def _observe(self, run: Run) -> None:
-        self._last = run.time
-        outputs = self._made if run.correct is not None else run.outputs
+        """Learn from a step that was computed."""
+        state = self.state
+        state.last = run.time
+        outputs = state.made if run.correct is not None and not run.changed else run.outputs
         self.correction.forget()
-        if self.history is None:
-            self.history = History(self.config.order, trend=self.config.trend)
-            self.history.start(outputs, run.time)
+        if state.history is not None:
+            run.check_calls(len(outputs), len(state.history.values))
+        if run.changed and not run.phase.dense:  # some of its calls may have been answered
+            state.history, state.wait = None, self.config.order + 1
             return
-        run.check_calls(len(outputs), len(self.history.values))
+        if state.history is None or run.changed:
+            state.wait = max(state.wait - 1, self.config.order if run.changed else 0)
+            state.history = History(self.config.order, trend=self.config.trend)
+            state.history.start(outputs, run.time)
+            return
+        state.wait = max(state.wait - 1, 0)
         if self.config.tolerance is not None:
-            age = self.history.age(run.time)
-            pairs = zip(outputs, self.history.forecasts(run.time), strict=True)
+            age = state.history.age(run.time)
+            pairs = zip(outputs, state.history.forecasts(run.time), strict=True)
             errors = [(v - f).float().norm() / v.float().norm() for v, f in pairs]
-            self._error = torch.stack(errors).max() / growth(age, self.config.order)
-        self.history.add(outputs, run.time)
+            state.error = torch.stack(errors).max() / growth(age, self.config.order)
+        state.history.add(outputs, run.time)
 
-    # Inside the denoiser, possibly traced.
+    # At the denoiser's gate.
 
     def _correct(self, prediction: Tensor) -> Tensor:
-        call = len(self.run.outputs)
-        assert self.history is not None
-        self.run.check_calls(max(call + 1, len(self.history.values)), len(self.history.values))
-        self._made = (*self._made, prediction)
-        return self.correction.apply(call, prediction, self.history.values[call][0])
+        state, call = self.state, len(self.run.outputs)
+        assert state.history is not None
+        self.run.check_calls(max(call + 1, len(state.history.values)), len(state.history.values))
+        if self.run.changed:
+            return prediction
+        state.made = (*state.made, prediction)
+        return self.correction.apply(call, prediction, state.history.values[call][0])

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import warnings
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from accel.core.clock import Readback
+from accel.core.capability import require
 from accel.core.history import History, memory
 from accel.core.plan import TokenPlan
+from accel.core.readback import Readback
 from accel.core.run import Run, StepMethod, Target
 from accel.core.schedule import slots
 from accel.core.span import Span
@@ -27,6 +29,27 @@ from . import matching, noise
 from .config import TokenMergingConfig
 
 
+@dataclass
+class _State:
+    """What one run has learnt.
+
+    Attributes:
+        draw: number of the last random draw, on the device.
+        guidance: how much guidance changed each token's prediction, (images, N); None: not known.
+        history: the last predictions; None before the first step.
+        forecasts: of the running step.
+        growths: of the merging errors of all groups, on their way to the host.
+        noise: why nothing can be carried from step to step; None: it can.
+    """
+
+    draw: Tensor
+    guidance: Tensor | None = None
+    history: History | None = None
+    forecasts: list[Tensor] = field(default_factory=list)
+    growths: list[Readback] = field(default_factory=list)
+    noise: str | None = None
+
+
 class TokenMerging(StepMethod):
     """Cached merging at work on one denoiser: a plan per group of layers, and when to rebuild them."""
 
@@ -34,17 +57,16 @@ class TokenMerging(StepMethod):
 
     def __init__(self, target: Target, config: TokenMergingConfig, stats: Stats) -> None:
         self.target, self.config = target, config
-        self.sites = list(target.adapter.sites(target.denoiser))
+        needs = {"tokens"} | ({"key bias"} if config.proportional else set())
+        require(self.name, needs, target.adapter, target.denoiser)
+        self.tokens = target.adapter.tokens
+        self.sites = list(self.tokens.sites(target.denoiser))
         first, last = config.dense_blocks_first, len(self.sites) - config.dense_blocks_last
         if first >= last:
             raise UnsupportedError(
                 f"nothing to merge: dense_blocks_first={first} and "
                 f"dense_blocks_last={config.dense_blocks_last} leave none of the model's "
                 f"{len(self.sites)} blocks."
-            )
-        if config.proportional and any(site.bias is None for site in self.sites):
-            raise UnsupportedError(
-                f"proportional=True: the attention of {target.adapter.name} takes no bias per key."
             )
         if min(config.budgets) >= 1:
             warnings.warn(
@@ -68,24 +90,22 @@ class TokenMerging(StepMethod):
     # Between steps (see StepMethod).
 
     def forget(self) -> None:
-        self.guidance: Tensor | None = None
-        self.history: History | None = None
-        self.forecasts: list[Tensor] = []
-        self._growths: list[Readback] = []
         # On the device, so that compiled code can number its draws without a new graph for each.
         device = next(self.target.denoiser.parameters()).device
-        self.draw = torch.zeros((), dtype=torch.int64, device=device)
+        if device.type == "meta":  # sequential offloading: `build` takes it along
+            device = torch.device("cpu")
+        self.state = _State(torch.zeros((), dtype=torch.int64, device=device))
         for group in self.groups:
             group.forget()
 
     def prepare(self, run: Run) -> None:
-        if run.clock.step == 0 and self.carries and self.config.order > 0:
-            run.check_times()
-        run.correct, self.forecasts = None, []
-        if self.history is not None and not run.phase.dense:
-            self.forecasts = self.history.forecasts(run.time)
+        if run.clock.step == 0 and (self.config.order > 0 or 0 in self.config.budgets):
+            run.check_sampler()
+        run.correct, self.state.forecasts = None, []
+        if self.state.history is not None and not run.phase.dense and self.state.noise is None:
+            self.state.forecasts = self.state.history.forecasts(run.time)
             if run.phase.budget == 0:
-                run.answer(self.forecasts)
+                run.answer(self.state.forecasts)
                 return
             if self.config.unmerge == "carry":
                 run.correct = self._carry
@@ -93,19 +113,30 @@ class TokenMerging(StepMethod):
         if self.config.drift is not None:
             refresh = self._drifted() or refresh
         if refresh and run.outputs:
-            tokens = tuple(run.target.adapter.output_tokens(run.target.denoiser, o) for o in run.outputs)
-            self.guidance = importance.guidance_magnitude(tokens, run.samples or tokens[0].shape[0])
+            tokens = tuple(self.tokens.of(run.target.denoiser, o) for o in run.outputs)
+            self.state.guidance = importance.guidance_magnitude(tokens, run.samples or tokens[0].shape[0])
         for group in self.groups:
             group.stale = (
                 group.stale or refresh or (0 < run.phase.budget < 1 and group.budget != run.phase.budget)
             )
             group.built = False
 
+    def noisy(self, run: Run, reason: str) -> None:
+        """What tokens deviated by at an older step holds old noise: with fresh noise they get their group's
+        prediction alone. Forecasts cannot be had at all."""
+        if self.config.order > 0 or 0 in self.config.budgets:
+            super().noisy(run, reason)
+        if self.state.noise is None and self.carries:
+            self.state.history, self.state.noise = None, reason
+            run.stats.notes.append(
+                f"unmerge='carry' became 'copy': {type(self.target.scheduler).__name__} {reason}"
+            )
+
     def _drifted(self) -> bool:
         limit = 1 + (self.config.drift or 0)
-        drifted = any(growth.read() > limit for growth in self._growths)
+        drifted = any(growth.read() > limit for growth in self.state.growths)
         current = [] if drifted else [g.growth for g in self.groups if g.growth is not None]
-        self._growths = [Readback(growth) for growth in current]
+        self.state.growths = [Readback(growth) for growth in current]
         return drifted
 
     def account(self, run: Run) -> StepStats:
@@ -113,8 +144,8 @@ class TokenMerging(StepMethod):
         tokens = run.grid[0] * run.grid[1]
         total = len(self.sites) * tokens
         self._learn(run)
-        held = memory(self.history)
-        if run.phase.budget == 0:
+        held = memory(self.state.history)
+        if not run.computed:
             return StepStats(0, total, forecast=total, cache_bytes=held)
         active = [g for g in self.groups if g.plan is not None and not run.phase.dense]
         saved = sum(len(g.blocks) * (tokens - g.plan.slots) for g in active if g.plan is not None)
@@ -123,14 +154,15 @@ class TokenMerging(StepMethod):
 
     def _learn(self, run: Run) -> None:
         """Keep what the step predicted, for the deviations and forecasts of the steps after it."""
-        if not self.carries or run.phase.budget == 0:
+        if not self.carries or not run.computed or self.state.noise is not None:
             return
-        if self.history is None:
-            self.history = History(self.config.order)
-            self.history.start(run.outputs, run.time)
+        if self.state.history is not None and not run.changed:
+            run.check_calls(len(run.outputs), len(self.state.history.values))
+        if self.state.history is None or run.changed:
+            self.state.history = History(self.config.order)
+            self.state.history.start(run.outputs, run.time)
         else:
-            run.check_calls(len(run.outputs), len(self.history.values))
-            self.history.add(run.outputs, run.time)
+            self.state.history.add(run.outputs, run.time)
 
     # Inside the denoiser, possibly traced.
 
@@ -147,7 +179,7 @@ class TokenMerging(StepMethod):
         # One plan for all, unless the model allows one per image and the number of images is known: before
         # the first step is over it is not, because the batch may hold both halves of guidance.
         samples = self.run.samples
-        shared = self.target.adapter.shared_plan or samples is None or x_BNC.shape[0] % samples
+        shared = self.tokens.shared_plan or samples is None or x_BNC.shape[0] % samples
         rows = 1 if shared or samples is None else samples
         unit_GNC = matching.features(x_BNC, rows)
 
@@ -155,8 +187,8 @@ class TokenMerging(StepMethod):
         if protected or config.destinations != "random":
             score_GN = self._importance(x_BNC, grid, rows)
         if config.destinations == "random" or score_GN is None:
-            self.draw = self.draw.to(x_BNC.device) + 1
-            wish_GN = noise.uniform(N, config.seed, self.draw).expand(rows, -1)
+            self.state.draw = self.state.draw.to(x_BNC.device) + 1
+            wish_GN = noise.uniform(N, config.seed, self.state.draw).expand(rows, -1)
         else:
             wish_GN = score_GN if config.destinations == "important" else -score_GN
         if protected and score_GN is not None:
@@ -175,19 +207,19 @@ class TokenMerging(StepMethod):
     def _carry(self, prediction: Tensor) -> Tensor:
         """Forecast + what the groups' means say about it: the mean of each group as computed, and within the
         group every token's own deviation as forecast."""
-        target, plan, grid = self.target, self.groups[-1].plan, self.run.grid
-        if plan is None or grid is None:
-            return prediction
+        denoiser, plan, grid = self.target.denoiser, self.groups[-1].plan, self.run.grid
         call = len(self.run.outputs)
-        self.run.check_calls(max(call + 1, len(self.forecasts)), len(self.forecasts))
-        old_BNc = target.adapter.output_tokens(target.denoiser, self.forecasts[call])
-        new_BNc = target.adapter.output_tokens(target.denoiser, prediction)
+        self.run.check_calls(max(call + 1, len(self.state.forecasts)), len(self.state.forecasts))
+        if plan is None or grid is None or self.run.changed:
+            return prediction
+        old_BNc = self.tokens.of(denoiser, self.state.forecasts[call])
+        new_BNc = self.tokens.of(denoiser, prediction)
         gather = plan.take if self.config.merge == "pick" else plan.reduce
         carried_BNc = old_BNc + plan.expand(gather(new_BNc - old_BNc))
-        return target.adapter.with_tokens(target.denoiser, prediction, carried_BNc, grid)
+        return self.tokens.put(denoiser, prediction, carried_BNc, grid)
 
     def _importance(self, x_BNC: Tensor, grid: tuple[int, int], rows: int) -> Tensor:
-        score_BN = self.guidance if self.config.importance != "detail" else None
+        score_BN = self.state.guidance if self.config.importance != "detail" else None
         if score_BN is None or score_BN.shape[1] != x_BNC.shape[1]:
             score_BN = importance.local_detail(x_BNC, grid)
         return score_BN.unflatten(0, (-1, rows)).mean(0)
@@ -217,7 +249,7 @@ class _Group:
 
     def plan_for(self, x_BNC: Tensor) -> TokenPlan | None:
         run = self.method.run
-        if run.phase.dense or run.grid is None:
+        if not run.active or run.phase.dense or run.grid is None:
             return None
         if self.stale:
             with torch.no_grad():

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import warnings
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from accel.core.capability import require
 from accel.core.guidance import Guidance
 from accel.core.history import History, growth, memory
 from accel.core.keyvalues import KeyValues
@@ -26,6 +28,35 @@ from . import selection
 from .config import TokenPruningConfig
 
 
+@dataclass
+class _State:
+    """What one run has learnt.
+
+    Attributes:
+        plan: of the running step; None: dense.
+        history: the last computed prediction of every token; None before the first step.
+        rows: G, plans of a batch.
+        last_GN: step at which each token was computed last.
+        error_GN: measured forecast error per growth(age).
+        selected_GN: how often selected of late, halved at every selection.
+        labels: cluster of each token, and how many there are.
+        before: predictions of the step before the last dense one.
+        forecasts: of the running step.
+        computed: mask that broadcasts to a prediction.
+    """
+
+    plan: TokenPlan | None = None
+    history: History | None = None
+    rows: int = 1
+    last_GN: Tensor | None = None
+    error_GN: Tensor | None = None
+    selected_GN: Tensor | None = None
+    labels: tuple[Tensor, int] | None = None
+    before: tuple[Tensor, ...] = ()
+    forecasts: list[Tensor] = field(default_factory=list)
+    computed: Tensor | None = None
+
+
 class TokenPruning(StepMethod):
     """Token pruning at work on one denoiser."""
 
@@ -34,20 +65,18 @@ class TokenPruning(StepMethod):
 
     def __init__(self, target: Target, config: TokenPruningConfig, stats: Stats) -> None:
         self.target, self.config = target, config
-        self.sites = list(target.adapter.sites(target.denoiser))
+        partial = any(0 < b < 1 for b in config.schedule().budgets)
+        self._keeps = config.keys_values == "all" and partial
+        needs = {"tokens"} | ({"keys and values"} if self._keeps else set())
+        require(self.name, needs, target.adapter, target.denoiser)
+        self.tokens = target.adapter.tokens
+        self.sites = list(self.tokens.sites(target.denoiser))
         self.run = Run(target, config.schedule(), self, stats, span=True)
         self.run.keep_outputs = True
         self.guidance = Guidance(self.run, min(config.order, 1), halves=False)
         self.span = Span(self._plan_for, pick=True)
-        self.kept = KeyValues(lambda: len(self.run.outputs))
-        self.attentions = list(target.adapter.attentions(target.denoiser))
-        partial = any(0 < b < 1 for b in config.schedule().budgets)
-        self._keeps = config.keys_values == "all" and partial
-        if self._keeps and not self.attentions:
-            raise UnsupportedError(
-                f"keys_values='all': the adapter of {target.adapter.name} does not say where keys and values are "
-                "made. Use keys_values='none'."
-            )
+        self.kept = KeyValues(lambda: self.run.active, lambda: len(self.run.outputs))
+        self.attentions = list(target.adapter.attentions(target.denoiser)) if self._keeps else []
         if not config.schedule().reduces:
             warnings.warn("every budget is 1: the pipeline is not accelerated.", AccelWarning, stacklevel=3)
         self.forget()
@@ -63,16 +92,7 @@ class TokenPruning(StepMethod):
     # Between steps (see StepMethod).
 
     def forget(self) -> None:
-        self.plan: TokenPlan | None = None
-        self.history: History | None = None
-        self.rows = 1
-        self.last_GN: Tensor | None = None  # step at which each token was computed last
-        self.error_GN: Tensor | None = None  # measured forecast error per growth(age)
-        self.selected_GN: Tensor | None = None  # how often selected of late, halved at every selection
-        self.labels: tuple[Tensor, int] | None = None
-        self.before: tuple[Tensor, ...] = ()  # predictions of the step before the last dense one
-        self.forecasts: list[Tensor] = []
-        self.computed: Tensor | None = None  # mask that broadcasts to a prediction
+        self.state = _State()
         self.guidance.forget()
         self.span.clear()
         self.kept.clear()
@@ -80,12 +100,12 @@ class TokenPruning(StepMethod):
     def prepare(self, run: Run) -> None:
         step = run.clock.step
         if step == 0:
-            run.check_times()
+            run.check_sampler()
             if self.config.max_age is not None:
                 run.phases = selection.bounded(run.phases, self.config.max_age)
         run.phase = run.phases[step]
-        self.plan = self.kept.plan = run.correct = self.computed = None
-        self.forecasts = []
+        self.state.plan = self.kept.plan = run.correct = self.state.computed = None
+        self.state.forecasts = []
         computing = [p for p in run.phases[step + 1 :] if p.budget > 0]
         # Of each branch, the next step that computes it: a partial one needs what this one makes.
         following = [next(iter(ps), None) for ps in (computing, [p for p in computing if p.guided])]
@@ -93,11 +113,11 @@ class TokenPruning(StepMethod):
         self.kept.storing = bool(self.kept.layers) and run.phase.dense and partial
         if step == 0:
             return
-        assert self.history is not None
+        assert self.state.history is not None
         if not run.phase.dense or self.config.score == "error":
-            self.forecasts = self.history.forecasts(run.time)
+            self.state.forecasts = self.state.history.forecasts(run.time)
         if run.phase.budget == 0:
-            run.answer(self.forecasts)
+            run.answer(self.state.forecasts)
             return
         self.guidance.prepare()
         if not run.phase.dense:
@@ -106,155 +126,173 @@ class TokenPruning(StepMethod):
     def account(self, run: Run) -> StepStats:
         assert run.grid is not None
         tokens = run.grid[0] * run.grid[1]
-        computed = 0 if run.phase.budget == 0 else tokens if self.plan is None else self.plan.slots
+        computed = (
+            0 if run.phase.budget == 0 else tokens if self.state.plan is None else self.state.plan.slots
+        )
         if computed:
             self.guidance.account()
-        if self.history is None:
+        if self.state.history is None:
             self._start(run, tokens)
         elif computed:
-            run.check_calls(len(run.outputs), len(self.history.values))
+            run.check_calls(len(run.outputs), len(self.state.history.values))
             self._learn(run)
         if self.kept.storing:
             self.kept.check(len(run.outputs) - run.branch_skipped)
-        assert self.history is not None
-        assert self.last_GN is not None
+        assert self.state.history is not None
+        assert self.state.last_GN is not None
         blocks = len(self.sites)
         return StepStats(
             blocks * computed,
             blocks * tokens,
-            built=int(self.plan is not None),
+            built=int(self.state.plan is not None),
             forecast=blocks * (tokens - computed),
-            cache_bytes=memory(self.history, self.guidance.history, *self._held) + self.kept.bytes,
-            oldest_age=(run.clock.step - self.last_GN).max(),
+            cache_bytes=memory(self.state.history, self.guidance.history, *self._held) + self.kept.bytes,
+            oldest_age=(run.clock.step - self.state.last_GN).max(),
         )
 
     @property
     def _held(self) -> tuple[Tensor | None, ...]:
         """What is kept from step to step beside histories, keys and values."""
-        labels_GN = None if self.labels is None else self.labels[0]
-        return (*self.before, self.last_GN, self.error_GN, self.selected_GN, labels_GN)
+        labels_GN = None if self.state.labels is None else self.state.labels[0]
+        return (
+            *self.state.before,
+            self.state.last_GN,
+            self.state.error_GN,
+            self.state.selected_GN,
+            labels_GN,
+        )
 
     def _start(self, run: Run, tokens: int) -> None:
         """State after the first step of a run, when shapes are known."""
         samples, B = run.clock.samples, run.outputs[0].shape[0]
-        shared = self.target.adapter.shared_plan or samples is None or B % samples
-        self.rows = 1 if shared or samples is None else samples
-        self._check_clusters(tokens)  # for compiled calls
-        self.history = History(self.config.order, lambda x_GN: self._spread(x_GN, B))
-        self.history.start(run.outputs, run.time, (self.rows, tokens))
-        self.last_GN = torch.zeros(self.rows, tokens, dtype=torch.int64, device=run.outputs[0].device)
-        self.selected_GN = torch.zeros(self.rows, tokens, device=run.outputs[0].device)
+        shared = self.tokens.shared_plan or samples is None or B % samples
+        self.state.rows = 1 if shared or samples is None else samples
+        self.state.history = History(self.config.order, lambda x_GN: self._spread(x_GN, B))
+        self.state.history.start(run.outputs, run.time, (self.state.rows, tokens))
+        self.state.last_GN = torch.zeros(
+            self.state.rows, tokens, dtype=torch.int64, device=run.outputs[0].device
+        )
+        self.state.selected_GN = torch.zeros(self.state.rows, tokens, device=run.outputs[0].device)
         if self.config.score == "change":
-            self.before = run.outputs
+            self.state.before = run.outputs
 
     def _learn(self, run: Run) -> None:
         """After a step that computed something: what the forecasts would have missed, and the history."""
-        assert self.history is not None
-        assert self.last_GN is not None
-        computed_GN = None if self.plan is None else self.plan.owner[: self.rows] >= 0
+        assert self.state.history is not None
+        assert self.state.last_GN is not None
+        computed_GN = None if self.state.plan is None else self.state.plan.owner[: self.state.rows] >= 0
         if self.config.score == "error":
-            missed = [v.float() - f.float() for v, f in zip(run.outputs, self.forecasts, strict=True)]
-            error_GN = self._magnitude(missed) / growth(self.history.age(run.time), self.config.order)
-            if computed_GN is not None and self.error_GN is not None:
-                error_GN = torch.where(computed_GN, error_GN, self.error_GN)
-            self.error_GN = error_GN
-        elif self.config.score == "change" and self.plan is None:
-            self.before = tuple(values[0] for values in self.history.values)
-        self.history.add(run.outputs, run.time, computed_GN)
-        step = torch.full_like(self.last_GN, run.clock.step)
-        self.last_GN = step if computed_GN is None else torch.where(computed_GN, step, self.last_GN)
+            missed = [v.float() - f.float() for v, f in zip(run.outputs, self.state.forecasts, strict=True)]
+            error_GN = self._magnitude(missed) / growth(self.state.history.age(run.time), self.config.order)
+            if computed_GN is not None and self.state.error_GN is not None:
+                error_GN = torch.where(computed_GN, error_GN, self.state.error_GN)
+            self.state.error_GN = error_GN
+        elif self.config.score == "change" and self.state.plan is None:
+            self.state.before = tuple(values[0] for values in self.state.history.values)
+        self.state.history.add(run.outputs, run.time, computed_GN)
+        step = torch.full_like(self.state.last_GN, run.clock.step)
+        self.state.last_GN = (
+            step if computed_GN is None else torch.where(computed_GN, step, self.state.last_GN)
+        )
 
     # Which tokens
 
     def _select(self, run: Run) -> None:
         assert run.grid is not None
-        assert self.last_GN is not None
-        assert self.selected_GN is not None
-        N, B = self.last_GN.shape[1], self.forecasts[0].shape[0]
-        count = slots(N, run.phase.budget, 16 if self.last_GN.is_cuda else 1)
+        assert self.state.last_GN is not None
+        assert self.state.selected_GN is not None
+        N, B = self.state.last_GN.shape[1], self.state.forecasts[0].shape[0]
+        count = slots(N, run.phase.budget, 16 if self.state.last_GN.is_cuda else 1)
         score_GN = self._score(run)
         if self.config.max_age is not None:
             until = selection.next_opportunity(run.phases, run.clock.step) - 1
-            score_GN = score_GN.masked_fill(until - self.last_GN > self.config.max_age, torch.inf)
+            score_GN = score_GN.masked_fill(until - self.state.last_GN > self.config.max_age, torch.inf)
         fresh = round(count * self.config.fresh_share)
         chosen_GK = self._best(run, score_GN, count - fresh)
         if fresh:
             rest_GN = score_GN.scatter(1, chosen_GK, -torch.inf)
-            often_GN = self.selected_GN.masked_fill(rest_GN.isposinf(), -1.0).scatter(1, chosen_GK, torch.inf)
+            often_GN = self.state.selected_GN.masked_fill(rest_GN.isposinf(), -1.0).scatter(
+                1, chosen_GK, torch.inf
+            )
             # Without clusters: a small cluster's quota could be zero at every step, its tokens never fresh.
             fresh_GK = selection.best_first(rest_GN, often_GN)[:, :fresh]
             chosen_GK = torch.cat([chosen_GK, fresh_GK], 1)
-        self.selected_GN = (self.selected_GN / 2).scatter_add(
-            1, chosen_GK, torch.ones_like(chosen_GK, dtype=self.selected_GN.dtype)
+        self.state.selected_GN = (self.state.selected_GN / 2).scatter_add(
+            1, chosen_GK, torch.ones_like(chosen_GK, dtype=self.state.selected_GN.dtype)
         )
         plan = selection.plan_of(chosen_GK, N)
-        self.computed = self._spread(plan.owner >= 0, B)
-        self.plan = plan.repeat(B // self.rows)
+        self.state.computed = self._spread(plan.owner >= 0, B)
+        self.state.plan = plan.repeat(B // self.state.rows)
         if self.kept.layers:
-            self.kept.plan = self.plan
+            self.kept.plan = self.state.plan
         run.correct = self._correct
 
     def _score(self, run: Run) -> Tensor:
         assert run.grid is not None
-        assert self.history is not None
-        age_GN = self.history.age(run.time)
+        assert self.state.history is not None
+        age_GN = self.state.history.age(run.time)
         if self.config.score == "age":
             return age_GN
-        latest = [values[0] for values in self.history.values]
+        latest = [values[0] for values in self.state.history.values]
         if self.config.score == "change":
-            return self._magnitude([v.float() - b.float() for v, b in zip(latest, self.before, strict=True)])
+            return self._magnitude(
+                [v.float() - b.float() for v, b in zip(latest, self.state.before, strict=True)]
+            )
         if (
-            self.error_GN is None
+            self.state.error_GN is None
         ):  # a single step so far: no forecast could be checked, so where there is detail
             detail = [importance.local_detail(self._tokens(v), run.grid) for v in latest]
-            return torch.stack(detail).mean(0).unflatten(0, (-1, self.rows)).mean(0)
-        return selection.pool(self.error_GN * growth(age_GN, self.config.order), run.grid)
+            return torch.stack(detail).mean(0).unflatten(0, (-1, self.state.rows)).mean(0)
+        return selection.pool(self.state.error_GN * growth(age_GN, self.config.order), run.grid)
 
     def _best(self, run: Run, score_GN: Tensor, count: int) -> Tensor:
         order_GN = selection.best_first(score_GN)
         if not self.config.clusters:
             return order_GN[:, :count]
-        if self.labels is None:
-            self.labels = self._cluster(run)
-        labels_GN, clusters = self.labels
+        if self.state.labels is None:
+            self.state.labels = self._cluster(run)
+        labels_GN, clusters = self.state.labels
         return selection.balanced(order_GN, score_GN, labels_GN, clusters, count)
 
     def _cluster(self, run: Run) -> tuple[Tensor, int]:
         """CAT Pruning, section 3.2: clusters of [0.05 x predicted noise, row, column], the latter in [0, 1]."""
         assert run.grid is not None
-        assert self.history is not None
-        device = self.history.stamps[0].device
+        assert self.state.history is not None
+        device = self.state.history.stamps[0].device
         if self.config.clustering == "grid":
             labels_1N, clusters = selection.grid_clusters(run.grid, self.config.clusters, device)
-            return labels_1N.expand(self.rows, -1), clusters
+            return labels_1N.expand(self.state.rows, -1), clusters
         height, width = run.grid
         row, column = torch.meshgrid(
             torch.linspace(0, 1, height, device=device),
             torch.linspace(0, 1, width, device=device),
             indexing="ij",
         )
-        place_GN2 = torch.stack([row, column], -1).view(1, -1, 2).expand(self.rows, -1, -1)
-        noise_GNc = self._tokens(self.history.values[0][0]).float().unflatten(0, (-1, self.rows)).mean(0)
+        place_GN2 = torch.stack([row, column], -1).view(1, -1, 2).expand(self.state.rows, -1, -1)
+        noise_GNc = (
+            self._tokens(self.state.history.values[0][0]).float().unflatten(0, (-1, self.state.rows)).mean(0)
+        )
         features_GNF = torch.cat([0.05 * noise_GNc, place_GN2], -1)
         return selection.kmeans(features_GNF, self.config.clusters), self.config.clusters
 
     # Between tokens and predictions
 
     def _tokens(self, prediction: Tensor) -> Tensor:
-        return self.target.adapter.output_tokens(self.target.denoiser, prediction)
+        return self.tokens.of(self.target.denoiser, prediction)
 
     def _magnitude(self, differences: list[Tensor]) -> Tensor:
         """(G, N): norm per token, over all calls and over the images that share a plan row."""
         norms_BN = torch.stack([self._tokens(d).norm(dim=-1) for d in differences]).mean(0)
-        return norms_BN.unflatten(0, (-1, self.rows)).mean(0)
+        return norms_BN.unflatten(0, (-1, self.state.rows)).mean(0)
 
     def _spread(self, x_GN: Tensor, batch: int) -> Tensor:
         """(G, N) -> broadcasts to a prediction of this batch."""
         assert self.run.grid is not None
-        x_BN = x_GN if self.rows == 1 else x_GN.repeat(batch // self.rows, 1)
-        return self.target.adapter.per_token(self.target.denoiser, x_BN, self.run.grid)
+        x_BN = x_GN if self.state.rows == 1 else x_GN.repeat(batch // self.state.rows, 1)
+        return self.tokens.spread(self.target.denoiser, x_BN, self.run.grid)
 
-    def _check_clusters(self, tokens: int) -> None:
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        tokens = grid[0] * grid[1]
         if self.config.clusters > tokens:
             raise UnsupportedError(
                 f"clusters={self.config.clusters} are more than the {tokens} tokens of this size; "
@@ -264,12 +302,10 @@ class TokenPruning(StepMethod):
     # Inside the denoiser, possibly traced.
 
     def _plan_for(self, x_BNC: Tensor) -> TokenPlan | None:
-        if not torch.compiler.is_compiling():
-            self._check_clusters(x_BNC.shape[1])
-        return self.plan
+        return self.state.plan if self.run.active else None
 
     def _correct(self, prediction: Tensor) -> Tensor:
         call = len(self.run.outputs)
-        self.run.check_calls(max(call + 1, len(self.forecasts)), len(self.forecasts))
-        assert self.computed is not None
-        return torch.where(self.computed, prediction, self.forecasts[call])
+        self.run.check_calls(max(call + 1, len(self.state.forecasts)), len(self.state.forecasts))
+        assert self.state.computed is not None
+        return torch.where(self.state.computed, prediction, self.state.forecasts[call])

@@ -31,6 +31,10 @@ class Target:
         """The pipeline itself, in which exactly one attribute changes."""
         return self.pipe()
 
+    @property
+    def loop(self) -> None:
+        return None
+
 
 class SpeculativeDecoding(Method):
     """A `SpeculativeDecoder` in the place of a pipeline's own decoder."""

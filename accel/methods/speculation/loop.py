@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from accel.core.decoding import Sampling, TokenModel, draw
+from accel.core.readback import Readback
 
 from .config import SpeculativeDecodingConfig
 from .draft import inverse_cdf
@@ -129,7 +130,7 @@ def speculate(
     state = start(model, sampling, config, width, randomness, forced_S)
     uses_uniform = config.verifies_by == "ratio"
     forwards = 0
-    pending: _Readback | None = None
+    pending: Readback | None = None
     while min(known) < slots:
         randomness.refill(known)
         if hasattr(model, "at_most"):
@@ -139,27 +140,9 @@ def speculate(
         uniform_BW4 = randomness.uniform(width, 4) if uses_uniform else None
         state = step(state, logits_BWV, uniform_BW4, randomness.exponential_BRV, forced_S)
         forwards += 1
-        before, pending = pending, _Readback(state.finished_B)
+        before, pending = pending, Readback(state.finished_B)
         readable = before if late else pending
         if readable is not None:
-            known = readable.read()
+            known = readable.read().tolist()
         on_slots(min(known))
     return state, forwards
-
-
-class _Readback:
-    """(B,) counts on their way to the host (as `accel.core.clock.Readback`, for more than one)."""
-
-    def __init__(self, values: Tensor) -> None:
-        self._event = None
-        self._host = values
-        if values.is_cuda:
-            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self._host.copy_(values, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def read(self) -> list[int]:
-        if self._event is not None:
-            self._event.synchronize()
-        return self._host.tolist()

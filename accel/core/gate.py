@@ -1,0 +1,99 @@
+"""The one way into a denoiser while loops are followed: whose call it is, and what is done about it."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from . import caller
+from .around import Around, answered, compiled
+
+if TYPE_CHECKING:
+    from .run import Run
+
+_GATES: weakref.WeakKeyDictionary[nn.Module, Gate]
+_GATES = weakref.WeakKeyDictionary()
+
+
+class Gate(Around):
+    """Stands around a module's calls while something is attached to it; one for all runs, loops and threads.
+
+    A call is some loop's, and then that loop's runs take part in it, or nobody's we follow, and then it is the plain
+    module's: hooks on its parts look at `Run.active`, which is false. One call runs at a time, since hooks keep what
+    they take from one block to the next: threads that share a module wait for each other.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self._lock = threading.RLock()
+        self._runs: tuple[Run, ...] = ()
+
+    @staticmethod
+    def of(module: nn.Module) -> Gate:
+        return _GATES.setdefault(module, Gate(module))
+
+    def open(self, run: Run) -> None:
+        """From now on calls may be `run`'s. Not only while its loop runs: a call of another thread that is on its
+        way through the module when the loop starts must hold the lock."""
+        if run not in self._runs:
+            self._runs = (*self._runs, run)
+        # Inside of whoever measures the module's time.
+        self.install(innermost=True)
+
+    def close(self, run: Run) -> None:
+        """None is any more."""
+        self._runs = tuple(r for r in self._runs if r is not run)
+        if not self._runs:
+            self.remove()
+
+    def around(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        where = caller.here()
+        with self._lock:
+            runs = [run for run in self._runs if run.clock.calls(*where)]
+            if not runs:
+                return self.call(*args, **kwargs)
+            for run in runs:
+                run.active = True
+            try:
+                return self._ours(runs, args, kwargs)
+            except BaseException:
+                for run in runs:
+                    run.clock.abort()
+                raise
+            finally:
+                for run in runs:
+                    run.active = False
+
+    def _ours(self, runs: list[Run], args: tuple, kwargs: dict[str, Any]) -> Any:
+        for run in runs:
+            run.arrives(args, kwargs)
+        through = partial(self._through, runs)
+        detour = next((run.detour for run in runs if run.detour is not None), None)
+        return through(*args, **kwargs) if detour is None else detour(through, args, kwargs)
+
+    def _through(self, runs: list[Run], *args: Any, **kwargs: Any) -> Any:
+        for run in runs:
+            run.enters(args, kwargs, traced=compiled(self._module))
+        answers = ((run, run.answer_now()) for run in runs)
+        run, answer = next(((r, a) for r, a in answers if a is not None), (None, None))
+        if run is not None:
+            with answered(self._module, run.like_output(answer)):
+                output = self._module._call_impl(*args, **kwargs)
+        else:
+            if torch.cuda.is_available() and compiled(self._module):
+                # The outputs of the call before have been read, or cloned.
+                torch.compiler.cudagraph_mark_step_begin()
+            output = self.call(*args, **kwargs)
+        for run in runs:
+            output = run.leaves(output)
+        return output
+
+    @property
+    def keeps_outputs(self) -> bool:
+        """What the module returns is overwritten by its next call (CUDA graphs) unless it is cloned."""
+        return torch.cuda.is_available() and compiled(self._module)

@@ -1,0 +1,58 @@
+"""A denoiser's prediction: read from whatever its calls return, and put back into the same form.
+
+Denoisers of diffusers return an output class with `sample`, a tuple, a bare tensor (Kandinsky 5), or a list of one
+tensor per image inside of either (Z-Image).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accel.errors import UnsupportedError
+
+
+def prediction_of(output: Any) -> Tensor:
+    """The prediction as one tensor; a list of one per image is stacked.
+
+    Raises:
+        UnsupportedError: there is none, or the images of a list differ in shape.
+    """
+    return _tensor(_inner(output), output)
+
+
+def _inner(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, tuple):
+        return output[0]
+    return getattr(output, "sample", output)
+
+
+def _tensor(inner: Any, output: Any) -> Tensor:
+    if isinstance(inner, Tensor):
+        return inner
+    if isinstance(inner, (list, tuple)) and inner and all(isinstance(one, Tensor) for one in inner):
+        if len({one.shape for one in inner}) == 1:
+            return torch.stack(list(inner))
+        raise UnsupportedError("the images of one call differ in size: run them one by one")
+    raise UnsupportedError(
+        f"no prediction can be told in what the denoiser returned ({type(output).__name__})"
+    )
+
+
+def like(output: Any) -> Callable[[Tensor], Any]:
+    """What puts a prediction into the form of `output`, keeping nothing of its tensors alive."""
+    cls: Any = type(output)
+    split = isinstance(_inner(output), (list, tuple))
+
+    def form(prediction: Tensor) -> Any:
+        value = list(prediction.unbind(0)) if split else prediction
+        if issubclass(cls, Tensor):
+            return value
+        return (value,) if issubclass(cls, tuple) else cls(sample=value)
+
+    return form
