@@ -15,10 +15,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from accel.errors import UnsupportedError
 
+from .around import compiled
 from .plan import TokenPlan
 
 Table = tuple[Tensor, Tensor]
@@ -53,6 +55,17 @@ class Attention:
         """The submodules whose outputs are taken."""
         return frozenset({*self.rotated, self.keys, self.values})
 
+    def check(self, denoiser: nn.Module) -> None:
+        """
+        Raises:
+            UnsupportedError: keys and values are made by one projection.
+        """
+        if getattr(denoiser.get_submodule(self.path), "fused_projections", False):
+            raise UnsupportedError(
+                f"{self.path} has fused projections. Call pipe.transformer.unfuse_qkv_projections() first, or use "
+                "keys_values='none'."
+            )
+
 
 class KeyValues:
     """The kept keys and values of a denoiser.
@@ -70,6 +83,8 @@ class KeyValues:
     def __init__(self, ours: Callable[[], bool], call: Callable[[], int]) -> None:
         self.ours, self.call = ours, call
         self.layers = 0
+        self._hooks = ExitStack()
+        self._hooked: dict[str, nn.Module] = {}  # by path
         self.clear()
 
     def clear(self) -> None:
@@ -102,19 +117,33 @@ class KeyValues:
 
     def attach(self, denoiser: nn.Module, attentions: list[Attention], stack: ExitStack) -> None:
         self.layers = len(attentions)
-        for attention in attentions:
-            module = denoiser.get_submodule(attention.path)
-            if getattr(module, "fused_projections", False):
-                raise UnsupportedError(
-                    f"{attention.path} has fused projections. Call pipe.transformer.unfuse_qkv_projections() "
-                    "first, or use keys_values='none'."
-                )
+        self._denoiser, self._attentions = denoiser, attentions
+        stack.callback(self._detach)
+        self._hook()
+
+    def follow(self) -> None:
+        """A run starts: a LoRA that was loaded or taken out since has put other modules in the places of some."""
+        if any(self._denoiser.get_submodule(path) is not module for path, module in self._hooked.items()):
+            self._detach()
+            self._hook()
+            if any(compiled(module) for module in self._denoiser.modules()):
+                torch.compiler.reset()
+
+    def _detach(self) -> None:
+        self._hooks.close()
+        self._hooked.clear()
+
+    def _hook(self) -> None:
+        for attention in self._attentions:
+            attention.check(self._denoiser)
+            module = self._denoiser.get_submodule(attention.path)
             if attention.table is not None:
                 hook = self._take_table(attention)
-                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                self._hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             for name in attention.modules:
-                made = self._made(attention, name)
-                stack.callback(module.get_submodule(name).register_forward_hook(made).remove)
+                made, part = self._made(attention, name), module.get_submodule(name)
+                self._hooks.callback(part.register_forward_hook(made).remove)
+                self._hooked[f"{attention.path}.{name}"] = part
 
     # Inside the denoiser, possibly traced.
 

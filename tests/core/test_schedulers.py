@@ -53,31 +53,6 @@ def test_times_that_repeat_or_go_back_are_refused(sigmas, message):
         FAMILIES["flux"].latents(pipe, steps=4, sigmas=sigmas)
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("DDIMScheduler", {}),
-        ("DDIMInverseScheduler", {}),  # its times go down, all of them
-        ("DDPMScheduler", {}),
-        ("DEISMultistepScheduler", {}),
-        ("DPMSolverMultistepScheduler", {}),
-        ("DPMSolverMultistepScheduler", {"solver_order": 3}),
-        ("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
-        ("EulerDiscreteScheduler", {}),
-        ("EulerAncestralDiscreteScheduler", {}),
-        ("FlowMatchEulerDiscreteScheduler", {}),
-        ("LCMScheduler", {}),
-        ("LMSDiscreteScheduler", {}),
-        ("UniPCMultistepScheduler", {}),
-    ],
-)
-def test_one_call_at_a_time_is_taken(name, options):
-    if name == "LMSDiscreteScheduler":
-        pytest.importorskip("scipy")
-    # Refused schedulers raise here, at the same call.
-    assert start(name, **options) == ([], 12)
-
-
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
 @pytest.mark.parametrize("steps", [50, 100])
 def test_timesteps_may_round_to_the_same_one(name, steps):

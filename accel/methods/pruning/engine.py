@@ -77,6 +77,8 @@ class TokenPruning(StepMethod):
         self.span = Span(self._plan_for, pick=True)
         self.kept = KeyValues(lambda: self.run.active, lambda: len(self.run.outputs))
         self.attentions = list(target.adapter.attentions(target.denoiser)) if self._keeps else []
+        for attention in self.attentions:
+            attention.check(target.denoiser)
         if not config.schedule().reduces:
             warnings.warn("every budget is 1: the pipeline is not accelerated.", AccelWarning, stacklevel=3)
         self.forget()
@@ -101,6 +103,8 @@ class TokenPruning(StepMethod):
         step = run.clock.step
         if step == 0:
             run.check_sampler()
+            if self._keeps:
+                self.kept.follow()
             if self.config.max_age is not None:
                 run.phases = selection.bounded(run.phases, self.config.max_age)
         run.phase = run.phases[step]
