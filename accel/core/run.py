@@ -358,6 +358,11 @@ class Run(Listener):
         return self._arrived
 
     @property
+    def image_tokens(self) -> int | None:
+        """N; None: not known yet."""
+        return None if self.grid is None else self.grid[0] * self.grid[1]
+
+    @property
     def tokens(self) -> int:
         """Image tokens of a plain step, over all blocks; 1 where they are not described, so that steps are counted."""
         return 1 if self.grid is None else self.target.blocks * self.grid[0] * self.grid[1]

@@ -23,6 +23,7 @@ class Span:
     Args:
         plan_for: (B, N, C) tokens at the entry -> the plan for this call, or None to run dense.
         pick: reduce by taking each slot's own token instead of the mean of its tokens.
+        tokens: how many image tokens there are, for modules that take text in the same tensor; None: not known yet.
         observe: called with (x, reduced x, plan) at the entry; used to measure how well a cached plan fits.
     """
 
@@ -32,8 +33,9 @@ class Span:
         *,
         pick: bool = False,
         observe: Callable[[Tensor, Tensor, TokenPlan], None] | None = None,
+        tokens: Callable[[], int | None] = lambda: None,
     ) -> None:
-        self.plan_for, self.pick, self.observe = plan_for, pick, observe
+        self.plan_for, self.pick, self.observe, self.tokens = plan_for, pick, observe, tokens
         self.plan: TokenPlan | None = None
         self.full: Tensor | None = None
         self.reduced: Tensor | None = None
@@ -50,7 +52,7 @@ class Span:
         carry: dict[tuple, Callable] = {}
         modules = [denoiser.get_submodule(site.path) for site in sites]
         for i, (site, module) in enumerate(zip(sites, modules, strict=True)):
-            key = (type(module), site.tokens, site.output, site.sides, site.bias)
+            key = (type(module), site.tokens, site.image, site.axis, site.output, site.sides, site.bias)
             port = ports.setdefault(key, Port(site, module, bias=bias))
             hook = self._enter(port) if i == 0 else carry.setdefault(key, self._carry(port))
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -59,7 +61,10 @@ class Span:
 
     def _enter(self, port: Port) -> Callable:
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            x_BNC = port.get(port.site.tokens, args, kwargs)
+            x, tokens = port.get(port.site.tokens, args, kwargs), self.tokens()
+            if port.site.image != "all" and tokens is None:
+                return None
+            others, x_BNC = port.split(x, tokens or 0)
             plan = self.plan_for(x_BNC)
             self.plan = plan
             if plan is None:
@@ -69,7 +74,7 @@ class Span:
             if self.observe is not None:
                 self.observe(x_BNC, reduced_BKC, plan)
             args, kwargs = port.follow(plan, args, kwargs)
-            return port.put(port.site.tokens, reduced_BKC, args, kwargs)
+            return port.put(port.site.tokens, port.join(others, reduced_BKC), args, kwargs)
 
         return enter
 
@@ -87,9 +92,8 @@ class Span:
             assert full is not None
             assert reduced is not None
             self.clear()
-            y_BKC = port.read(output)
-            if not port.site.residual:
-                return port.write(output, plan.expand(y_BKC))
-            return port.write(output, full + plan.expand(y_BKC - reduced))
+            others, y_BKC = port.split(port.read(output), plan.slots)
+            y_BNC = plan.expand(y_BKC) if not port.site.residual else full + plan.expand(y_BKC - reduced)
+            return port.write(output, port.join(others, y_BNC))
 
         return leave

@@ -5,7 +5,7 @@ All blocks share one rotary table, text rows first, broadcast over the batch: so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,20 +14,10 @@ from torch import Tensor, nn
 from accel.core.capability import Adapter, Branches, Tokens
 from accel.core.keyvalues import Attention, Rows
 from accel.core.plan import TokenPlan
-from accel.core.site import Side, Site
+from accel.core.site import Get, Side, Site, rows
 from accel.errors import UnsupportedError
 
-Get = Callable[[str], Any]
-
-
-def follow_rotary(get: Get, plan: TokenPlan) -> tuple[Tensor, ...]:
-    """Cosines, sines (text + N, d) -> (text + K, d): all text rows, the row of each slot's position."""
-    return tuple(_rotary_rows(table, plan) for table in get("image_rotary_emb"))
-
-
-def _rotary_rows(table: Tensor, plan: TokenPlan) -> Tensor:
-    text, image = table.split([table.shape[0] - plan.tokens, plan.tokens])
-    return torch.cat([text, image.index_select(0, plan.dst[0])])
+from .common import PACKED, Grid, blocks, row_major
 
 
 def follow_key_bias(get: Get, plan: TokenPlan) -> dict[str, Any]:
@@ -43,26 +33,21 @@ def follow_key_bias(get: Get, plan: TokenPlan) -> dict[str, Any]:
 
 
 def _sites(denoiser: nn.Module) -> list[Site]:
-    groups = ("transformer_blocks", "single_transformer_blocks")
-    paths = [f"{g}.{name}" for g in groups for name, _ in denoiser.get_submodule(g).named_children()]
-    sides = (Side("image_rotary_emb", follow_rotary),)
-    bias = Side("joint_attention_kwargs", follow_key_bias)
-    return [Site(path, output=1, sides=sides, bias=bias) for path in paths]
+    site = Site(
+        "",
+        output=1,
+        sides=(rows("image_rotary_emb", image="last", dims=(0,)),),
+        bias=Side("joint_attention_kwargs", follow_key_bias),
+    )
+    return [
+        *blocks(denoiser, "transformer_blocks", site),
+        *blocks(denoiser, "single_transformer_blocks", site),
+    ]
 
 
-def _grid(denoiser: nn.Module, img_ids: Tensor) -> tuple[int, int]:
-    ids = (img_ids[0] if img_ids.ndim == 3 else img_ids).cpu().long()
-    row, column = ids[:, 1] - ids[0, 1], ids[:, 2] - ids[0, 2]
-    height, width = int(row[-1]) + 1, int(column[-1]) + 1
-    index = torch.arange(len(ids))
-    if height * width != len(ids) or not (
-        torch.equal(row, index // width) and torch.equal(column, index % width)
-    ):
-        raise UnsupportedError(
-            f"the {len(ids)} image tokens are not one row-major grid (reference-image tokens, as in "
-            "Kontext, or custom img_ids); token reduction needs one"
-        )
-    return height, width
+def _grid(denoiser: nn.Module, img_ids: Tensor) -> Grid:
+    ids = img_ids[0] if img_ids.ndim == 3 else img_ids
+    return row_major(ids[:, 1:3], "reference-image tokens, as in Kontext, or custom img_ids")
 
 
 def _rotate(x_BLHd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
@@ -130,9 +115,7 @@ ADAPTER = Adapter(
         sites=_sites,
         grid_source=lambda arguments: arguments["img_ids"],
         grid=_grid,
-        of=lambda denoiser, prediction: prediction,
-        put=lambda denoiser, prediction, x_BNc, grid: x_BNc,
-        spread=lambda denoiser, x_BN, grid: x_BN[..., None],
+        **PACKED,
         shared_plan=True,
         refuse=_refuse,
     ),

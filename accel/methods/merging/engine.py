@@ -234,7 +234,15 @@ class _Group:
         stretches = [blocks] if config.scope == "span" else [range(b, b + 1) for b in blocks]
         observe = self._observe if config.drift is not None else None
         self.spans = [
-            (Span(self.plan_for, pick=config.merge == "pick", observe=None if i else observe), stretch)
+            (
+                Span(
+                    self.plan_for,
+                    pick=config.merge == "pick",
+                    observe=None if i else observe,
+                    tokens=lambda: method.run.image_tokens,
+                ),
+                stretch,
+            )
             for i, stretch in enumerate(stretches)
         ]
 

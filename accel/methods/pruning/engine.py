@@ -74,7 +74,7 @@ class TokenPruning(StepMethod):
         self.run = Run(target, config.schedule(), self, stats, span=True)
         self.run.keep_outputs = True
         self.guidance = Guidance(self.run, min(config.order, 1), halves=False)
-        self.span = Span(self._plan_for, pick=True)
+        self.span = Span(self._plan_for, pick=True, tokens=lambda: self.run.image_tokens)
         self.kept = KeyValues(lambda: self.run.active, lambda: len(self.run.outputs))
         self.attentions = list(target.adapter.attentions(target.denoiser)) if self._keeps else []
         for attention in self.attentions:
@@ -226,7 +226,7 @@ class TokenPruning(StepMethod):
         )
         plan = selection.plan_of(chosen_GK, N)
         self.state.computed = self._spread(plan.owner >= 0, B)
-        self.state.plan = plan.repeat(B // self.state.rows)
+        self.state.plan = plan if self.state.rows == 1 else plan.repeat(B // self.state.rows)
         if self.kept.layers:
             self.kept.plan = self.state.plan
         run.correct = self._correct

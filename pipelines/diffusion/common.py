@@ -1,0 +1,111 @@
+"""What families share: predictions per token, grids, blocks by name. A family's file says which of these it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from accel.core.site import Site
+from accel.errors import UnsupportedError
+
+Grid = tuple[int, int]
+
+
+class Form(TypedDict):
+    """How a prediction holds its tokens: the part of `Tokens` that is about predictions."""
+
+    of: Callable[[nn.Module, Tensor], Tensor]
+    put: Callable[[nn.Module, Tensor, Tensor, Grid], Tensor]
+    spread: Callable[[nn.Module, Tensor, Grid], Tensor]
+
+
+#: The prediction is (B, N, c) already.
+PACKED = Form(
+    of=lambda denoiser, prediction: prediction,
+    put=lambda denoiser, prediction, x_BNc, grid: x_BNc,
+    spread=lambda denoiser, x_BN, grid: x_BN[..., None],
+)
+
+
+def patches(size: Callable[[Any], int], channels: Callable[[Any], int] | None = None) -> Form:
+    """The prediction is (B, C, H, W), of which a token is a square patch.
+
+    Args:
+        size: denoiser -> side of a patch.
+        channels: denoiser -> how many of the channels are the prediction (the others: a learned variance); None: all.
+    """
+
+    def of(denoiser: Any, prediction: Tensor) -> Tensor:
+        mean = prediction if channels is None else prediction[:, : channels(denoiser)]
+        return F.pixel_unshuffle(mean, size(denoiser)).flatten(2).transpose(1, 2)
+
+    def put(denoiser: Any, prediction: Tensor, x_BNc: Tensor, grid: Grid) -> Tensor:
+        image = F.pixel_shuffle(x_BNc.transpose(1, 2).unflatten(2, grid), size(denoiser))
+        if channels is None:
+            return image
+        return torch.cat([image, prediction[:, channels(denoiser) :]], 1)
+
+    def spread(denoiser: Any, x_BN: Tensor, grid: Grid) -> Tensor:
+        x_B1hw = x_BN.unflatten(1, grid)[:, None]
+        side = size(denoiser)
+        return x_B1hw.repeat_interleave(side, 2).repeat_interleave(side, 3)
+
+    return Form(of=of, put=put, spread=spread)
+
+
+def latent_grid(name: str, size: Callable[[Any], int]) -> dict[str, Any]:
+    """`grid_source` and `grid` of a denoiser whose argument `name` is latents (B, C, H, W), of which a token is a
+    square patch."""
+
+    def grid(denoiser: Any, latents: Tensor) -> Grid:
+        side = size(denoiser)
+        return latents.shape[-2] // side, latents.shape[-1] // side
+
+    return {"grid_source": lambda arguments: arguments[name], "grid": grid}
+
+
+def blocks(denoiser: nn.Module, group: str, template: Site, inner: str = "") -> list[Site]:
+    """A site for every block of a module list.
+
+    Args:
+        group: the list's path; one that the model has not is empty.
+        template: the site, but for its path.
+        inner: path of the block proper inside an element of the list.
+    """
+    found = getattr(denoiser, group, None)
+    names = [] if found is None else [name for name, _ in found.named_children()]
+    return [replace(template, path=".".join(filter(None, [group, name, inner]))) for name in names]
+
+
+def refuse_arguments(*reasons: tuple[str, str]) -> Callable[[Mapping[str, Any], bool], None]:
+    """Refuses calls with any of these arguments: (name, why)."""
+
+    def refuse(arguments: Mapping[str, Any], span: bool) -> None:
+        for name, why in reasons:
+            if arguments.get(name) is not None:
+                raise UnsupportedError(f"{name}: {why}")
+
+    return refuse
+
+
+def row_major(ids: Sequence[Sequence[int]] | Tensor, what: str) -> Grid:
+    """(rows, columns) of tokens from their (row, column) ids (N, 2).
+
+    Raises:
+        UnsupportedError: they are not one row-major grid.
+    """
+    ids_N2 = torch.as_tensor(ids).cpu().long()
+    row, column = (ids_N2 - ids_N2[0]).T
+    height, width = int(row[-1]) + 1, int(column[-1]) + 1
+    index = torch.arange(len(ids_N2))
+    whole = height * width == len(ids_N2) and width > 0
+    if not (whole and torch.equal(row, index // width) and torch.equal(column, index % width)):
+        raise UnsupportedError(
+            f"the {len(ids_N2)} image tokens are not one row-major grid ({what}); token reduction needs one"
+        )
+    return height, width

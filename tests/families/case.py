@@ -1,0 +1,36 @@
+"""What a family gives to the conformance suite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny pipeline of a family.
+
+    Attributes:
+        make: a pipeline with random weights of a size that makes every block matter (`conftest.randomise`), its
+            progress bar off.
+        call: (steps, wide, dtype) -> arguments of a call with guidance on and `batch` images, latents as output; `wide`
+            is another size, which is no square.
+        tokens: image tokens of one image at the usual size.
+        batch: images of a call.
+        positions: where positions come from: "sides" travel along (rotary tables), or they are "added" at the entry.
+    """
+
+    make: Callable[[], Any]
+    call: Callable[..., dict[str, Any]]
+    tokens: int
+    batch: int = 2
+    positions: Literal["sides", "added"] = "sides"
+
+    def latents(
+        self, pipe: Any, steps: int, wide: bool = False, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        out = pipe(**self.call(steps=steps, wide=wide, dtype=dtype)).images
+        return out if isinstance(out, torch.Tensor) else torch.as_tensor(out)
