@@ -175,7 +175,7 @@ def test_images_of_a_batch(family):
     with accel.accelerate(pipe, config):
         both = family.latents(pipe, batch=2, guidance=3.0, generator=generators(0, 1))
         alone = family.latents(pipe, batch=2, guidance=3.0, generator=generators(0, 2))
-    if find(pipe.transformer).shared_plan:
+    if find(pipe.transformer).tokens.shared_plan:
         assert relative(both[0], alone[0]) < 0.5
     else:
         assert relative(both[0], alone[0]) < 1e-5
