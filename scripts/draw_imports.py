@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ FOLDERS = {
     "configs": "accel.configs",
 }
 TITLE = "Imports between folders: every arrow goes down"
+_NAME = re.compile(r"accel(\.\w+)+")
 FOUNDATIONS = {"errors", "stats", "backends"}
 
 
@@ -79,9 +81,8 @@ def _names(node: ast.AST, package: str) -> Iterator[str]:
         above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
         base = ".".join([*above, *([node.module] if node.module else [])])
         yield from (f"{base}.{alias.name}" for alias in node.names)
-    elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("accel."):
-        if node.value.replace(".", "").replace("_", "").isalnum():
-            yield node.value
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str) and _NAME.fullmatch(node.value):
+        yield node.value
 
 
 def _home(name: str, known: dict[str, Path], root: Path) -> str | None:
