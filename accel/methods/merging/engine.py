@@ -74,6 +74,7 @@ class TokenMerging(StepMethod):
         self._growths: list[Readback] = []
         # On the device, so that compiled code can number its draws without a new graph for each.
         device = next(self.target.denoiser.parameters()).device
+        device = torch.device("cpu") if device.type == "meta" else device  # offloaded layer by layer
         self.draw = torch.zeros((), dtype=torch.int64, device=device)
         for group in self.groups:
             group.forget()
