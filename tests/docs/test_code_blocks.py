@@ -6,6 +6,8 @@ import ast
 import contextlib
 import importlib
 import io
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import accel
 PYTHON = [block for block in ALL if block.language == "python"]
 WRITTEN = {Path(block.file).with_suffix("").as_posix() for block in PYTHON if block.file}
 RUN = [page for page in PAGES if any(block.marker.startswith("run") for block in blocks(page))]
+INTERPRETER = "run: Triton's interpreter"
 #: Folders of the repository -> the packages that they are.
 PACKAGES = {"accel": "accel", "pipelines": "accel.pipelines", "kernels": "accel.kernels"}
 
@@ -85,10 +88,23 @@ class Pages:
             if block.file:
                 self._place(block)
         for block in blocks(page):
-            if block.marker.startswith("run"):
+            if block.marker == INTERPRETER:
+                self._interpret(block)
+            elif block.marker.startswith("run"):
                 text = block.text.replace('"cuda"', '"cpu"')
                 exec(compile("\n" * block.line + text, name(page), "exec"), names)
         return names
+
+    def _interpret(self, block: Block) -> None:
+        """Triton looks at its environment when it is imported: a process of its own."""
+        pytest.importorskip("triton")
+        added = str(self.folder / "kernels")
+        code = f"import accel.kernels\naccel.kernels.__path__.append({added!r})\n{block.text}"
+        command = [sys.executable, "-W", "ignore", "-c", code]
+        out = subprocess.run(
+            command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+        )
+        assert out.returncode == 0, out.stderr
 
     def _own_tables(self) -> None:
         """What a page registers is gone after it."""
