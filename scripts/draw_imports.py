@@ -54,7 +54,7 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def imports(root: Path) -> list[Import]:
-    """Every import of one module of the checkout by another.
+    """Every import of one module of the checkout by another, once a line.
 
     Raises:
         SyntaxError: a file is not Python.
@@ -70,7 +70,7 @@ def imports(root: Path) -> list[Import]:
                 if target not in (None, "accel", source):
                     where = f"{path.relative_to(root).as_posix()}:{node.lineno}"  # type: ignore[attr-defined]
                     found.append(Import(source, str(target), where))
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _names(node: ast.AST, package: str) -> Iterator[str]:
