@@ -224,6 +224,8 @@ def test_features(feature, method, first):
     alone, both = latents(None, config, first=first), latents(switch_on, config, first=first)
     plain = latents(switch_on if changes else None, None, first=first)
     assert 1e-4 < relative(both, plain) < 1.5  # the method is at work
+    if first == "method":  # the order makes no difference
+        assert relative(both, latents(switch_on, config, first="feature")) < 1e-5
     if changes:
         assert relative(both, alone) > 1e-3  # and so is the feature
         assert relative(plain, latents(None, None, first=first)) > 1e-3
