@@ -30,7 +30,8 @@ FOLDERS = {
 }
 TITLE = "Imports between folders: every arrow goes down"
 _NAME = re.compile(r"accel(\.\w+)+")
-FOUNDATIONS = {"errors", "stats", "backends"}
+#: Files of `accel/` on which everything may stand; they import nothing of it but each other.
+FOUNDATIONS = {"errors", "stats", "backends", "strict"}
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def room(module: str) -> str:
         bench = parts[1:3] == ["evaluation", "bench"]
         return "evaluation/bench" if bench else parts[1]
     if parts[1] in FOUNDATIONS:
-        return "accel: errors, stats, backends"
+        return "accel: foundations"
     if parts[1] == "__main__":
         return "accel/cli"
     folders = {"core", "methods", "cli", "bench"}
@@ -204,7 +205,7 @@ def _arrow(start: tuple[float, float], end: tuple[float, float], said: str, *, u
         bend = 0.4 * (y1 - y0)
     lean = 24 if up else 0  # beside the arrow that goes down between the same rooms
     x0, x1 = x0 + 0.18 * (x1 - x0) + lean, x1 - 0.18 * (x1 - x0) + lean
-    color, thick = ("#c0392b", 2.0) if up else ("#8a97ad", 0.6 if "errors" in said else 1.4)
+    color, thick = ("#c0392b", 2.0) if up else ("#8a97ad", 0.6 if "foundations" in said else 1.4)
     path = f"M{x0:.0f} {y0:.0f}C{x0:.0f} {y0 + bend:.0f} {x1:.0f} {y1 - bend:.0f} {x1:.0f} {y1:.0f}"
     title = f"<title>{escape(said)}</title>"
     return f'<path d="{path}" fill="none" stroke="{color}" stroke-width="{thick}" marker-end="url(#tip)">{title}</path>'

@@ -25,7 +25,7 @@ FLOORS = (
     ("accel/methods", "pipelines"),
     ("accel/core",),
     ("kernels",),
-    ("accel: errors, stats, backends",),
+    ("accel: foundations",),
 )
 FLOOR = {room: -number for number, rooms in enumerate(FLOORS) for room in rooms}
 
