@@ -91,12 +91,12 @@ def make_room(target: Any, method: type[Method], *, replace: bool) -> None:
                 "the cycle of a TokenPruningConfig takes shares of the tokens, and 0 for steps that are forecast; "
                 f"it also has guidance_every. Or remove the handle of {handle.method} first."
             )
-    handle = attached.get(method)
-    if handle is None:
+    same = attached.get(method)
+    if same is None:
         return
     if not replace:
         raise AlreadyAcceleratedError(
-            f"{method.name} is already attached to this model ({handle.config}). Remove that handle first, or "
+            f"{method.name} is already attached to this model ({same.config}). Remove that handle first, or "
             "pass replace=True."
         )
-    handle.remove()
+    same.remove()

@@ -15,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from accel.evaluation.geneval.metadata import TASKS
 from accel.evaluation.scenes import COLOR_NAMES, SHAPES
 from accel.evaluation.scenes.prompts import draw
-from accel.evaluation.scenes.world import PLURALS, RELATIONS
+from accel.evaluation.scenes.world import PLURALS, RELATIONS, words
 from accel.pipelines.builtin.architecture import TEXT_TOKENS, build_text_encoders, build_tokenizers
 
 
@@ -106,7 +106,7 @@ def read_captions(rng: np.random.Generator, count: int) -> list:
 def train_text(folder: Path, device: str, seed: int, steps: int, batch: int = 192) -> None:
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    tokenizer, tokenizer_2 = build_tokenizers()
+    tokenizer, tokenizer_2 = build_tokenizers(words())
     clip, t5 = build_text_encoders(tokenizer, tokenizer_2)
     clip.to(device).train(), t5.to(device).train()
     params = [*clip.parameters(), *t5.parameters()]

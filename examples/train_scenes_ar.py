@@ -35,7 +35,7 @@ from transformers import JanusForConditionalGeneration, JanusProcessor, JanusVQV
 
 from accel.evaluation.geneval.metadata import Metadata
 from accel.evaluation.scenes import COLOR_NAMES, SHAPES, render, sample_scenes
-from accel.evaluation.scenes.world import RELATIONS
+from accel.evaluation.scenes.world import RELATIONS, words
 from accel.pipelines.builtin.janus_architecture import (
     CODE_DIM,
     CODES,
@@ -178,7 +178,7 @@ def start(model: JanusForConditionalGeneration, codes: PatchCodes) -> None:
 def train_tokens(folder: Path, codes: PatchCodes, device: str, args: argparse.Namespace) -> None:
     """Trains the Llama; resumes from and ends in `folder/tokens.pt`."""
     torch.manual_seed(args.seed)
-    processor = build_processor()
+    processor = build_processor(words())
     boi = processor.tokenizer.convert_tokens_to_ids(SPECIAL["boi_token"])
     bos, pad = processor.tokenizer.bos_token_id, processor.tokenizer.pad_token_id
     model = build_model(processor.tokenizer)
@@ -245,7 +245,7 @@ def train_tokens(folder: Path, codes: PatchCodes, device: str, args: argparse.Na
 def export(folder: Path, codes: PatchCodes, args: argparse.Namespace) -> None:
     """`folder/model`, which `from_pretrained` reads, in bfloat16, and `folder/recipe.json`."""
     torch.manual_seed(args.seed)  # of the parts that stay untrained
-    processor = build_processor()
+    processor = build_processor(words())
     model = build_model(processor.tokenizer)
     vq = JanusVQVAE.from_pretrained(folder / "vq")
     saved = torch.load(folder / "tokens.pt", weights_only=True, map_location="cpu")

@@ -16,7 +16,7 @@ prompt = sys.argv[2] if len(sys.argv) > 2 else "a photo of a red circle left of 
 
 pipe = load_pipeline(model)  # DiffusionPipeline.from_pretrained, safetensors only
 
-handle = accel.accelerate(pipe, accel.TokenMergingConfig(ratio=0.5))  # or a preset: "balanced"
+handle = accel.accelerate(pipe, "balanced")  # or a configuration: accel.TokenMergingConfig(ratio=0.5)
 pipe(prompt).images[0].save("accelerated.png")  # the pipeline's own call, unchanged
 print(handle.stats)
 

@@ -10,8 +10,8 @@ import torch
 from accel import errors
 from accel.evaluation import scenes
 from accel.evaluation.geneval.scorer import score
+from accel.evaluation.scenes.world import words
 from accel.pipelines import builtin
-from accel.pipelines.builtin.architecture import words
 from accel.pipelines.builtin.scenes_janus import ScenesJanusPipeline
 
 FOLDER = builtin.AUTOREGRESSIVE_FOLDER

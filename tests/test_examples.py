@@ -69,7 +69,7 @@ def test_training_the_extractor_writes_weights_that_load(tmp_path):
 @pytest.mark.slow
 def test_wrap_your_pipeline(tmp_path):
     out = run("wrap_your_pipeline.py", cwd=tmp_path)
-    assert "token_merging" in out.stdout
+    assert "forecast: 1 run" in out.stdout
     assert (tmp_path / "accelerated.png").read_bytes() != (tmp_path / "plain.png").read_bytes()
 
 

@@ -51,7 +51,7 @@ def _presets() -> dict[str, list[str]]:
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Versions, device, which backends are active and why the others are not, presets, model families."""
     from accel.pipelines import registry
-    from accel.pipelines.autoregressive import adapter
+    from accel.pipelines.autoregressive import registry as autoregressive
 
     probes, models, presets = backends.probes(), _builtin(), _presets()
     if as_json:
@@ -63,7 +63,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
             "builtin": models["builtin"],
             "builtin_ar": models["builtin-ar"],
             "denoisers": registry.known(),
-            "autoregressive_models": adapter.known(),
+            "autoregressive_models": autoregressive.known(),
         }
         typer.echo(json.dumps(report, indent=2))
         return
@@ -81,6 +81,6 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
     lines = [f"presets, {method}: {', '.join(names)}" for method, names in presets.items()]
     lines += [f"model {name}: {where}" for name, where in models.items()]
     lines.append(f"denoisers: {', '.join(registry.known())}")
-    lines.append(f"autoregressive models: {', '.join(adapter.known())}")
+    lines.append(f"autoregressive models: {', '.join(autoregressive.known())}")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)

@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import caller
 from .around import Around, answered, compiled
+from .clock import Clock
 
-if TYPE_CHECKING:
-    from .run import Run
+
+class Run(Protocol):
+    """What a gate asks of those who follow loops (`accel.core.run.Run`)."""
+
+    active: bool
+    clock: Clock
+    detour: Callable[..., Any] | None
+
+    def arrives(self, args: tuple, kwargs: dict[str, Any]) -> None: ...
+
+    def enters(self, args: tuple, kwargs: dict[str, Any], *, traced: bool) -> None: ...
+
+    def answer_now(self) -> Tensor | None: ...
+
+    def leaves(self, output: Any) -> Any: ...
+
+    def like_output(self, prediction: Tensor) -> Any: ...
+
 
 _GATES: weakref.WeakKeyDictionary[nn.Module, Gate]
 _GATES = weakref.WeakKeyDictionary()

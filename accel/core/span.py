@@ -1,8 +1,19 @@
-"""Run a stretch of consecutive modules on the tokens of a plan: gather once, scatter once.
+"""Where tokens enter and leave: gather once, run a stretch of modules on fewer tokens, scatter once.
 
-A block scope is a span of one module, so this is the only place where tokens enter and leave.
+The way of a token through one step:
+ 1. the scheduler's step ends; the clock knows which one starts           core/clock.py
+ 2. the schedule gives it a budget: 1 dense, 0 forecast, or between       core/schedule.py
+ 3. the gate tells the loop's calls of the model from anybody else's      core/gate.py
+ 4. at 0 it answers them from the history: done                           core/gate.py, history.py
+ 5. else the method makes a plan from the tokens at the entry             methods/*/engine.py -> core/plan.py
+ 6. reduce: x (B, N, C) -> (B, K, C), the mean (or one) of each slot      Span._enter
+ 7. what travels along follows plan.dst: rotary rows, masks               core/site.py
+ 8. the blocks in between run as they are, on K tokens                    Span._carry
+ 9. expand: y = x + expand(blocks(reduce x) - reduce x)                   Span._leave
+10. the prediction is corrected, kept for forecasts, and returned         core/run.py
 
-Everything here may be traced by torch.compile: it reads plain flags, never counts, never asks the device.
+A block scope is a span of one module. Everything here may be traced by torch.compile: it reads plain flags, never
+counts, never asks the device.
 """
 
 from __future__ import annotations

@@ -35,6 +35,14 @@ NUMBERS = ("zero", "one", "two", "three", "four")
 MAX_OBJECTS = 4
 
 
+def words() -> list[str]:
+    """Every word of the captions, sorted: what a tokenizer of this world must know."""
+    relation_words = [word for relation in RELATIONS for word in relation.split()]
+    return sorted(
+        {"a", "an", "photo", "of", "and", *relation_words, *COLOR_NAMES, *SHAPES, *PLURALS, *NUMBERS}
+    )
+
+
 def palette(device: torch.device | str | None = None) -> torch.Tensor:
     """(10, 3) RGB in [0, 1], in the order of `COLOR_NAMES`."""
     return torch.tensor([COLORS[name] for name in COLOR_NAMES], device=device)

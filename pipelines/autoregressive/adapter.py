@@ -2,8 +2,8 @@
 
 An adapter is a loaded checkpoint behind a few questions: how prompts are embedded, how image tokens are embedded,
 where logits come from, which slots an image has, and how finished tokens become pixels. Caches, masks, guidance,
-batches and sampling are none of its business (`model.py`). It is found by the model's class name, so that no
-model is imported to know it.
+batches and sampling are none of its business (`model.py`). It is found by the model's class name
+(`registry.py`), so that no model is imported to know it.
 
 Rows are sequences that go through the model: B images without guidance; with it 2 B, the B conditional rows
 first, then the B unconditional ones. A place is an index into a row's own sequence, from 0: the prompt's tokens,
@@ -16,7 +16,6 @@ model, B images, T = rows x columns tokens of a finished image.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -27,16 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from accel.errors import ConfigError, UnknownNameError
-
-#: Class name of the model (config.json's "architectures") -> module whose `ADAPTER` is its adapter class.
-_BUILTIN = {
-    "Emu3ForConditionalGeneration": "accel.pipelines.autoregressive.emu3",
-    "GlmImageForConditionalGeneration": "accel.pipelines.autoregressive.glm_image",
-    "JanusForConditionalGeneration": "accel.pipelines.autoregressive.janus",
-    "LlamaGen": "accel.pipelines.autoregressive.llamagen",
-}
-_REGISTERED: dict[str, type[Adapter]] = {}
+from accel.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -265,33 +255,3 @@ def only_size(height: int | None, width: int | None, own_height: int, own_width:
             f"this model makes images of {own_width}x{own_height} pixels only, not "
             f"{width or own_width}x{height or own_height}; leave height and width out"
         )
-
-
-def register(class_name: str, adapter: type[Adapter]) -> None:
-    """Make models of this class known, for the process; takes precedence over the built-in adapters."""
-    _REGISTERED[class_name] = adapter
-
-
-def known() -> list[str]:
-    """Class names of the models that an `AutoregressivePipeline` can load."""
-    return sorted({*_BUILTIN, *_REGISTERED})
-
-
-def find(class_name: str) -> type[Adapter]:
-    """The adapter class for a model class.
-
-    Raises:
-        UnknownNameError: no adapter; names the nearest class and says how to write one.
-    """
-    if class_name in _REGISTERED:
-        return _REGISTERED[class_name]
-    if class_name in _BUILTIN:
-        return importlib.import_module(_BUILTIN[class_name]).ADAPTER
-    raise UnknownNameError(
-        "autoregressive image model class",
-        class_name,
-        known(),
-        "To support another model, write a subclass of accel.pipelines.autoregressive.adapter.Adapter "
-        "(accel/pipelines/autoregressive/janus.py is a complete example) and call "
-        "accel.pipelines.autoregressive.adapter.register(class_name, adapter).",
-    )

@@ -16,9 +16,10 @@ from accel.core.checks import check, is_number, is_whole
 from accel.core.decoding import Decoder, Sampling, decode
 from accel.errors import ConfigError, UnsupportedError
 
-from .adapter import Adapter, find
+from .adapter import Adapter
 from .loading import class_name
 from .model import PromptedModel, forward_once
+from .registry import find
 
 Pipeline = TypeVar("Pipeline", bound="AutoregressivePipeline")
 OUTPUT_TYPES = ("pil", "np", "pt", "tokens")

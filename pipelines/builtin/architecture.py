@@ -6,6 +6,7 @@ Everything here builds untrained parts; `examples/train_scenes_diffusion.py` tra
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,8 +21,6 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from accel.evaluation.scenes.world import COLOR_NAMES, NUMBERS, PLURALS, RELATIONS, SHAPES
-
 TEXT_TOKENS = 16  # the longest caption is 13 words and an end token
 GRID = 32  # image tokens per side at 256 px
 
@@ -35,20 +34,13 @@ def shift_for(size: int) -> float:
     return BASE_SHIFT + (MAX_SHIFT - BASE_SHIFT) * share
 
 
-def words() -> list[str]:
-    relation_words = [word for relation in RELATIONS for word in relation.split()]
-    return sorted(
-        {"a", "an", "photo", "of", "and", *relation_words, *COLOR_NAMES, *SHAPES, *PLURALS, *NUMBERS}
-    )
-
-
-def build_tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
-    """Word-level vocabularies in the two real formats; letters are there as well, for unknown words."""
+def build_tokenizers(words: Sequence[str]) -> tuple[CLIPTokenizer, T5TokenizerFast]:
+    """Vocabularies of these words in the two real formats; letters are there as well, for unknown words."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     letters = "abcdefghijklmnopqrstuvwxyz"
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -100.0), ("▁", -20.0)]
-    pieces += [(f"▁{word}", -1.0) for word in words()] + [(letter, -20.0) for letter in letters]
+    pieces += [(f"▁{word}", -1.0) for word in words] + [(letter, -20.0) for letter in letters]
     t5 = T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=TEXT_TOKENS)
 
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -60,7 +52,7 @@ def build_tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
         special_tokens=["<|startoftext|>", "<|endoftext|>"],
         show_progress=False,
     )
-    bpe.train_from_iterator([" ".join(words())] * 2, trainer)
+    bpe.train_from_iterator([" ".join(words)] * 2, trainer)
     state = json.loads(bpe.to_str())["model"]
     vocab = dict(state["vocab"])
     for letter in letters:  # a letter that ends a word is a token of its own in CLIP's format

@@ -6,6 +6,7 @@ Everything here builds untrained parts; `examples/train_scenes_ar.py` trains the
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from transformers import (
     GenerationConfig,
@@ -19,8 +20,6 @@ from transformers import (
     LlamaConfig,
     LlamaTokenizerFast,
 )
-
-from .architecture import words
 
 SIZE = 128  # pixels per side
 GRID = 16  # image tokens per side
@@ -62,14 +61,14 @@ def build_vq() -> JanusVQVAE:
     return JanusVQVAE(vq_config())
 
 
-def build_tokenizer() -> LlamaTokenizerFast:
-    """A word is a token: byte-pair merges grow every word of Scenes from its start, letter by letter.
+def build_tokenizer(words: Sequence[str]) -> LlamaTokenizerFast:
+    """A word is a token: byte-pair merges grow each of `words` from its start, letter by letter.
 
     Letters are tokens, too, for unknown words. Captions must be in lower case.
     """
     pieces = [*SPECIAL.values(), "▁", *"abcdefghijklmnopqrstuvwxyz"]
     merges: dict[tuple[str, str], None] = {}
-    for word in words():
+    for word in words:
         for end in range(len(word)):
             merges["▁" + word[:end], word[end]] = None
     pieces += [left + right for left, right in merges]
@@ -83,10 +82,10 @@ def build_tokenizer() -> LlamaTokenizerFast:
     )
 
 
-def build_processor() -> JanusProcessor:
+def build_processor(words: Sequence[str]) -> JanusProcessor:
     return JanusProcessor(
         JanusImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3),
-        build_tokenizer(),
+        build_tokenizer(words),
         num_image_tokens=GRID**2,
     )
 

@@ -1,0 +1,48 @@
+"""Which autoregressive model has which adapter, by the name of its class, so that no model is imported to know it."""
+
+from __future__ import annotations
+
+import importlib
+
+from accel.errors import UnknownNameError
+
+from .adapter import Adapter
+
+#: Class name of the model (config.json's "architectures") -> module whose `ADAPTER` is its adapter class.
+_BUILTIN = {
+    "Emu3ForConditionalGeneration": "accel.pipelines.autoregressive.emu3",
+    "GlmImageForConditionalGeneration": "accel.pipelines.autoregressive.glm_image",
+    "JanusForConditionalGeneration": "accel.pipelines.autoregressive.janus",
+    "LlamaGen": "accel.pipelines.autoregressive.llamagen",
+}
+_REGISTERED: dict[str, type[Adapter]] = {}
+
+
+def register(class_name: str, adapter: type[Adapter]) -> None:
+    """Make models of this class known, for the process; takes precedence over the built-in adapters."""
+    _REGISTERED[class_name] = adapter
+
+
+def known() -> list[str]:
+    """Class names of the models that an `AutoregressivePipeline` can load."""
+    return sorted({*_BUILTIN, *_REGISTERED})
+
+
+def find(class_name: str) -> type[Adapter]:
+    """The adapter class for a model class.
+
+    Raises:
+        UnknownNameError: no adapter; names the nearest class and says how to write one.
+    """
+    if class_name in _REGISTERED:
+        return _REGISTERED[class_name]
+    if class_name in _BUILTIN:
+        return importlib.import_module(_BUILTIN[class_name]).ADAPTER
+    raise UnknownNameError(
+        "autoregressive image model class",
+        class_name,
+        known(),
+        "To support another model, write a subclass of accel.pipelines.autoregressive.adapter.Adapter "
+        "(accel/pipelines/autoregressive/janus.py is a complete example) and call "
+        "accel.pipelines.autoregressive.registry.register(class_name, adapter).",
+    )
