@@ -16,7 +16,7 @@ from .around import Around, answered, compiled
 from .clock import Clock
 
 
-class Run(Protocol):
+class Follower(Protocol):
     """What a gate asks of those who follow loops (`accel.core.run.Run`)."""
 
     active: bool
@@ -49,13 +49,13 @@ class Gate(Around):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self._lock = threading.RLock()
-        self._runs: tuple[Run, ...] = ()
+        self._runs: tuple[Follower, ...] = ()
 
     @staticmethod
     def of(module: nn.Module) -> Gate:
         return _GATES.setdefault(module, Gate(module))
 
-    def open(self, run: Run) -> None:
+    def open(self, run: Follower) -> None:
         """From now on calls may be `run`'s. Not only while its loop runs: a call of another thread that is on its
         way through the module when the loop starts must hold the lock."""
         if run not in self._runs:
@@ -63,7 +63,7 @@ class Gate(Around):
         # Inside of whoever measures the module's time.
         self.install(innermost=True)
 
-    def close(self, run: Run) -> None:
+    def close(self, run: Follower) -> None:
         """None is any more."""
         self._runs = tuple(r for r in self._runs if r is not run)
         if not self._runs:
@@ -87,14 +87,14 @@ class Gate(Around):
                 for run in runs:
                     run.active = False
 
-    def _ours(self, runs: list[Run], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _ours(self, runs: list[Follower], args: tuple, kwargs: dict[str, Any]) -> Any:
         for run in runs:
             run.arrives(args, kwargs)
         through = partial(self._through, runs)
         detour = next((run.detour for run in runs if run.detour is not None), None)
         return through(*args, **kwargs) if detour is None else detour(through, args, kwargs)
 
-    def _through(self, runs: list[Run], *args: Any, **kwargs: Any) -> Any:
+    def _through(self, runs: list[Follower], *args: Any, **kwargs: Any) -> Any:
         for run in runs:
             run.enters(args, kwargs, traced=compiled(self._module))
         answers = ((run, run.answer_now()) for run in runs)

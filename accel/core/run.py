@@ -189,6 +189,12 @@ class Run(Listener):
         self.stats.notes.clear()
         self.phases = self.schedule.phases(clock.total)
         self._partial = any(0 < phase.budget < 1 for phase in self.phases)
+        if self._partial and getattr(self.target.denoiser, "is_cache_enabled", False):
+            raise UnsupportedError(
+                "one of diffusers' caches is enabled on the denoiser: it keeps what blocks put out, for another number "
+                "of tokens than they get now. Call pipe.transformer.disable_cache(), or use forecasts "
+                "(the presets quality, balanced, fast and draft), which go with it."
+            )
         if self.schedule.reduces and all(phase.dense and phase.guided for phase in self.phases):
             warnings.warn(
                 f"all {clock.total} steps are dense: the schedule's dense first and last steps leave none to "
