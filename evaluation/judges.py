@@ -65,7 +65,7 @@ def write_ground_truth(folder: RunFolder, size: int = 256) -> Path:
     Returns their folder. Pictures that exist are kept; one prompt's do not depend on which others there are.
     """
     target, prompts = folder.path / GROUND_TRUTH, folder.prompts()
-    for record in folder.samples():
+    for record in folder.known_samples(prompts):
         file = target / f"{record['prompt_id']:05d}-{record['sample']:04d}.png"
         metadata = prompts[record["prompt_id"]].metadata
         if record["configuration"] != folder.plain or metadata is None or file.exists():
@@ -154,7 +154,9 @@ def _known_pictures(folder: str | Path | None) -> list[tuple[torch.Tensor, Metad
             for _, image in load_pictures(picture_files(path.parent / "samples"))
         ]
         if not known:
-            raise EvaluationError(f"{folder}: no sanity images that can be read (<id>/metadata.jsonl, <id>/samples/*.png)")
+            raise EvaluationError(
+                f"{folder}: no sanity images that can be read (<id>/metadata.jsonl, <id>/samples/*.png)"
+            )
         return known
     try:
         from skimage import data

@@ -135,7 +135,9 @@ def _grey(values: np.ndarray, transparent: object = None) -> np.ndarray:
     return np.repeat(levels[..., None], 3, -1)
 
 
-_SEE_THROUGH = "is partly transparent, and what is behind it is not known: save it on the ground it is seen on"
+_SEE_THROUGH = (
+    "is partly transparent, and what is behind it is not known: save it on the ground it is seen on"
+)
 
 
 def _without_alpha(picture: Image.Image) -> np.ndarray:

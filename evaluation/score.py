@@ -19,7 +19,7 @@ from .extractors import Extractor
 from .features import FeatureWriter, index_records, store_path
 from .folder import RunFolder, sample_key
 from .picture_files import SUFFIXES, left_out, load_picture, picture_files, picture_hash
-from .records import Appender, Record, rank_and_world, write_atomically
+from .records import Appender, Record, now, rank_and_world, write_atomically
 from .scorers import Scorer
 from .suites import Prompt
 
@@ -58,16 +58,16 @@ def score(
     if batch_size < 1:
         raise EvaluationError(f"batch_size must be at least 1, not {batch_size}")
     references = reference_images(Path(reference)) if reference is not None else []
-    if bounds and rank == 0:
-        write_bounds(folder, bounds)
-    plain_images = {
-        (record["prompt_id"], record["sample"]): (record["image"], record["image_sha256"])
-        for record in folder.samples()
-        if record["configuration"] == plain
-    }
+    plain_images, total = {}, 0
+    for record in folder.known_samples(prompts):
+        total += 1
+        if record["configuration"] == plain:
+            key = record["prompt_id"], record["sample"]
+            plain_images[key] = record["image"], record["image_sha256"]
     done = {(*sample_key(r), r["metric"]): (r["image_sha256"], r.get("against")) for r in folder.scores()}
-    total = sum(1 for _ in folder.samples())
     with Appender(folder.path / "scores" / f"rank-{rank:05d}.jsonl") as scores:
+        if bounds and rank == 0:
+            write_bounds(folder, bounds)
         writers = [_Features(folder.path, extractor, rank) for extractor in extractors]
         try:
             seen = 0
@@ -103,10 +103,10 @@ def write_bounds(folder: RunFolder, bounds: Callable[[Sequence[Prompt]], dict[st
     used = {record["prompt_id"] for record in folder.samples()}
     prompts = [prompt for number, prompt in sorted(folder.prompts().items()) if number in used]
     identity = hashlib.sha256("".join(prompt.to_json() for prompt in prompts).encode()).hexdigest()
-    file = folder.path / "scores" / "bounds.json"
-    if file.exists() and json.loads(file.read_text()).get("prompts_sha256") == identity:
+    if (folder.bounds or {}).get("prompts_sha256") == identity:
         return
-    write_atomically(file, json.dumps({**bounds(prompts), "prompts_sha256": identity}, indent=2) + "\n")
+    content = json.dumps({**bounds(prompts), "prompts_sha256": identity}, indent=2, allow_nan=False)
+    write_atomically(folder.path / "scores" / "bounds.json", content + "\n")
 
 
 def reference_images(source: Path) -> list[Path]:
@@ -196,7 +196,8 @@ def _score_record(record: Record, scorer: Scorer, part: dict[str, Any], plain_im
     if scorer.paired:
         against = {"against": plain_images[record["prompt_id"], record["sample"]][1]}
     direction = {"higher_is_better": scorer.higher_is_better}
-    return {**{name: record[name] for name in names}, "metric": scorer.metric, **direction, **against, **part}
+    about = {name: record[name] for name in names}
+    return {**about, "metric": scorer.metric, **direction, **against, **part, "time": now()}
 
 
 def _image_or_warning(file: Path, sha256: str) -> torch.Tensor | None:

@@ -89,7 +89,7 @@ def _prompts_of_objects(path: str | Path, lines: Sequence[tuple[int, str]]) -> l
             text = value["prompt"] if isinstance(value, dict) else None
             reason = 'not an object with a string "prompt"'
         except (ValueError, KeyError) as error:
-            text, reason = None, f"not an object with a string \"prompt\" ({error})"
+            text, reason = None, f'not an object with a string "prompt" ({error})'
         if isinstance(text, str) and text.strip() and writable(text):
             texts.append(text.strip())
             unused |= dict.fromkeys(key for key in value if key != "prompt")
@@ -99,7 +99,7 @@ def _prompts_of_objects(path: str | Path, lines: Sequence[tuple[int, str]]) -> l
         raise MetadataError(f"{problem}; in a prompt file every line is one, or none")
     if unused and not problem:
         warnings.warn(
-            f"{path}: only \"prompt\" is used of its lines, not {', '.join(map(repr, unused))} (for GenEval's "
+            f'{path}: only "prompt" is used of its lines, not {", ".join(map(repr, unused))} (for GenEval\'s '
             "metadata: --suite geneval --metadata FILE)",
             AccelWarning,
             stacklevel=3,
