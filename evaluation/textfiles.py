@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -60,16 +59,6 @@ def parse_json(text: str | bytes) -> Any:
     except UnicodeDecodeError as reason:
         raise ValueError(f"not UTF-8 text (byte {reason.start})") from None
     return value
-
-
-def json_lines(path: str | Path, error: type[EvaluationError] = MetadataError) -> Iterator[tuple[int, Any]]:
-    """(line number, value) of a file of JSON lines, blank lines left out."""
-    for number, line in enumerate(split_lines(read_text(path, error)), 1):
-        if line.strip():
-            try:
-                yield number, parse_json(line)
-            except ValueError as reason:
-                raise error(f"{path}, line {number}: not JSON: {reason}") from None
 
 
 def read_json(path: Path, error: type[EvaluationError], cure: str) -> dict[str, Any]:
