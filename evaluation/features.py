@@ -78,9 +78,10 @@ class FeatureSet:
         self, store: Path, configuration: str, keys: Collection[tuple[int, int]] | None = None
     ) -> None:
         header = read_json(store / "extractor.json", RecordError, _AGAIN)
-        self.extractor, self.dim = header.get("name"), header.get("dim")
-        if not isinstance(self.extractor, str) or not isinstance(self.dim, int) or self.dim < 1:
+        name, dim = header.get("name"), header.get("dim")
+        if not isinstance(name, str) or not isinstance(dim, int) or dim < 1:
             raise RecordError(f"{store / 'extractor.json'}: damaged: no name and dim in it; {_AGAIN}")
+        self.extractor, self.dim = name, dim
         self.configuration = configuration
         places: list[tuple[tuple[int, int], str, int]] = []
         hashes = set()
@@ -103,9 +104,9 @@ class FeatureSet:
         number = {path.name: i for i, path in enumerate(self._paths)}
         self._file = np.array([number[file] for _, file, _ in places], np.int32)
         self._row = np.array([row for _, _, row in places], np.int64)
-        for number, path in enumerate(self._paths):
+        for place, path in enumerate(self._paths):
             size = path.stat().st_size if path.is_file() else 0
-            if size < (1 + int(self._row[self._file == number].max())) * self.dim * 4:
+            if size < (1 + int(self._row[self._file == place].max())) * self.dim * 4:
                 raise RecordError(f"{path}: feature rows are missing; {_AGAIN}")
 
     @property
