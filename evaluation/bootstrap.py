@@ -91,7 +91,7 @@ def mean_interval(
     if fewest < 2:
         return none("one prompt" if strata is None else "one prompt in a task")
     if _do_not_vary(sums, counts, groups):
-        if bounds is None:
+        if bounds is None or not all(map(math.isfinite, bounds)):
             return none("all equal" if len(groups) == 1 else "all equal within tasks")
         return interval(*_excluded(sums, counts, groups, bounds, level))
     if fewest < _FEW:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from accel.evaluation.bootstrap import mean_interval
+from accel.evaluation.bootstrap import Interval, mean_interval
 from accel.evaluation.environment import changes
 from accel.evaluation.errors import EvaluationError, IncomparableError, RecordError
 from accel.evaluation.features import FeatureSet, distances
@@ -25,6 +25,7 @@ from accel.evaluation.geneval.scorer import Verdict, aggregate
 from accel.evaluation.score import REFERENCE
 
 Key = tuple[int, int]  # prompt id, sample
+_RANGES = {"ssim": (-1.0, 1.0), "lpips": (0.0, math.inf)}  # what no interval should leave
 
 
 @dataclass
@@ -149,7 +150,8 @@ def _metrics(own: dict[str, _Column], plain: dict[str, _Column], prompts: dict) 
             entry |= {"mean": whole.overall.to_dict(), "missing_tasks": list(whole.missing)}
             entry["tasks"] = {task: interval.to_dict() for task, interval in whole.tasks.items()}
         elif known:
-            entry["mean"] = _mean(known, prompts).to_dict()
+            bounds = next((range_ for name, range_ in _RANGES.items() if metric.startswith(name)), None)
+            entry["mean"] = _mean(known, prompts, bounds=bounds).to_dict()
             entry["p10"], entry["p90"] = np.quantile(list(known.values()), [0.1, 0.9]).tolist()
         other = plain.get(metric)
         if other is not None and other is not column:
@@ -160,14 +162,18 @@ def _metrics(own: dict[str, _Column], plain: dict[str, _Column], prompts: dict) 
             }
             if pairs:
                 tags = [column.tags[k] for k in pairs] if column.tags else None
-                entry["difference"] = _mean(pairs, prompts, tags).to_dict()
+                # With tags the values are differences of verdicts, which are 0 or 1.
+                entry["difference"] = _mean(pairs, prompts, tags, (-1, 1) if tags else None).to_dict()
         result[metric] = entry
     return result
 
 
-def _mean(values: dict[Key, float], prompts: dict, strata: Sequence[str] | None = None) -> Any:
-    # With tags the values are differences of verdicts, which are 0 or 1.
-    bounds = (-1, 1) if strata else None
+def _mean(
+    values: dict[Key, float],
+    prompts: dict,
+    strata: Sequence[str] | None = None,
+    bounds: tuple[float, float] | None = None,
+) -> Interval:
     return mean_interval(
         list(values.values()), [prompts[key[0]].text for key in values], strata, bounds=bounds
     )
