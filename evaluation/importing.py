@@ -216,7 +216,7 @@ class Imported:
 def official_results(path: str | Path) -> Iterator[Verdict]:
     """Stream the verdicts in the official GenEval tool's results file (one JSON object per image)."""
     for number, row in _official_rows(path):
-        reason, tag, prompt = row.get("reason") or "", row.get("tag"), row.get("prompt")
+        reason, tag, prompt = row.get("reason", ""), row.get("tag"), row.get("prompt")
         if not (isinstance(reason, str) and isinstance(tag, str) and isinstance(prompt, str)):
             raise _not_official(path, number, "'tag', 'prompt' and 'reason' must be strings")
         if tag not in TASKS:

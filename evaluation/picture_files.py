@@ -6,6 +6,7 @@ picture is refused with a reason: a 16-bit picture cut at 255 is white, and a me
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import stat
@@ -22,7 +23,7 @@ from .textfiles import first_line
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff")
 # What those files may hold, whatever their names say; Pillow would also start Ghostscript for an EPS.
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "BMP", "TIFF")
+_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF")
 _STACKS = ("PNG", "WEBP", "AVIF", "TIFF")  # an MPO's further frames are the same photo once more
 
 
@@ -58,7 +59,7 @@ def load_picture(file: Path, sha256: str | None = None) -> torch.Tensor:
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
         raise PictureError(f"{file}: content differs from what was recorded")
     try:
-        with Image.open(io.BytesIO(content), formats=_FORMATS) as picture:
+        with Image.open(io.BytesIO(content), formats=_formats()) as picture:
             array = _rgb(picture)
     except PictureError as error:
         raise PictureError(f"{file}: {error}") from None
@@ -88,6 +89,13 @@ def load_pictures(files: Iterable[Path]) -> Iterator[tuple[Path, torch.Tensor]]:
 def left_out(error: PictureError, hint: str = "") -> None:
     """Name a picture that is left out."""
     warnings.warn(f"{error}; left out{hint}", AccelWarning, stacklevel=3)
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those that this Pillow was built with: naming another one is an error, whatever the file is."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def _content(file: Path) -> bytes:
