@@ -18,6 +18,7 @@ from .errors import EvaluationError
 from .textfiles import first_line
 
 PLAIN = "plain"
+_LONGEST = 1000  # letters of a setting; YAML takes seconds for thousands of brackets
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*")
 
 
@@ -150,6 +151,10 @@ def _load(source: str, settings: dict[str, Any], spec: str) -> Any:
 
 def _value(spec: str, key: str, text: str) -> Any:
     """A number, a word, true, false or a list: as YAML reads it, without its references and tags."""
+    if len(text) > _LONGEST:
+        raise EvaluationError(
+            f"configuration: {key}={text[:20]}... is no value: longer than {_LONGEST} letters"
+        )
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
             raise EvaluationError(f"configuration {spec!r}: {key} refers to something else ({text!r})")

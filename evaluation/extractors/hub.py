@@ -88,21 +88,26 @@ def load_model(cls: Any, source: str, hint: str = "") -> Any:
     transformers draws weights that a file lacks, and warns: every number would be one of a random network.
     """
     model, info = _from_pretrained(cls, source, hint, output_loading_info=True)
-    for problem in ("missing_keys", "mismatched_keys"):
-        if names := sorted(map(str, info.get(problem) or ())):
-            raise WeightsError(
-                f"{source}: {cls.__name__} cannot be loaded: {len(names)} {problem.replace('_', ' ')} "
-                f"({names[0]}{', ...' if len(names) > 1 else ''}); it is another model, or damaged: download it anew"
-            )
+    # A buffer (a table of positions, a loss's weights) is made by the class itself.
+    drawn = {name for name, _ in model.named_parameters()} & set(info.get("missing_keys") or ())
+    if drawn:
+        first, more = min(drawn), f" and {len(drawn) - 1} more" if len(drawn) > 1 else ""
+        raise WeightsError(
+            f"{source}: {cls.__name__} cannot be loaded: {first}{more} is not in its weights; it is another model's, "
+            "or damaged: download it anew"
+        )
     return model.eval()
 
 
 def _from_pretrained(cls: Any, source: str, hint: str = "", **options: Any) -> Any:
+    cure = f"give a local folder with config.json, model.safetensors and tokenizer files, or a hub id{hint}"
+    is_path = source.startswith((".", "/", "~")) or source.count("/") > 1  # no hub id looks like that
+    if is_path and not Path(source).is_dir():
+        raise WeightsError(f"{source}: {cls.__name__} cannot be loaded: there is no such folder ({cure})")
     try:
         return cls.from_pretrained(source, **options)
     # Files of every kind are read here, and each reader has exceptions of its own.
     except Exception as error:
         raise WeightsError(
-            f"{source}: {cls.__name__} cannot be loaded: {first_line(error)} (give a local folder with "
-            f"config.json, model.safetensors and tokenizer files, or a hub id{hint})"
+            f"{source}: {cls.__name__} cannot be loaded: {first_line(error)} ({cure})"
         ) from error

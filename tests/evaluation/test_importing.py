@@ -43,9 +43,21 @@ NAMES = [f"{i:04d}.png" for i in range(6)]
 @pytest.mark.parametrize(
     ("b", "pairs", "says"),
     [
-        (NAMES[:2] + NAMES[3:], 5, r"'b' lacks 1 picture \(0002\.png\) of 'a'; left out, the other 5 are paired"),
-        ([*NAMES, "0006.png", "0007.png"], 6, r"'b' has 2 pictures \(0006\.png, 0007\.png\) that 'a' has not"),
-        (["x.png", *NAMES[4:]], 2, r"lacks 4 pictures \(0000\.png, 0001\.png, 0002\.png, \.\.\.\) .* and has 1 picture"),
+        (
+            NAMES[:2] + NAMES[3:],
+            5,
+            r"'b' lacks 1 picture \(0002\.png\) of 'a'; left out, the other 5 are paired",
+        ),
+        (
+            [*NAMES, "0006.png", "0007.png"],
+            6,
+            r"'b' has 2 pictures \(0006\.png, 0007\.png\) that 'a' has not",
+        ),
+        (
+            ["x.png", *NAMES[4:]],
+            2,
+            r"lacks 4 pictures \(0000\.png, 0001\.png, 0002\.png, \.\.\.\) .* and has 1 picture",
+        ),
     ],
 )
 def test_what_is_missing_or_more_is_named_and_the_rest_paired_by_name(tmp_path, b, pairs, says):
@@ -67,7 +79,9 @@ def test_names_are_the_same_however_they_are_written(tmp_path):
 
 
 def test_nothing_in_common_is_an_error_and_no_run_folder(tmp_path):
-    with pytest.raises(RecordError, match=r"no picture of 'b' has the name of one of 'a' \(x\.png, 0000\.png\)"):
+    with pytest.raises(
+        RecordError, match=r"no picture of 'b' has the name of one of 'a' \(x\.png, 0000\.png\)"
+    ):
         scored(tmp_path, pictures(tmp_path / "a", NAMES), pictures(tmp_path / "b", ["x.png"]))
     assert not (tmp_path / "run").exists()
 

@@ -1,5 +1,6 @@
 """Every kind of picture is read as what one sees, or refused by name; no other reader is used."""
 
+import contextlib
 import io
 import os
 import re
@@ -71,7 +72,9 @@ def test_what_is_behind_a_hole_is_not_guessed(tmp_path):
             saved(tmp_path, image, transparency=transparent)
     with pytest.raises(PictureError, match="partly transparent"):
         saved(tmp_path, GREY.astype(np.uint16) * 257, transparency=8 * 257)
-    assert np.array_equal(saved(tmp_path, Image.fromarray(GREY), transparency=1)[..., 0], GREY)  # no pixel has it
+    assert np.array_equal(
+        saved(tmp_path, Image.fromarray(GREY), transparency=1)[..., 0], GREY
+    )  # no pixel has it
 
 
 def test_a_photo_stands_as_its_camera_says(tmp_path):
@@ -135,22 +138,30 @@ def test_damage_anywhere_is_a_picture_error_or_a_picture(tmp_path):
         buffer = io.BytesIO()
         Image.fromarray(RGB).save(buffer, kind)
         originals.append(buffer.getvalue())
-    refused = 0
+    read = 0
     for number in range(300):
         content = bytearray(originals[number % len(originals)])
         for place in rng.integers(0, len(content), 4):
             content[place] = rng.integers(256)
         (tmp_path / "p.png").write_bytes(content[: rng.integers(1, len(content) + 1)])
-        try:
+        # Any other exception ends the test.
+        with contextlib.suppress(PictureError):
             assert load_picture(tmp_path / "p.png").shape[0] == 3
-        except PictureError as error:
-            assert str(error).startswith(f"{tmp_path / 'p.png'}: ")
-            refused += 1
-    assert refused > 200
+            read += 1
+    assert 0 < read < 100
 
 
 def test_hidden_files_are_no_pictures(tmp_path):
-    for name in ("a.png", "b.JPG", ".c.png", "._a.png", "sub/d.webp", "__MACOSX/e.png", ".cache/f.png", "notes.txt"):
+    for name in (
+        "a.png",
+        "b.JPG",
+        ".c.png",
+        "._a.png",
+        "sub/d.webp",
+        "__MACOSX/e.png",
+        ".cache/f.png",
+        "notes.txt",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()

@@ -84,7 +84,9 @@ def test_the_hash_is_of_content(tmp_path):
     assert weights_hash({}) is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.complex64, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.complex64, torch.bool]
+)
 def test_one_element_of_a_large_tensor_counts_and_so_does_its_place(dtype):
     """A buffer of a million elements, of which 64 KiB are looked at one by one."""
     module = torch.nn.Module()
@@ -106,7 +108,9 @@ def test_one_element_of_a_large_tensor_counts_and_so_does_its_place(dtype):
 
 @pytest.mark.parametrize("offset", [0, 3, 8])
 def test_the_sum_is_the_same_on_every_device(offset):
-    content = torch.randint(0, 256, (8 * 1000 + offset,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    content = torch.randint(
+        0, 256, (8 * 1000 + offset,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
     words = content[offset:]
     expected = sum(int.from_bytes(bytes(words[i : i + 8].tolist()), "little") for i in range(0, 8000, 8))
     assert _numpy_sum(words) == _torch_sum(words) == expected % (1 << 64)
@@ -190,7 +194,9 @@ def test_a_lost_image_of_another_process_is_made_once(tmp_path, monkeypatch):
     lost = next(r for r in folder.samples() if r["prompt_id"] == 3)
     file = folder.path / lost["image"]
     file.write_bytes(file.read_bytes() + b"more")
-    for path in (folder.path / "samples").glob("rank-00001.jsonl"):  # its hash, too, is no longer what is made
+    for path in (folder.path / "samples").glob(
+        "rank-00001.jsonl"
+    ):  # its hash, too, is no longer what is made
         path.write_text(path.read_text().replace(str(lost["image_bytes"]), str(lost["image_bytes"] + 9)))
     pipe = FakePipeline()
     with pytest.warns(AccelWarning, match="00003/samples/0000.png"):
@@ -203,11 +209,19 @@ def test_a_lost_image_of_another_process_is_made_once(tmp_path, monkeypatch):
 
 def test_the_later_record_counts_whatever_its_file_and_whatever_the_clock(tmp_path):
     def write(name, *rows):
-        (tmp_path / name).write_text("".join(json.dumps({"k": k, "time": t, "v": v}) + "\n" for k, t, v in rows))
+        (tmp_path / name).write_text(
+            "".join(json.dumps({"k": k, "time": t, "v": v}) + "\n" for k, t, v in rows)
+        )
 
-    write("rank-0.jsonl", (2, "2026-01-01T00:00:00.0+00:00", "old"), (1, "2026-01-02T00:00:00.5+00:00", "newest"))
+    write(
+        "rank-0.jsonl",
+        (2, "2026-01-01T00:00:00.0+00:00", "old"),
+        (1, "2026-01-02T00:00:00.5+00:00", "newest"),
+    )
     # In the second file the clock was set back between its two lines.
-    write("rank-1.jsonl", (1, "2026-01-02T00:00:00.4+00:00", "older"), (2, "2025-01-01T00:00:00.0+00:00", "new"))
+    write(
+        "rank-1.jsonl", (1, "2026-01-02T00:00:00.4+00:00", "older"), (2, "2025-01-01T00:00:00.0+00:00", "new")
+    )
     latest = latest_records(tmp_path.glob("*.jsonl"), lambda r: r["k"])
     assert [(r["k"], r["v"]) for r in latest] == [(1, "newest"), (2, "new")]
 

@@ -39,7 +39,10 @@ def test_a_run_reads_back_the_prompts_it_wrote(tmp_path):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("ein Käse\nzwei Käse\n".encode("latin-1"), r"p\.txt: not UTF-8 text \(byte 5, 0xe4, in line 1\); save it"),
+        (
+            "ein Käse\nzwei Käse\n".encode("latin-1"),
+            r"p\.txt: not UTF-8 text \(byte 5, 0xe4, in line 1\); save it",
+        ),
         ("gut\r\nzwei Käse".encode("latin-1"), r"byte 11, 0xe4, in line 2"),
         ("a cat\n".encode("utf-16"), "UTF-16"),
         ("a cat\n".encode("utf-16-le"), "a zero byte at 1"),
@@ -63,7 +66,13 @@ def test_json_lines_are_prompts_if_all_are(tmp_path):
         assert texts(tmp_path, b'{"prompt": "a cat", "seed": 7}\n') == ["a cat"]
     with pytest.raises(MetadataError, match=r"p\.txt, line 2: not an object .*every line is one, or none"):
         texts(tmp_path, lines[:21] + b"a dog\n")
-    for bad in (b'{"text": "a cat"}\n', b'["a cat"]\n', b"a cat\n", b'{"prompt": 3}\n', b'{"prompt": "\\ud800"}\n'):
+    for bad in (
+        b'{"text": "a cat"}\n',
+        b'["a cat"]\n',
+        b"a cat\n",
+        b'{"prompt": 3}\n',
+        b'{"prompt": "\\ud800"}\n',
+    ):
         with pytest.raises(MetadataError, match=r"p\.jsonl, line 1: not an object"):
             texts(tmp_path, bad, "p.jsonl")
     # No line of it is one: the text of a prompt may look like anything.
@@ -107,7 +116,13 @@ def test_a_wrong_type_anywhere_in_metadata_is_named(key, value):
         parse_line(json.dumps(GOOD | {key: value}))
 
 
-RESULT = {"filename": "0.png", "tag": "single_object", "prompt": "a photo of a cat", "correct": True, "reason": ""}
+RESULT = {
+    "filename": "0.png",
+    "tag": "single_object",
+    "prompt": "a photo of a cat",
+    "correct": True,
+    "reason": "",
+}
 RESULT |= {"metadata": json.dumps(GOOD), "details": json.dumps({"cat": [[0, 0, 5, 5, 0.9]]})}
 
 
