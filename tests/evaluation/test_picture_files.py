@@ -130,6 +130,7 @@ def test_what_cannot_be_decoded_is_named_with_the_reason_and_the_rest_is_read(tm
     assert torch.equal(read[0][1], torch.from_numpy(RGB).permute(2, 0, 1))
 
 
+@pytest.mark.filterwarnings("ignore")  # Pillow's own, on what it finds odd
 def test_damage_anywhere_is_a_picture_error_or_a_picture(tmp_path):
     """Pillow's decoders raise whatever they stumble over; 300 random changes of five formats."""
     rng = np.random.default_rng(0)
@@ -143,12 +144,14 @@ def test_damage_anywhere_is_a_picture_error_or_a_picture(tmp_path):
         content = bytearray(originals[number % len(originals)])
         for place in rng.integers(0, len(content), 4):
             content[place] = rng.integers(256)
-        (tmp_path / "p.png").write_bytes(content[: rng.integers(1, len(content) + 1)])
+        if number % 2:
+            content = content[: rng.integers(1, len(content))]
+        (tmp_path / "p.png").write_bytes(content)
         # Any other exception ends the test.
         with contextlib.suppress(PictureError):
             assert load_picture(tmp_path / "p.png").shape[0] == 3
             read += 1
-    assert 0 < read < 100
+    assert 20 < read < 150
 
 
 def test_hidden_files_are_no_pictures(tmp_path):
