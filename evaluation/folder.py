@@ -186,7 +186,7 @@ class RunFolder:
                     f"{self.path / record['image']}: {problem}; this sample counts as not done, "
                     "`accel evaluate run` (of existing images, `score --images`) makes up for it",
                     AccelWarning,
-                    stacklevel=2,
+                    stacklevel=1,  # said from one place, whoever reads: "once" is once a module
                 )
             else:
                 yield record

@@ -87,8 +87,8 @@ def load_pictures(files: Iterable[Path]) -> Iterator[tuple[Path, torch.Tensor]]:
 
 
 def left_out(error: PictureError, hint: str = "") -> None:
-    """Name a picture that is left out."""
-    warnings.warn(f"{error}; left out{hint}", AccelWarning, stacklevel=3)
+    """Name a picture that is left out. From this place, whoever reads: "once" is once a module."""
+    warnings.warn(f"{error}; left out{hint}", AccelWarning, stacklevel=1)
 
 
 @functools.cache

@@ -171,7 +171,7 @@ def read_records(path: Path, shape: Shape | None = None, *, quiet: bool = False)
                     warnings.warn(
                         f"{path}, line {number}: unreadable record ({error}); its sample counts as not done",
                         AccelWarning,
-                        stacklevel=2,
+                        stacklevel=1,
                     )
                 continue
             yield record
