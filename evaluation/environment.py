@@ -50,7 +50,11 @@ def changes(starts: Sequence[Mapping[str, Any]]) -> list[str]:
     found: dict[str, dict[str, None]] = {}
     for start in starts:
         made_with = {name: start["versions"].get(name) for name in _MATTERS}
-        for name, value in {**made_with, "device": start["device"], "source revision": start["git"]}.items():
+        for name, value in {
+            **made_with,
+            "device": start["device"],
+            "source revision": start.get("git"),
+        }.items():
             found.setdefault(name, {})[str(value or "unknown")] = None
     return [f"{name} {' and '.join(values)}" for name, values in found.items() if len(values) > 1]
 

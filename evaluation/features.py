@@ -26,6 +26,7 @@ from .textfiles import read_json
 
 Key = tuple[str, int, int]  # configuration (or "reference"), prompt id, sample
 _READ = 4096
+_FILE = re.compile(r"rank-\d+\.f32")
 _AGAIN = "delete this folder and score again"
 _GROUPS = 10  # of prompts (or as many as there are), left out in turn for an interval
 _QUICK = 4e9  # multiplications of one matrix of distances; ten times as many take about a minute
@@ -79,7 +80,7 @@ class FeatureSet:
     ) -> None:
         header = read_json(store / "extractor.json", RecordError, _AGAIN)
         name, dim = header.get("name"), header.get("dim")
-        if not isinstance(name, str) or not isinstance(dim, int) or dim < 1:
+        if not isinstance(name, str) or type(dim) is not int or not 0 < dim < 1 << 20:
             raise RecordError(f"{store / 'extractor.json'}: damaged: no name and dim in it; {_AGAIN}")
         self.extractor, self.dim = name, dim
         self.configuration = configuration
@@ -97,6 +98,8 @@ class FeatureSet:
             raise IncomparableError(
                 f"{store}: features of {configuration!r} come from {len(hashes)} sources; {_AGAIN}"
             )
+        if odd := next((place for place in places if not _FILE.fullmatch(place[1]) or place[2] < 0), None):
+            raise RecordError(f"{store}: its index names row {odd[2]} of {odd[1]!r}; {_AGAIN}")
         places.sort()
         self.keys = [key for key, _, _ in places]
         self.n = len(places)

@@ -17,6 +17,7 @@ import json
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from .configurations import Configuration
@@ -29,6 +30,11 @@ FORMAT = 2
 PROBLEMS = "problems.json"
 _GROWING = ("configurations", "limit", "samples_per_prompt")  # may be extended; the rest decides images
 _SCHEDULER = "scheduler"
+_IDENTITY = {  # as `identity.identity` gives it
+    "pipeline": str,
+    **dict.fromkeys(("dtype", "device", "model_weights"), (str, NoneType)),
+    _SCHEDULER: (dict, NoneType),
+}
 _NEW = "restore it, or start a new folder"
 _ANEW = "the command that started this folder writes the file anew and keeps the images"
 
@@ -242,6 +248,10 @@ def _settings_problem(settings: dict[str, Any]) -> str | None:
         return f"'model' is {kind(settings.get('model'))}"
     if not isinstance(suite, dict) or not isinstance(suite.get("name"), str):
         return "'suite' is no object with a name"
+    if _IDENTITY.keys() & settings.keys() or "base_seed" in settings:  # generated, not imported
+        for name, types in _IDENTITY.items():
+            if name not in settings or not isinstance(settings[name], types):
+                return f"{name!r} is {kind(settings[name]) if name in settings else 'missing'}"
     if not isinstance(settings.get("call", {}), dict):
         return f"'call' is {kind(settings['call'])}"
     if not isinstance(rows, list) or not rows:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -41,12 +42,16 @@ def dtype(pipe: Any) -> str | None:
 
 
 def modules(pipe: Any) -> dict[str, nn.Module]:
-    """The modules that a pipeline, or an autoregressive pipeline's adapter, holds, by name."""
-    components = getattr(pipe, "components", None)
-    found = dict(components) if isinstance(components, dict) else {}
-    for holder in (pipe, getattr(pipe, "adapter", None)):
-        found |= {name: part for name, part in getattr(holder, "__dict__", {}).items() if name not in found}
-    return {name: part for name, part in sorted(found.items()) if isinstance(part, nn.Module)}
+    """The modules that a pipeline holds, by name, and those of what it holds: an autoregressive pipeline's
+    adapter, the diffusers pipeline in a class of one's own."""
+    found: dict[str, nn.Module] = {}
+    for name, part in getattr(pipe, "__dict__", {}).items():
+        if isinstance(part, nn.Module):
+            found[name] = part
+        elif not isinstance(part, (type, ModuleType)):
+            inner = getattr(part, "__dict__", {}).items()
+            found |= {f"{name}.{sub}": module for sub, module in inner if isinstance(module, nn.Module)}
+    return dict(sorted(found.items()))
 
 
 def weights_hash(parts: dict[str, nn.Module]) -> str | None:

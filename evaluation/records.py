@@ -44,7 +44,13 @@ SCORE: Shape = {
     "reason": (str,),
     "tag": (str, NoneType),
 }
-FEATURE: Shape = {**_IMAGE, "file": (str,), "row": (int,)}
+FEATURE: Shape = {
+    **_IMAGE,
+    "file": (str,),
+    "row": (int,),
+    **dict.fromkeys(("configuration_hash", "source"), (str, NoneType)),
+    "by_prompt": (bool, NoneType),
+}
 SESSION: Shape = {
     **dict.fromkeys(("session", "time", "python", "platform", "device"), (str,)),
     **dict.fromkeys(("git", "cuda", "dtype"), (str, NoneType)),

@@ -35,7 +35,7 @@ class Prompt:
         if not isinstance(data, dict):
             raise ValueError(f"an object is expected, not {kind(data)}")
         number, prompt, metadata = data.get("id"), data.get("prompt"), data.get("metadata")
-        if not isinstance(number, int) or not isinstance(prompt, str):
+        if type(number) is not int or not isinstance(prompt, str):
             raise ValueError("'id' must be an integer and 'prompt' a string")
         parsed = parse_line(json.dumps(metadata), source, line) if metadata else None
         return cls(number, prompt, parsed)

@@ -219,15 +219,15 @@ def facts(summary: Summary) -> list[tuple[str, str]]:
         last = summary["sessions"][-1]
         versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items() if version)
         devices = dict.fromkeys(session["device"] for session in summary["sessions"])
-        cuda = f", CUDA {last['cuda']}" if last["cuda"] else ""
+        cuda = f", CUDA {last['cuda']}" if last.get("cuda") else ""
         found += [
             ("device", ", ".join(devices) + cuda),
-            ("processor cores and threads", f"{last['cpus']} and {last['threads']}"),
+            ("processor cores and threads", f"{last.get('cpus') or '–'} and {last['threads']}"),
             ("processes", str(last["world"])),
             ("Python", f"{last['python']} on {last['platform']}"),
             ("versions", versions),
-            ("source revision", last["git"] or "not a checkout"),
-            ("command", " ".join(last["command"])),
+            ("source revision", last.get("git") or "not a checkout"),
+            ("command", " ".join(map(str, last["command"]))),
             ("last started", f"{last['time']}; {len(summary['sessions'])} start(s) in all"),
         ]
     return found

@@ -1,6 +1,7 @@
 """A run folder that is damaged, or of another format, is named in one line by every stage."""
 
 import json
+import random
 import re
 import shutil
 
@@ -16,6 +17,7 @@ from accel.evaluation.run import run
 from accel.evaluation.score import score
 from accel.evaluation.scorers import pixel_scorers
 
+CHANGES = 60  # 500 were tried
 DEEP = "[" * 3000 + "]" * 3000
 
 
@@ -171,6 +173,44 @@ def test_a_configuration_that_nobody_knows_is_named(folder):
     path.write_text(path.read_text().replace('"configuration": "steps=4"', '"configuration": "steps=5"'))
     for stage in ("score", "report"):
         refused(stage, folder, r"run\.json: names no configuration 'steps=5', of which there are images")
+
+
+VALUES = [None, True, -1, 10**30, 0.5, "", "x", "../../x", [], [[]], {}, {"a": {}}]
+
+
+def changed_somewhere(value, rng):
+    """One value of a JSON tree is another one, or missing, or there is one more."""
+    if isinstance(value, (dict, list)) and value and rng.random() < 0.8:
+        key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        if isinstance(value, dict) and rng.random() < 0.2:
+            return {k: v for k, v in value.items() if k != key} | {"extra": 1}
+        copied = value.copy()
+        copied[key] = changed_somewhere(value[key], rng)
+        return copied
+    return rng.choice(VALUES)
+
+
+@pytest.mark.filterwarnings("ignore::accel.errors.AccelWarning")
+@pytest.mark.parametrize("number", range(CHANGES))
+def test_no_change_of_any_record_is_a_traceback(folder, number):
+    rng = random.Random(number)
+    files = sorted(
+        f for f in folder.rglob("*.json*") if not {"report", "images"} & set(f.relative_to(folder).parts)
+    )
+    file = rng.choice(files)
+    if file.suffix == ".json":
+        file.write_text(json.dumps(changed_somewhere(json.loads(file.read_text()), rng)))
+    else:
+        lines = file.read_text().splitlines()
+        place = rng.randrange(len(lines))
+        lines[place] = json.dumps(changed_somewhere(json.loads(lines[place]), rng))
+        file.write_text("\n".join(lines) + "\n")
+    for stage in rng.sample(list(STAGES.values()), 3):
+        try:
+            stage(folder)
+        except AccelError as error:
+            said = str(error)
+            assert "\n" not in said
 
 
 def test_what_is_whole_passes_every_stage(folder):

@@ -175,3 +175,57 @@ def test_odd_images_options(tmp_path, images, says, monkeypatch):
     with pytest.raises(EvaluationError, match=says):
         importing.import_images(tmp_path / "run", _folders(images))
     assert not (tmp_path / "run").exists()
+
+
+class Flat:
+    """A one-number extractor."""
+
+    name, dim = "flat:test@0", 1
+
+    def __call__(self, images):
+        return images.float().mean((1, 2, 3))[:, None]
+
+
+def test_a_reference_that_cannot_be_read_is_named_and_the_rest_measured(tmp_path):
+    a, reference = pictures(tmp_path / "a", NAMES), pictures(tmp_path / "reference", NAMES)
+    (reference / "0001.png").write_bytes(b"")
+    (reference / "._0002.png").write_bytes(b"Mac")
+    folder = importing.import_images(tmp_path / "run", {"a": a})
+    with pytest.warns(
+        AccelWarning, match=r"reference/0001\.png: cannot be decoded: it is empty; left out"
+    ) as caught:
+        score(folder.path, [], [Flat()], reference=reference)
+    assert len(caught) == 1
+    (row,) = summarise(folder)["distances"]
+    assert row["reason"].startswith("'reference' has 5 images, 'a' 6: ")
+    for file in reference.iterdir():
+        file.write_bytes(b"")
+    with (
+        pytest.warns(AccelWarning),
+        pytest.raises(RecordError, match="none of 6 reference images can be read"),
+    ):
+        score(folder.path, [], [Flat()], reference=reference)
+
+
+def test_distances_are_over_what_has_features_in_every_configuration(tmp_path):
+    folders = {name: pictures(tmp_path / name, NAMES) for name in "ab"}
+    folder = importing.import_images(tmp_path / "run", folders)
+    score(folder.path, pixel_scorers(), [Flat()])
+    (index,) = (folder.path / "features").glob("*/rank-00000.jsonl")
+    lines = index.read_text().splitlines()
+    index.write_text("\n".join(lines[:-2]) + "\n")  # as a scoring that was stopped leaves it
+    summary = summarise(folder)
+    assert [row["n"] for row in summary["distances"]] == [4]
+    assert [note for note in summary["notes"] if "over the 4 of 6 images that have features" in note]
+
+
+def test_pictures_smaller_than_a_metrics_window_get_a_reason(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        picture(ord(name), size=8).save(tmp_path / name / "x.png")
+    folder = importing.import_images(tmp_path / "run", {name: tmp_path / name for name in "ab"})
+    score(folder.path, pixel_scorers())
+    found = {r["metric"]: (r["value"], r["reason"]) for r in folder.scores()}
+    assert found["psnr"][0] is not None
+    assert found["ssim"][0] is None
+    assert "11" in found["ssim"][1]

@@ -125,6 +125,9 @@ def test_the_builtin_pipelines_show_what_they_are():
     assert found == identity(load_pipeline("builtin", "cpu"))
     assert (found["dtype"], found["device"]) == ("float32", "cpu")
     assert found["scheduler"]["class"] == type(flux.scheduler).__name__
+    wrapped = FakePipeline()
+    wrapped.inner = flux
+    assert {"inner.transformer", "inner.vae"} <= modules(wrapped).keys()
     drawn = load_pipeline("builtin-ar", "cpu")
     assert modules(drawn)
     assert identity(drawn)["model_weights"] not in (None, found["model_weights"])
