@@ -1,6 +1,6 @@
 """A run folder: settings, prompts, images in GenEval's layout, and the records of every stage.
 
-run.json                                   what was asked (settings that decide the images)
+run.json                                   what decides the images: call, seeds, prompts, the weights' hash, dtype, ...
 prompts.jsonl                              the suite's prompts with their ids
 sessions/rank-00000.jsonl                  environment of every start of every process
 images/<configuration>/<prompt id>/        metadata.jsonl and samples/0000.png: GenEval's own layout
@@ -30,7 +30,7 @@ FORMAT = 2
 PROBLEMS = "problems.json"
 _GROWING = ("configurations", "limit", "samples_per_prompt")  # may be extended; the rest decides images
 _SCHEDULER = "scheduler"
-_IDENTITY = {  # as `identity.identity` gives it
+_IDENTITY: dict[str, type | tuple[type, ...]] = {  # as `identity.identity` gives it
     "pipeline": str,
     **dict.fromkeys(("dtype", "device", "model_weights"), (str, NoneType)),
     _SCHEDULER: (dict, NoneType),
