@@ -11,17 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
+_FEW = 8  # clusters (of a stratum) below which the interval is Student's, not the bootstrap's
 _BLOCK = 1 << 22  # resample weights held at once: 16 MB as int32, at any number of prompts
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its percentile bootstrap interval; `low` and `high` are None below two prompts."""
+    """A mean with its interval; where none can be given, `low` and `high` are None and `reason` says why."""
 
     value: float
     low: float | None
@@ -29,6 +30,7 @@ class Interval:
     n: int
     clusters: int
     level: float = 0.95
+    reason: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -44,14 +46,20 @@ def mean_interval(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Mean of `values` (n) with a percentile interval from resampling `clusters` (n labels).
+    """Mean of `values` (n) with an interval from resampling `clusters` (n labels).
 
     With `strata` (n labels; a cluster lies in one stratum) the statistic is the unweighted mean of
     the strata's means, resampled within each. `resamples` draws come from a generator of their own.
 
+    Of fewer than 8 clusters (in a stratum) a bootstrap cannot say how far the next one may lie: what it draws
+    never leaves the values seen. Measured on 600 simulated sets of 2, 3, 4 and 6 normal values it covers 49, 74,
+    87 and 93 % of the time for a nominal 95 %; Student's interval, with Welch's degrees of freedom over strata,
+    covers 94 to 96 % and is used there.
+
     Values that are all equal would give an interval without width, as if 4 of 4 were certainty. With
     `bounds`, which no value can leave, such an interval is drawn from what n prompts can exclude (the
-    binomial "rule of three"): another value in at most 1 - ((1 - level) / 2)^(1/n) of all prompts.
+    binomial "rule of three"): another value in at most 1 - ((1 - level) / 2)^(1/n) of all prompts. Without
+    bounds there is no interval.
     """
     values = np.asarray(values, dtype=np.float64)
     if not len(values):
@@ -71,16 +79,67 @@ def mean_interval(
     ]
 
     value = float(np.mean([sums[group].sum() / counts[group].sum() for group in groups]))
-    if min(len(group) for group in groups) < 2:
-        return Interval(value, None, None, len(values), len(position), level)
-    if bounds is not None and np.ptp(values) == 0:
-        share = 1 - ((1 - level) / 2) ** (1 / len(position))
-        low, high = value - share * (value - bounds[0]), value + share * (bounds[1] - value)
-        return Interval(value, float(low), float(high), len(values), len(position), level)
+    fewest = min(len(group) for group in groups)
+
+    def interval(low: float, high: float) -> Interval:
+        ends = (low, high) if bounds is None else (max(low, bounds[0]), min(high, bounds[1]))
+        return Interval(value, float(ends[0]), float(ends[1]), len(values), len(position), level)
+
+    def none(reason: str) -> Interval:
+        return Interval(value, None, None, len(values), len(position), level, reason)
+
+    if fewest < 2:
+        return none("one prompt" if strata is None else "one prompt in a task")
+    if _do_not_vary(sums, counts, groups):
+        if bounds is None or not all(map(math.isfinite, bounds)):
+            return none("all equal" if len(groups) == 1 else "all equal within tasks")
+        return interval(*_excluded(sums, counts, groups, bounds, level))
+    if fewest < _FEW:
+        return interval(*_students(value, sums, counts, groups, level))
     rng = np.random.default_rng(seed)
     draws = np.mean([_resampled(sums[group], counts[group], resamples, rng) for group in groups], axis=0)
-    low, high = np.quantile(draws, _tails(level, min(len(group) for group in groups)))
-    return Interval(value, float(low), float(high), len(values), len(position), level)
+    low, high = np.quantile(draws, _tails(level, fewest))
+    return interval(low, high)
+
+
+Groups = Sequence[np.ndarray]  # indices of the clusters of each stratum
+
+
+def _do_not_vary(sums: np.ndarray, counts: np.ndarray, groups: Groups) -> bool:
+    """Whether no resampling could change the mean, up to rounding."""
+    means = sums / counts
+    return all(np.ptp(means[group]) <= 1e-12 * max(1.0, np.abs(means[group]).max()) for group in groups)
+
+
+def _excluded(
+    sums: np.ndarray, counts: np.ndarray, groups: Groups, bounds: tuple[float, float], level: float
+) -> tuple[float, float]:
+    """What equal values in every stratum leave possible, by the rule of three."""
+    ends = []
+    for group in groups:
+        mean = sums[group].sum() / counts[group].sum()
+        share = 1 - ((1 - level) / 2) ** (1 / len(group))
+        ends.append((mean - share * (mean - bounds[0]), mean + share * (bounds[1] - mean)))
+    low, high = np.mean(ends, axis=0)
+    return low, high
+
+
+def _students(
+    value: float, sums: np.ndarray, counts: np.ndarray, groups: Groups, level: float
+) -> tuple[float, float]:
+    """Interval from the clusters' deviations: the mean is a ratio (sum of values over their number), whose
+    variance is that of each cluster's residuals; strata add up, with degrees of freedom after Welch."""
+    variances, weights = [], []
+    for group in groups:
+        residuals = sums[group] - counts[group] * sums[group].sum() / counts[group].sum()
+        size = len(group)
+        spread = float((residuals**2).sum()) / (size - 1)
+        variances.append(spread * size / float(counts[group].sum()) ** 2 / len(groups) ** 2)
+        weights.append(size - 1)
+    total = sum(variances)
+    freedom = total**2 / sum(v**2 / w for v, w in zip(variances, weights, strict=True))
+    reach = _student(level, freedom) * math.sqrt(total)
+    return value - reach, value + reach
 
 
 def jackknife_interval(
@@ -98,17 +157,16 @@ def jackknife_interval(
     """
     left_out = np.asarray(replicates, dtype=np.float64)
     groups = len(left_out)
-    if groups < 2:
-        raise ValueError(f"a jackknife needs at least 2 groups, not {groups}")
+    if groups < 2 or not np.isfinite(left_out).all():
+        raise ValueError(f"a jackknife needs at least 2 groups and finite values, not {left_out.tolist()}")
     error = math.sqrt((groups - 1) / groups * float(((left_out - left_out.mean()) ** 2).sum()))
     reach = _student(level, groups - 1) * error
     return max(value - reach, bounds[0]), min(value + reach, bounds[1])
 
 
-def _student(level: float, dof: int) -> float:
-    """Two-sided quantile of Student's t, from its expansion in 1 / degrees of freedom."""
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    return z + (z**3 + z) / (4 * dof) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * dof**2)
+def _student(level: float, freedom: float) -> float:
+    """Two-sided quantile of Student's t: 12.7 at one degree of freedom and 95 %, 1.96 at infinitely many."""
+    return float(stats.t.ppf((1 + level) / 2, freedom))
 
 
 def _tails(level: float, clusters: int) -> tuple[float, float]:
@@ -118,7 +176,7 @@ def _tails(level: float, clusters: int) -> tuple[float, float]:
     on 2000 simulated comparisons it covered 88.2 % of the time at 8 prompts and 93.2 % at 60, for a
     nominal 95 %; widened it covers 93.3 % and 94.1 %.
     """
-    tail = NormalDist().cdf(-_student(level, clusters - 1) * math.sqrt(clusters / (clusters - 1)))
+    tail = float(stats.norm.cdf(-_student(level, clusters - 1) * math.sqrt(clusters / (clusters - 1))))
     return tail, 1 - tail
 
 

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
+from PIL import Image
 
 from .errors import EvaluationError
+from .textfiles import first_line
 
 PLAIN = "plain"
+_LONGEST = 1000  # letters of a setting; YAML takes seconds for thousands of brackets
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*")
 
 
@@ -65,7 +68,14 @@ class Configuration:
         self, pipe: Any, prompts: list[str], generators: list[Any], arguments: dict[str, Any]
     ) -> list[Any]:
         """PIL images of the prompts, from the pipeline that `attach` has changed."""
-        return list(pipe(prompts, generator=generators, output_type="pil", **arguments).images)
+        result = pipe(prompts, generator=generators, output_type="pil", **arguments)
+        images = getattr(result, "images", None)
+        if not isinstance(images, (list, tuple)) or not all(isinstance(i, Image.Image) for i in images):
+            raise EvaluationError(
+                f"{type(pipe).__name__} returned a {type(result).__name__} whose `images` are no list of PIL images, "
+                'although output_type="pil" was asked for'
+            )
+        return list(images)
 
 
 def parse(spec: str) -> Configuration:
@@ -84,13 +94,13 @@ def parse(spec: str) -> Configuration:
         if equals and key in settings:
             raise EvaluationError(f"configuration {spec!r}: {key} is given twice")
         if equals:
-            settings[key] = yaml.safe_load(value)
+            settings[key] = _value(spec, key, value)
         elif index == 0 and part:
             source = None if part == PLAIN else part
         else:
             raise EvaluationError(f"configuration {spec!r}: {part!r} is not KEY=VALUE")
     steps = settings.pop("steps", None)
-    if steps is not None and not isinstance(steps, int):
+    if steps is not None and type(steps) is not int:  # a bool is an int to Python
         raise EvaluationError(f"configuration {spec!r}: steps must be an integer, not {steps!r}")
     method = None
     if source is not None:
@@ -133,7 +143,28 @@ def _load(source: str, settings: dict[str, Any], spec: str) -> Any:
     valid = [field.name for field in dataclasses.fields(method)]
     if unknown := [key for key in settings if key not in valid]:
         raise EvaluationError(f"configuration {spec!r}: no setting {unknown[0]!r}; valid: {', '.join(valid)}")
-    return dataclasses.replace(method, **settings)
+    try:
+        return dataclasses.replace(method, **settings)
+    except TypeError as error:  # compared with numbers and found to be none
+        raise EvaluationError(f"configuration {spec!r}: a setting has the wrong type ({error})") from None
+
+
+def _value(spec: str, key: str, text: str) -> Any:
+    """A number, a word, true, false or a list: as YAML reads it, without its references and tags."""
+    if len(text) > _LONGEST:
+        raise EvaluationError(
+            f"configuration: {key}={text[:20]}... is no value: longer than {_LONGEST} letters"
+        )
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise EvaluationError(f"configuration {spec!r}: {key} refers to something else ({text!r})")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, EvaluationError):
+            raise
+        raise EvaluationError(
+            f"configuration {spec!r}: {key}={text} is no value: {first_line(error)}"
+        ) from None
 
 
 def _stem(text: str) -> str:

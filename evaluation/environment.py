@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,25 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "command": sys.argv,
     }
+
+
+#: Of a start's record: what may change the pixels, by the name it is called by.
+_MATTERS = ("accel-image", "torch", "diffusers", "transformers")
+
+
+def changes(starts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is not the same in all records of starts: "torch 2.13.0 and 2.14.1". Said, not refused: pictures of
+    two versions mostly differ by rounding."""
+    found: dict[str, dict[str, None]] = {}
+    for start in starts:
+        made_with = {name: start["versions"].get(name) for name in _MATTERS}
+        for name, value in {
+            **made_with,
+            "device": start["device"],
+            "source revision": start.get("git"),
+        }.items():
+            found.setdefault(name, {})[str(value or "unknown")] = None
+    return [f"{name} {' and '.join(values)}" for name, values in found.items() if len(values) > 1]
 
 
 def _revision() -> str | None:

@@ -5,6 +5,7 @@ AccelError
 └── EvaluationError        something asked of the harness cannot be done honestly
     ├── MetadataError      a prompt file line that is not GenEval's (file, line, reason)
     ├── RecordError        a run folder that does not fit what is asked of it
+    ├── PictureError       a picture file that cannot be read, or whose colours are not known
     ├── IncomparableError  samples or features that must not be put into one number
     └── SanityError        the detector does not see what is certainly there
 """
@@ -18,6 +19,7 @@ __all__ = [
     "EvaluationError",
     "IncomparableError",
     "MetadataError",
+    "PictureError",
     "RecordError",
     "SanityError",
     "WeightsError",
@@ -34,6 +36,10 @@ class MetadataError(EvaluationError):
 
 class RecordError(EvaluationError):
     """A run folder does not fit the request: other settings, missing stage, unreadable file."""
+
+
+class PictureError(EvaluationError):
+    """A picture cannot be read or decoded, or its pixels have no known colours."""
 
 
 class IncomparableError(EvaluationError):

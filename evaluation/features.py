@@ -21,11 +21,14 @@ import torch
 from .bootstrap import jackknife_interval
 from .errors import EvaluationError, IncomparableError, RecordError
 from .metrics import FrechetDistance, Moments, cmmd, kernel_inception_distance, precision_recall
-from .records import Appender, Record, latest_records, read_records, write_atomically
+from .records import FEATURE, Appender, Record, latest_records, now, read_records, write_atomically
+from .textfiles import read_json
 
 Key = tuple[str, int, int]  # configuration (or "reference"), prompt id, sample
 _READ = 4096
-_GROUPS = 10  # of prompts, left out in turn for an interval
+_FILE = re.compile(r"rank-\d+\.f32")
+_AGAIN = "delete this folder and score again"
+_GROUPS = 10  # of prompts (or as many as there are), left out in turn for an interval
 _QUICK = 4e9  # multiplications of one matrix of distances; ten times as many take about a minute
 _RANGE = {
     "fid": (0.0, math.inf),
@@ -47,11 +50,11 @@ class FeatureWriter:
         path = store_path(folder, extractor)
         write_atomically(path / "extractor.json", json.dumps({"name": extractor, "dim": dim}) + "\n")
         self._index = Appender(path / f"rank-{rank:05d}.jsonl")
-        self.rows = 1 + max((record["row"] for record in read_records(self._index.path)), default=-1)
+        self.rows = 1 + max((r["row"] for r in read_records(self._index.path, FEATURE)), default=-1)
         self._fd = os.open(path / f"rank-{rank:05d}.f32", os.O_RDWR | os.O_CREAT, 0o644)
         self._dim = dim
         if os.fstat(self._fd).st_size < self.rows * dim * 4:
-            raise RecordError(f"{path}: feature rows are missing; delete this folder and score again")
+            raise RecordError(f"{path}: feature rows are missing; {_AGAIN}")
 
     def write(self, records: list[Record], features_ND: torch.Tensor) -> None:
         """`records` name the rows: configuration, prompt_id, sample, image_sha256."""
@@ -60,7 +63,7 @@ class FeatureWriter:
         data = features_ND.float().contiguous().numpy().tobytes()
         os.pwrite(self._fd, data, self.rows * self._dim * 4)
         os.fsync(self._fd)
-        place = {"file": self._index.path.with_suffix(".f32").name}
+        place = {"file": self._index.path.with_suffix(".f32").name, "time": now()}
         self._index.write(*({**record, **place, "row": self.rows + i} for i, record in enumerate(records)))
         self.rows += len(records)
 
@@ -75,8 +78,11 @@ class FeatureSet:
     def __init__(
         self, store: Path, configuration: str, keys: Collection[tuple[int, int]] | None = None
     ) -> None:
-        header = json.loads((store / "extractor.json").read_text())
-        self.extractor, self.dim = header["name"], header["dim"]
+        header = read_json(store / "extractor.json", RecordError, _AGAIN)
+        name, dim = header.get("name"), header.get("dim")
+        if not isinstance(name, str) or type(dim) is not int or not 0 < dim < 1 << 20:
+            raise RecordError(f"{store / 'extractor.json'}: damaged: no name and dim in it; {_AGAIN}")
+        self.extractor, self.dim = name, dim
         self.configuration = configuration
         places: list[tuple[tuple[int, int], str, int]] = []
         hashes = set()
@@ -90,9 +96,10 @@ class FeatureSet:
                 self.source, self.by_prompt = record.get("source"), record.get("by_prompt", False)
         if len(hashes) > 1:
             raise IncomparableError(
-                f"{store}: features of {configuration!r} come from {len(hashes)} sources; delete this folder "
-                "and score again"
+                f"{store}: features of {configuration!r} come from {len(hashes)} sources; {_AGAIN}"
             )
+        if odd := next((place for place in places if not _FILE.fullmatch(place[1]) or place[2] < 0), None):
+            raise RecordError(f"{store}: its index names row {odd[2]} of {odd[1]!r}; {_AGAIN}")
         places.sort()
         self.keys = [key for key, _, _ in places]
         self.n = len(places)
@@ -100,20 +107,35 @@ class FeatureSet:
         number = {path.name: i for i, path in enumerate(self._paths)}
         self._file = np.array([number[file] for _, file, _ in places], np.int32)
         self._row = np.array([row for _, _, row in places], np.int64)
+        for place, path in enumerate(self._paths):
+            size = path.stat().st_size if path.is_file() else 0
+            if size < (1 + int(self._row[self._file == place].max())) * self.dim * 4:
+                raise RecordError(f"{path}: feature rows are missing; {_AGAIN}")
+
+    @property
+    def prompts(self) -> int:
+        return len({prompt for prompt, _ in self.keys})
 
     def groups(self, count: int) -> np.ndarray:
-        """A group number (N,) below `count` for every row; the images of a prompt share one."""
+        """A group number (N,) below `count` for every row; the images of a prompt share one. None is empty if
+        there are at least `count` prompts."""
         prompts, index = np.unique([prompt for prompt, _ in self.keys], return_inverse=True)
         return np.random.default_rng(0).permutation(len(prompts))[index] % count
 
     def batches(self) -> Iterator[torch.Tensor]:
-        maps = [np.memmap(path, np.float32, "r").reshape(-1, self.dim) for path in self._paths]
+        maps = [self._map(path) for path in self._paths]
         for start in range(0, self.n, _READ):
             files, rows = self._file[start : start + _READ], self._row[start : start + _READ]
             features = np.empty((len(files), self.dim), np.float32)
             for number in np.unique(files):
                 features[files == number] = maps[number][rows[files == number]]
             yield torch.from_numpy(features)
+
+    def _map(self, path: Path) -> np.ndarray:
+        whole = path.stat().st_size // (
+            self.dim * 4
+        )  # a row whose writing was interrupted is named by nobody
+        return np.memmap(path, np.float32, "r", shape=(whole, self.dim))
 
     def array(self, scratch: Path) -> np.ndarray:
         """All rows as one memory-mapped array, gathered into a scratch file."""
@@ -159,8 +181,10 @@ def distances(
         )
     scratch.mkdir(parents=True, exist_ok=True)
     a, b = reference.array(scratch / "a.f32"), samples.array(scratch / "b.f32")
-    group_a, group_b = reference.groups(_GROUPS), samples.groups(_GROUPS)
-    parts_a, parts_b = reference.moments(group_a, _GROUPS), samples.moments(group_b, _GROUPS)
+    # An empty group's replicate would be the value itself: no error where there is one.
+    count = max(1, min(_GROUPS, reference.prompts, samples.prompts))
+    group_a, group_b = reference.groups(count), samples.groups(count)
+    parts_a, parts_b = reference.moments(group_a, count), samples.moments(group_b, count)
 
     def fid(without: int | None) -> dict[str, float]:
         metric = FrechetDistance()
@@ -198,7 +222,7 @@ def distances(
         result |= values
         quick = name == "fid" or reference.n**2 * reference.dim <= _QUICK
         try:
-            left_out = [metric(number) for number in range(_GROUPS)] if quick else []
+            left_out = [metric(number) for number in range(count)] if quick and count > 1 else []
         except (EvaluationError, ValueError):
             left_out = []  # enough images for the value, too few for it without a tenth of them
         for key, value in values.items():
@@ -214,4 +238,6 @@ def distances(
 def index_records(store: Path) -> Iterator[Record]:
     """Index records of all processes, of each image the last; `file` and `row` say where it lies."""
     keys = ("configuration", "prompt_id", "sample")
-    return latest_records(store.glob("rank-*.jsonl"), lambda record: tuple(record[key] for key in keys))
+    return latest_records(
+        store.glob("rank-*.jsonl"), lambda record: tuple(record[key] for key in keys), FEATURE
+    )

@@ -14,10 +14,11 @@ from PIL import Image
 
 from .errors import EvaluationError, SanityError
 from .folder import RunFolder
-from .geneval.metadata import Metadata, ObjectSpec, parse_line
+from .geneval.metadata import Metadata, ObjectSpec, read_place
 from .geneval.scorer import Verdict, aggregate, score
+from .picture_files import load_pictures, picture_files
 from .records import write_atomically
-from .score import GROUND_TRUTH, load_image
+from .score import GROUND_TRUTH
 from .scorers import DetectionScorer, Detector
 from .suites import Prompt
 
@@ -64,7 +65,7 @@ def write_ground_truth(folder: RunFolder, size: int = 256) -> Path:
     Returns their folder. Pictures that exist are kept; one prompt's do not depend on which others there are.
     """
     target, prompts = folder.path / GROUND_TRUTH, folder.prompts()
-    for record in folder.samples():
+    for record in folder.known_samples(prompts):
         file = target / f"{record['prompt_id']:05d}-{record['sample']:04d}.png"
         metadata = prompts[record["prompt_id"]].metadata
         if record["configuration"] != folder.plain or metadata is None or file.exists():
@@ -148,12 +149,14 @@ def mismatched(metadata: Sequence[Metadata]) -> list[Metadata | None]:
 def _known_pictures(folder: str | Path | None) -> list[tuple[torch.Tensor, Metadata]]:
     if folder is not None:
         known = [
-            (load_image(file), parse_line(path.read_text(encoding="utf-8").strip(), str(path)))
+            (image, read_place(path.parent))
             for path in sorted(Path(folder).glob("*/metadata.jsonl"))
-            for file in sorted((path.parent / "samples").glob("*.png"))
+            for _, image in load_pictures(picture_files(path.parent / "samples"))
         ]
         if not known:
-            raise EvaluationError(f"{folder}: no sanity images (<id>/metadata.jsonl, <id>/samples/*.png)")
+            raise EvaluationError(
+                f"{folder}: no sanity images that can be read (<id>/metadata.jsonl, <id>/samples/*.png)"
+            )
         return known
     try:
         from skimage import data

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +23,11 @@ from accel.generation import Decoding, Way, is_autoregressive
 from accel.pipelines.timing import is_compiled, measure
 
 from .configurations import Configuration, resolve
-from .environment import environment
-from .errors import EvaluationError
+from .environment import changes, environment
+from .errors import AccelWarning, EvaluationError
 from .folder import RunFolder, sample_key
-from .records import Appender, Record, rank_and_world, read_records, write_atomically
+from .identity import dtype, identity
+from .records import Appender, LaunchLock, Record, now, rank_and_world, read_records, write_atomically
 from .suites import Prompt, Suite, take
 
 # Prompts of one sample number differ in seed, samples of one prompt too; a prime keeps them apart
@@ -102,25 +104,30 @@ def run(
         batch_size=batch_size,
         call=call,
     )
-    folder.prepare(suite, settings, resolved)
     rank, world, _ = rank_and_world()
-    done = _done(folder, verify)
-    todo = [
-        (number, batch, [c for c in _rotated(resolved, number) if not done.issuperset(_keys(c, batch))])
-        for number, batch in enumerate(_batches(take(suite.prompts, limit), samples_per_prompt, batch_size))
-        if number % world == rank
-    ]
-    total = sum(len(batch) * len(missing) for _, batch, missing in todo)
-    if not total:
-        return folder
-
-    with (
-        Appender(folder.path / "sessions" / f"rank-{rank:05d}.jsonl") as sessions,
-        Appender(folder.path / "samples" / f"rank-{rank:05d}.jsonl") as records,
-    ):
+    with ExitStack() as held:
+        held.enter_context(LaunchLock(folder.path / "sessions", world))
+        sessions, records = (
+            held.enter_context(Appender(folder.path / name / f"rank-{rank:05d}.jsonl"))
+            for name in ("sessions", "samples")
+        )
+        folder.prepare(suite, settings, resolved)
+        done = _done(folder, verify)
+        todo = [
+            (number, batch, [c for c in _rotated(resolved, number) if not done.issuperset(_keys(c, batch))])
+            for number, batch in enumerate(
+                _batches(take(suite.prompts, limit), samples_per_prompt, batch_size)
+            )
+            if number % world == rank
+        ]
+        total = sum(len(batch) * len(missing) for _, batch, missing in todo)
+        if not total:
+            return folder
         session = f"{rank}.{sum(1 for _ in read_records(sessions.path))}"
-        start = {"session": session, "rank": rank, "world": world, "time": _now(), "dtype": _dtype(pipe)}
-        sessions.write({**start, **environment()})
+        start = {"session": session, "rank": rank, "world": world, "time": now(), "dtype": dtype(pipe)}
+        start |= environment()
+        _say_changes(folder, start)
+        sessions.write(start)
         runner = _Runner(folder, pipe, ways, call or {}, base_seed, session, warmup)
         finished = 0
         given_up: set[str] = set()
@@ -172,7 +179,9 @@ def check(
         "base_seed": base_seed,
         "batch_size": batch_size,
         "call": call or {},
+        **identity(pipe),
     }
+    _check_seeds(base_seed, samples_per_prompt, suite)
     if is_autoregressive(pipe):
         if any(c.steps for c in resolved) or "num_inference_steps" in settings["call"]:
             raise EvaluationError("steps are for diffusion models; this one draws every token of an image")
@@ -180,6 +189,14 @@ def check(
     folder = RunFolder(path)
     folder.check(suite, settings, resolved)
     return folder, settings, resolved
+
+
+def _check_seeds(base_seed: int, samples: int, suite: Suite) -> None:
+    last = base_seed + _SEED_STRIDE * (samples - 1) + max((prompt.id for prompt in suite.prompts), default=0)
+    if base_seed < 0 or last >= 1 << 63:
+        raise EvaluationError(
+            f"base_seed must be from 0 to {(1 << 63) - 1 - last + base_seed}, not {base_seed}"
+        )
 
 
 class _Runner:
@@ -226,7 +243,7 @@ class _Runner:
             "peak_kind": measured.peak_kind,
             "batch": len(batch),
             "session": self.session,
-            "time": _now(),
+            "time": now(),
             **(asdict(decoding) if decoding else {}),
         }
         return images, common
@@ -280,6 +297,19 @@ def _batches(prompts: Sequence[Prompt], samples: int, size: int) -> Iterator[lis
             yield [Unit(prompt, sample) for prompt in prompts[start : start + size]]
 
 
+def _say_changes(folder: RunFolder, start: Record) -> None:
+    """Warn if the images that exist were made with other versions, or on another device."""
+    used = {record["session"] for record in folder.samples()}
+    before = [record for record in folder.sessions() if record["session"] in used]
+    if before and (changed := changes([*before, start])):
+        warnings.warn(
+            f"{folder.path}: was started with other versions ({'; '.join(changed)}); images of both are compared "
+            "in one table, and the report says so",
+            AccelWarning,
+            stacklevel=3,
+        )
+
+
 def _rotated(configurations: list[Configuration], by: int) -> list[Configuration]:
     shift = by % len(configurations)
     return configurations[shift:] + configurations[:shift]
@@ -287,12 +317,3 @@ def _rotated(configurations: list[Configuration], by: int) -> list[Configuration
 
 def _keys(configuration: Configuration, batch: Sequence[Unit]) -> list[tuple[str, int, int]]:
     return [(configuration.name, unit.prompt.id, unit.sample) for unit in batch]
-
-
-def _dtype(pipe: Any) -> str | None:
-    dtype = getattr(pipe, "dtype", None)
-    return None if dtype is None else str(dtype).removeprefix("torch.")
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -7,28 +7,24 @@ scored again, everything else is kept.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
-from .errors import AccelWarning, EvaluationError, RecordError
+from .errors import EvaluationError, PictureError, RecordError
 from .extractors import Extractor
 from .features import FeatureWriter, index_records, store_path
 from .folder import RunFolder, sample_key
-from .records import Appender, Record, rank_and_world, write_atomically
+from .picture_files import SUFFIXES, left_out, load_picture, picture_files, picture_hash
+from .records import Appender, Record, now, rank_and_world, write_atomically
 from .scorers import Scorer
 from .suites import Prompt
 
 GROUND_TRUTH = "ground-truth"  # folder in a run's: a drawn picture of every prompt and sample
 REFERENCE = "reference"  # stands where a configuration's name would: the images of a reference folder
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 def score(
@@ -62,16 +58,16 @@ def score(
     if batch_size < 1:
         raise EvaluationError(f"batch_size must be at least 1, not {batch_size}")
     references = reference_images(Path(reference)) if reference is not None else []
-    if bounds and rank == 0:
-        write_bounds(folder, bounds)
-    plain_images = {
-        (record["prompt_id"], record["sample"]): (record["image"], record["image_sha256"])
-        for record in folder.samples()
-        if record["configuration"] == plain
-    }
+    plain_images, total = {}, 0
+    for record in folder.known_samples(prompts):
+        total += 1
+        if record["configuration"] == plain:
+            key = record["prompt_id"], record["sample"]
+            plain_images[key] = record["image"], record["image_sha256"]
     done = {(*sample_key(r), r["metric"]): (r["image_sha256"], r.get("against")) for r in folder.scores()}
-    total = sum(1 for _ in folder.samples())
     with Appender(folder.path / "scores" / f"rank-{rank:05d}.jsonl") as scores:
+        if bounds and rank == 0:
+            write_bounds(folder, bounds)
         writers = [_Features(folder.path, extractor, rank) for extractor in extractors]
         try:
             seen = 0
@@ -87,12 +83,15 @@ def score(
             )
             mine = list(enumerate(references))[rank::world]
             for writer in writers:
+                usable = 0
                 for start in range(0, len(mine), batch_size):
-                    batch_of_files = mine[start : start + batch_size]
-                    writer.add_reference(Path(reference or ""), batch_of_files, by_prompt=drawn)
-                    seen += len(batch_of_files)
+                    part = mine[start : start + batch_size]
+                    usable += writer.add_reference(Path(reference or ""), part, by_prompt=drawn)
+                    seen += len(part)
                     if progress:
                         progress(seen, images)
+                if mine and not usable:
+                    raise RecordError(f"{reference}: none of {len(mine)} reference images can be read")
         finally:
             for writer in writers:
                 writer.close()
@@ -104,29 +103,17 @@ def write_bounds(folder: RunFolder, bounds: Callable[[Sequence[Prompt]], dict[st
     used = {record["prompt_id"] for record in folder.samples()}
     prompts = [prompt for number, prompt in sorted(folder.prompts().items()) if number in used]
     identity = hashlib.sha256("".join(prompt.to_json() for prompt in prompts).encode()).hexdigest()
-    file = folder.path / "scores" / "bounds.json"
-    if file.exists() and json.loads(file.read_text()).get("prompts_sha256") == identity:
+    if (folder.bounds or {}).get("prompts_sha256") == identity:
         return
-    write_atomically(file, json.dumps({**bounds(prompts), "prompts_sha256": identity}, indent=2) + "\n")
-
-
-def load_image(file: Path, sha256: str | None = None) -> torch.Tensor:
-    """Image file as (3, H, W) uint8. `RecordError` if its hash is not `sha256` or it cannot be decoded."""
-    try:
-        content = file.read_bytes()
-        if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-            raise RecordError(f"{file}: content differs from what was recorded")
-        array = np.array(Image.open(io.BytesIO(content)).convert("RGB"))
-    except (OSError, SyntaxError) as error:
-        raise RecordError(f"{file}: cannot be decoded: {error}") from error
-    return torch.from_numpy(array).permute(2, 0, 1)
+    content = json.dumps({**bounds(prompts), "prompts_sha256": identity}, indent=2, allow_nan=False)
+    write_atomically(folder.path / "scores" / "bounds.json", content + "\n")
 
 
 def reference_images(source: Path) -> list[Path]:
     """Reference images; `RecordError` before anything is scored if there are none."""
-    files = sorted(f for f in source.rglob("*") if f.suffix.lower() in _SUFFIXES) if source.is_dir() else []
+    files = picture_files(source, deep=True)
     if not files:
-        raise RecordError(f"{source}: no reference images (a folder of .png, .jpg or .webp files)")
+        raise RecordError(f"{source}: no reference images (a folder with pictures: {', '.join(SUFFIXES)})")
     return files
 
 
@@ -209,18 +196,15 @@ def _score_record(record: Record, scorer: Scorer, part: dict[str, Any], plain_im
     if scorer.paired:
         against = {"against": plain_images[record["prompt_id"], record["sample"]][1]}
     direction = {"higher_is_better": scorer.higher_is_better}
-    return {**{name: record[name] for name in names}, "metric": scorer.metric, **direction, **against, **part}
+    about = {name: record[name] for name in names}
+    return {**about, "metric": scorer.metric, **direction, **against, **part, "time": now()}
 
 
 def _image_or_warning(file: Path, sha256: str) -> torch.Tensor | None:
     try:
-        return load_image(file, sha256)
-    except RecordError as error:
-        warnings.warn(
-            f"{error}; left out. `accel evaluate run --verify` makes it again, `score --images` reads it anew",
-            AccelWarning,
-            stacklevel=2,
-        )
+        return load_picture(file, sha256)
+    except PictureError as error:
+        left_out(error, ". `accel evaluate run --verify` makes it again, `score --images` reads it anew")
         return None
 
 
@@ -248,26 +232,34 @@ class _Features:
             rows = [{name: record[name] for name in names if name in record} for record in members]
             self._writer.write(rows, features)
 
-    def add_reference(self, source: Path, files: Sequence[tuple[int, Path]], *, by_prompt: bool) -> None:
-        """`by_prompt`: the files are named by the prompt and sample they are a picture of."""
+    def add_reference(self, source: Path, files: Sequence[tuple[int, Path]], *, by_prompt: bool) -> int:
+        """How many have features now; what cannot be read is named and left out.
+
+        `by_prompt`: the files are named by the prompt and sample they are a picture of.
+        """
         # Ground truth lies in the run folder, which may be moved: it stays the same source.
         identity = GROUND_TRUTH if by_prompt else str(source.resolve())
-        records, images = [], {}
+        records, images, usable = [], {}, 0
         for number, file in files:
             prompt_id, sample = map(int, file.stem.split("-")) if by_prompt else (number, 0)
-            record = {
+            record: Record = {
                 "configuration": REFERENCE,
                 "configuration_hash": hashlib.sha256(identity.encode()).hexdigest()[:12],
                 "prompt_id": prompt_id,
                 "sample": sample,
                 "by_prompt": by_prompt,
-                "image_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
                 "source": source.name,
             }
-            if self.wants(record):
-                records.append(record)
-                images[sample_key(record)] = load_image(file)
+            try:
+                record["image_sha256"] = picture_hash(file)
+                if self.wants(record):
+                    images[sample_key(record)] = load_picture(file, record["image_sha256"])
+                    records.append(record)
+                usable += 1
+            except PictureError as error:
+                left_out(error)
         self.add(records, images)
+        return usable
 
     def close(self) -> None:
         self._writer.close()

@@ -54,11 +54,18 @@ class PairScorer:
                 f"size {tuple(images.shape[-2:])} differs from the plain image's {tuple(plain.shape[-2:])}"
             )
             return [{"value": None, "reason": reason} for _ in prompts]
-        return [
-            # JSON has no infinity, and a mean with one in it says nothing: identical pairs are counted.
-            {"value": value, "reason": ""} if math.isfinite(value) else {"value": None, "reason": "identical"}
-            for value in self._function(images, plain).tolist()
-        ]
+        try:
+            values = self._function(images, plain).tolist()
+        except ValueError as error:  # smaller than the metric's window
+            return [{"value": None, "reason": str(error)} for _ in prompts]
+        return [self._part(value) for value in values]
+
+    @staticmethod
+    def _part(value: float) -> dict[str, Any]:
+        # JSON has no infinity, and a mean with one in it says nothing: identical pairs are counted.
+        if math.isfinite(value):
+            return {"value": value, "reason": ""}
+        return {"value": None, "reason": "identical" if value > 0 else "not a number"}
 
 
 class ClipScorer:

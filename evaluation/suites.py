@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from .errors import EvaluationError, MetadataError
+from .errors import AccelWarning, EvaluationError, MetadataError
 from .geneval.metadata import Metadata, parse_line, read_metadata
+from .textfiles import kind, parse_json, read_text, split_lines, writable
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,15 @@ class Prompt:
 
     @classmethod
     def from_json(cls, text: str, source: str, line: int) -> Prompt:
-        data = json.loads(text)
-        metadata = data["metadata"]
+        """`ValueError` for what `to_json` has not written."""
+        data = parse_json(text)
+        if not isinstance(data, dict):
+            raise ValueError(f"an object is expected, not {kind(data)}")
+        number, prompt, metadata = data.get("id"), data.get("prompt"), data.get("metadata")
+        if type(number) is not int or not isinstance(prompt, str):
+            raise ValueError("'id' must be an integer and 'prompt' a string")
         parsed = parse_line(json.dumps(metadata), source, line) if metadata else None
-        return cls(data["id"], data["prompt"], parsed)
+        return cls(number, prompt, parsed)
 
 
 @dataclass(frozen=True)
@@ -61,16 +68,43 @@ def geneval(path: str | Path) -> Suite:
 
 
 def prompt_file(path: str | Path) -> Suite:
-    """Your own prompts: a text file, one a line. Judged by comparison with the plain pipeline only."""
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise MetadataError(f"{path}: cannot be read as a prompt file: {error}") from error
-    texts = [line for line in lines if line]
-    if not texts:
+    """Your own prompts: a text file, one a line, or JSON lines that all are objects with "prompt".
+
+    Judged by comparison with the plain pipeline only.
+    """
+    lines = [(i, line.strip()) for i, line in enumerate(split_lines(read_text(path)), 1) if line.strip()]
+    if not lines:
         raise MetadataError(f"{path}: no prompts in the file")
+    texts = _prompts_of_objects(path, lines) or [line for _, line in lines]
     prompts = [Prompt(number, text) for number, text in enumerate(texts)]
     return Suite("prompts", prompts, {"file": Path(path).name})
+
+
+def _prompts_of_objects(path: str | Path, lines: Sequence[tuple[int, str]]) -> list[str] | None:
+    """Prompts of JSON lines; None if it is plain text. What is neither all one nor all the other is refused."""
+    texts, problem, unused = [], "", dict[str, None]()
+    for number, line in lines:
+        try:
+            value = parse_json(line)
+            text = value["prompt"] if isinstance(value, dict) else None
+            reason = 'not an object with a string "prompt"'
+        except (ValueError, KeyError) as error:
+            text, reason = None, f'not an object with a string "prompt" ({error})'
+        if isinstance(text, str) and text.strip() and writable(text):
+            texts.append(text.strip())
+            unused |= dict.fromkeys(key for key in value if key != "prompt")
+        elif not problem:
+            problem = f"{path}, line {number}: {reason}"
+    if problem and (texts or Path(path).suffix.lower() in (".jsonl", ".ndjson", ".json")):
+        raise MetadataError(f"{problem}; in a prompt file every line is one, or none")
+    if unused and not problem:
+        warnings.warn(
+            f'{path}: only "prompt" is used of its lines, not {", ".join(map(repr, unused))} (for GenEval\'s '
+            "metadata: --suite geneval --metadata FILE)",
+            AccelWarning,
+            stacklevel=3,
+        )
+    return None if problem else texts
 
 
 def load(spec: str, *, metadata: str | Path | None = None, per_task: int = 36, seed: int = 0) -> Suite:

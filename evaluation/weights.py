@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .errors import WeightsError
+from .textfiles import first_line
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def load_pickle_free(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise WeightsError(f"{path}: not a readable tensor file: {str(error).splitlines()[0]}") from error
+        raise WeightsError(f"{path}: not a readable tensor file: {first_line(error)}") from error
 
 
 def require_module(name: str, purpose: str) -> ModuleType:

@@ -95,9 +95,7 @@ def _interruptible(command: Callable[_P, _R]) -> Callable[_P, _R]:
                 warnings.simplefilter("once", AccelWarning)
                 return command(*args, **kwargs)
         except KeyboardInterrupt:
-            _console.print(
-                "stopped; everything finished is kept, the same command continues", highlight=False
-            )
+            _say("stopped; everything finished is kept, the same command continues")
             raise typer.Exit(130) from None
 
     return wrapped
@@ -191,8 +189,7 @@ def run_command(
         )
     if not rank_and_world()[0]:
         images = sum(1 for _ in folder.samples())
-        text = f"{made} images made, {images} in {out / 'images'}"
-        _console.print(text, highlight=False, soft_wrap=True)
+        _say(f"{made} images made, {images} in {out / 'images'}")
 
 
 @app.command("score")
@@ -216,10 +213,7 @@ def score_command(
     from accel.evaluation.score import score
 
     if images:
-        pairs = [text.partition("=")[::2] for text in images]
-        if any(not name or not folder for name, folder in pairs):
-            raise EvaluationError("--images takes NAME=FOLDER")
-        importing.import_images(out, dict(pairs))
+        importing.import_images(out, _folders(images))
     described = RunFolder(out).settings["suite"]
     suite = described["name"]
     if clip and described.get("named_by_file"):
@@ -230,12 +224,7 @@ def score_command(
     tools = _load_tools(suite, lpips, clip, extractor, reference, detector, sanity, _device(device))
     if suite == "geneval" and not (detector and clip):
         place = "" if images else f"; the images are in GenEval's own layout under {out / 'images'}"
-        _console.print(
-            f"no GenEval score without --detector (Mask2Former) and --clip (ViT-L/14){place}",
-            style="yellow",
-            highlight=False,
-            soft_wrap=True,
-        )
+        _say(f"no GenEval score without --detector (Mask2Former) and --clip (ViT-L/14){place}", "yellow")
     if suite == "scenes" and tools.extractors and reference is None:
         reference = judges.write_ground_truth(RunFolder(out))
     with _progress("scoring") as update:
@@ -256,16 +245,18 @@ def report_command(out: Out, worst: Worst = 6, as_json: Json = False) -> None:
     """Write report/index.html (self-contained), report.md, report.json and report.csv."""
     from accel.evaluation.records import rank_and_world
     from accel.evaluation.report import report
+    from accel.evaluation.report.terminal import show
 
     if rank_and_world()[0]:
         return
     with _console.status("measuring distances and writing the report"):  # minutes with many images
         page = report(out, worst=worst)
+    text = page.with_name("report.json").read_text(encoding="utf-8")
     if as_json:
-        typer.echo(page.with_name("report.json").read_text())
+        typer.echo(text)
     else:
-        typer.echo(page.with_name("report.md").read_text())
-        _console.print(f"report: {page}", highlight=False, soft_wrap=True)
+        show(json.loads(text), Console())
+        _say(f"report: {page}")
 
 
 @app.command("all")
@@ -300,7 +291,7 @@ def official_command(
     from accel.evaluation.importing import official_results, same_rules
 
     scores = aggregate(official_results(results)).to_dict()
-    typer.echo(json.dumps({**scores, "same_rules": same_rules(results)}, indent=2))
+    typer.echo(json.dumps({**scores, "same_rules": same_rules(results)}, indent=2, allow_nan=False))
 
 
 class _Tools(NamedTuple):
@@ -352,6 +343,21 @@ def _load_tools(
     return _Tools(wanted, loaded, bounds)
 
 
+def _folders(images: list[str]) -> dict[str, str]:
+    """`--images NAME=FOLDER`, repeated."""
+    from accel.evaluation.errors import EvaluationError
+
+    folders: dict[str, str] = {}
+    for text in images:
+        name, _, folder = text.partition("=")
+        if not name or not folder:
+            raise EvaluationError(f"--images takes NAME=FOLDER, not {text!r}")
+        if name in folders:
+            raise EvaluationError(f"--images: {name!r} is given twice; every folder needs a name of its own")
+        folders[name] = folder
+    return folders
+
+
 def _call_arguments(pipe: Any, settings: Any) -> dict[str, Any]:
     """What every call of the pipeline gets besides prompts and seeds; refused if it cannot take it."""
     from accel.evaluation.errors import EvaluationError
@@ -383,6 +389,12 @@ def _device(name: str | None) -> str:
     if name == "cuda" and rank_and_world()[1] > 1:
         return f"cuda:{rank_and_world()[2] % torch.cuda.device_count()}"
     return name
+
+
+def _say(text: str, style: str = "") -> None:
+    """A line on stderr. Paths may hold what a terminal or rich would take for a command."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    _console.print(shown, style=style, highlight=False, soft_wrap=True, markup=False)
 
 
 @contextmanager

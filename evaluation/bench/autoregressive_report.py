@@ -145,7 +145,7 @@ def speedup(base: dict[Key, Record], own: dict[Key, Record]) -> dict[str, Any]:
     found = mean_interval(logs, prompts)
     ends = (found.low, found.high)
     low, high = (None if end is None else math.exp(end) for end in ends)
-    return {"value": math.exp(found.value), "low": low, "high": high, "n": len(calls)}
+    return {"value": math.exp(found.value), "low": low, "high": high, "n": len(calls), "reason": found.reason}
 
 
 def _batch_rows(size: int, records: Records) -> list[dict[str, Any]]:

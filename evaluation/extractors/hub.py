@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from accel.evaluation.errors import WeightsError
+from accel.evaluation.textfiles import first_line
 from accel.evaluation.weights import fingerprint
 
 from .base import resize_and_crop
@@ -23,8 +24,8 @@ class ClipExtractor:
     def __init__(self, source: str, *, device: str | torch.device = "cpu") -> None:
         from transformers import AutoTokenizer, CLIPModel
 
-        self._model = _load(CLIPModel, source).to(device)
-        self._tokenizer = _load(AutoTokenizer, source)
+        self._model = load_model(CLIPModel, source).to(device)
+        self._tokenizer = _from_pretrained(AutoTokenizer, source)
         self._size = self._model.config.vision_config.image_size
         self._device = device
         self.dim = self._model.config.projection_dim
@@ -55,7 +56,7 @@ class Dinov2Extractor:
     def __init__(self, source: str, *, device: str | torch.device = "cpu") -> None:
         from transformers import Dinov2Model
 
-        self._model = _load(Dinov2Model, source).to(device)
+        self._model = load_model(Dinov2Model, source).to(device)
         self._device = device
         self.dim = self._model.config.hidden_size
         self.name = f"dinov2:{_label(source)}@{fingerprint(self._model)}"
@@ -81,12 +82,32 @@ def _normalised(images: torch.Tensor, mean: Sequence[float], std: Sequence[float
     return (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
-def _load(cls: Any, source: str) -> Any:
-    try:
-        loaded = cls.from_pretrained(source)
-    except (OSError, ValueError) as error:
+def load_model(cls: Any, source: str, hint: str = "") -> Any:
+    """A transformers model with all of its weights; `WeightsError` in one line for whatever else is there.
+
+    transformers draws weights that a file lacks, and warns: every number would be one of a random network.
+    """
+    model, info = _from_pretrained(cls, source, hint, output_loading_info=True)
+    # A buffer (a table of positions, a loss's weights) is made by the class itself.
+    drawn = {name for name, _ in model.named_parameters()} & set(info.get("missing_keys") or ())
+    if drawn:
+        first, more = min(drawn), f" and {len(drawn) - 1} more" if len(drawn) > 1 else ""
         raise WeightsError(
-            f"{source}: {cls.__name__} cannot be loaded: {str(error).splitlines()[0]} "
-            "(give a local folder with config.json, model.safetensors and tokenizer files, or a hub id)"
+            f"{source}: {cls.__name__} cannot be loaded: {first}{more} is not in its weights; it is another model's, "
+            "or damaged: download it anew"
+        )
+    return model.eval()
+
+
+def _from_pretrained(cls: Any, source: str, hint: str = "", **options: Any) -> Any:
+    cure = f"give a local folder with config.json, model.safetensors and tokenizer files, or a hub id{hint}"
+    is_path = source.startswith((".", "/", "~")) or source.count("/") > 1  # no hub id looks like that
+    if is_path and not Path(source).is_dir():
+        raise WeightsError(f"{source}: {cls.__name__} cannot be loaded: there is no such folder ({cure})")
+    try:
+        return cls.from_pretrained(source, **options)
+    # Files of every kind are read here, and each reader has exceptions of its own.
+    except Exception as error:
+        raise WeightsError(
+            f"{source}: {cls.__name__} cannot be loaded: {first_line(error)} ({cure})"
         ) from error
-    return loaded.eval() if isinstance(loaded, torch.nn.Module) else loaded

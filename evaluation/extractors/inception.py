@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from accel.evaluation.errors import WeightsError
+from accel.evaluation.textfiles import first_line
 from accel.evaluation.weights import WeightFile
 
 from .base import resize_clean
@@ -35,8 +36,9 @@ class InceptionExtractor:
         try:
             self._layers = torch.jit.load(str(file), map_location=device).eval().layers
         except (RuntimeError, AttributeError) as error:
-            reason = str(error).splitlines()[0]
-            raise WeightsError(f"{file}: not the Inception TorchScript module: {reason}") from error
+            raise WeightsError(
+                f"{file}: not the Inception TorchScript module: {first_line(error)}"
+            ) from error
         self._device = device
         self.name = f"inception:{INCEPTION.name}@{(sha256 or INCEPTION.sha256)[:8]}"
 

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from accel.evaluation.errors import EvaluationError, WeightsError
-from accel.evaluation.extractors.hub import ClipExtractor
+from accel.evaluation.errors import EvaluationError
+from accel.evaluation.extractors.hub import ClipExtractor, load_model
 
 from .metadata import COLORS, Metadata
 from .scorer import Box, Detection, Rules
@@ -58,14 +58,10 @@ class Mask2FormerDetector:
     def __init__(self, detector: str, clip: str, *, device: str | torch.device = "cpu") -> None:
         from transformers import Mask2FormerForUniversalSegmentation
 
-        try:
-            self._model: Any = Mask2FormerForUniversalSegmentation.from_pretrained(detector)
-        except (OSError, ValueError, ImportError) as error:
-            raise WeightsError(
-                f"{detector}: Mask2Former cannot be loaded: {str(error).strip().splitlines()[0]} "
-                "(give a local folder or a hub id; scipy must be installed)"
-            ) from error
-        self._model.eval().to(device)
+        self._model: Any = load_model(
+            Mask2FormerForUniversalSegmentation, detector, "; scipy must be installed"
+        )
+        self._model.to(device)
         self._device = device
         names = self._model.config.id2label or {}
         self.labels = {int(number): geneval_label(name) for number, name in names.items()}

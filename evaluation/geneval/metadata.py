@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from accel.evaluation.errors import MetadataError
+from accel.evaluation.textfiles import parse_json, read_text, split_lines, writable
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -66,25 +67,25 @@ class Metadata:
 def parse_line(text: str, source: str = "<string>", line: int = 1) -> Metadata:
     """Parse one metadata line; `source` and `line` go into the `MetadataError`, if there is one."""
     try:
-        return _metadata(json.loads(text))
-    except (json.JSONDecodeError, _Reason) as error:
+        return _metadata(parse_json(text))
+    except (ValueError, _Reason) as error:
         raise MetadataError(f"{source}, line {line}: not a GenEval metadata line: {error}") from None
 
 
 def read_metadata(path: str | Path) -> list[Metadata]:
     """Read a GenEval `*.jsonl` file. Blank lines are allowed only at the end of the file."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise MetadataError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise MetadataError(f"{path}, line {line}: not UTF-8 text") from None
-    lines = text.rstrip().split("\n") if text.strip() else []
-    if not lines:
+    lines = split_lines(read_text(path).rstrip())
+    if not any(lines):
         raise MetadataError(f"{path}: no metadata lines in the file")
     return [parse_line(content, str(path), number) for number, content in enumerate(lines, 1)]
+
+
+def read_place(folder: Path) -> Metadata:
+    """What `metadata.jsonl` of one image folder in GenEval's layout says: one line."""
+    lines = read_metadata(folder / "metadata.jsonl")
+    if len(lines) > 1:
+        raise MetadataError(f"{folder / 'metadata.jsonl'}: one line is expected, not {len(lines)}")
+    return lines[0]
 
 
 def write_metadata(path: str | Path, items: Iterable[Metadata]) -> None:
@@ -102,6 +103,8 @@ def _metadata(data: Any) -> Metadata:
         raise _Reason(f"tag {data['tag']!r} is none of {', '.join(TASKS)}")
     if not isinstance(data["prompt"], str) or not data["prompt"].strip():
         raise _Reason("'prompt' must be a non-empty string")
+    if not writable(data["prompt"]):
+        raise _Reason("'prompt' holds half of a character (a lone surrogate)")
     include = _entries(data, "include", optional={"color", "position"})
     if not include:
         raise _Reason("'include' is empty: such a prompt could never fail")

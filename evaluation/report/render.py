@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from accel.evaluation.errors import RecordError
+from accel.evaluation.errors import PictureError
 from accel.evaluation.folder import RunFolder, sample_key
+from accel.evaluation.picture_files import load_picture
 from accel.evaluation.records import write_atomically
-from accel.evaluation.score import load_image
 
 from . import tables
 from .plot import Point, layout
@@ -135,10 +135,10 @@ def _grid(folder: RunFolder, summary: dict[str, Any]) -> list[dict[str, Any]]:
             keys = [(name, item["prompt_id"], item["sample"]) for name in (summary["plain"], row["name"])]
             try:
                 plain, own = (
-                    load_image(folder.path / records[key]["image"], records[key]["image_sha256"])
+                    load_picture(folder.path / records[key]["image"], records[key]["image_sha256"])
                     for key in keys
                 )
-            except RecordError:
+            except PictureError:
                 continue  # named by `score` already
             difference = ((plain.int() - own.int()).abs() * _AMPLIFY).clamp(max=255).to(torch.uint8)
             items.append(

@@ -6,7 +6,6 @@ Kept in memory per image: its times and its metric values, nothing else.
 from __future__ import annotations
 
 import heapq
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -17,14 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from accel.evaluation.bootstrap import mean_interval
-from accel.evaluation.errors import EvaluationError, IncomparableError
+from accel.evaluation.bootstrap import Interval, mean_interval
+from accel.evaluation.environment import changes
+from accel.evaluation.errors import EvaluationError, IncomparableError, RecordError
 from accel.evaluation.features import FeatureSet, distances
 from accel.evaluation.folder import RunFolder
 from accel.evaluation.geneval.scorer import Verdict, aggregate
 from accel.evaluation.score import REFERENCE
 
 Key = tuple[int, int]  # prompt id, sample
+_RANGES = {"ssim": (-1.0, 1.0), "lpips": (0.0, math.inf)}  # what no interval should leave
 
 
 @dataclass
@@ -43,8 +44,8 @@ def summarise(folder: RunFolder, *, worst: int = 6) -> dict[str, Any]:
     prompts = folder.prompts()
     times: dict[str, dict[Key, dict[str, Any]]] = {name: {} for name in folder.configurations}
     hashes: dict[str, set[str]] = defaultdict(set)
-    for record in folder.samples():
-        own = times.setdefault(record["configuration"], {})
+    for record in folder.known_samples(prompts):
+        own = times[record["configuration"]]
         own[record["prompt_id"], record["sample"]] = {
             name: record.get(name)
             for name in ("seconds", "denoiser_seconds", "peak_bytes", "peak_kind", "session")
@@ -98,18 +99,23 @@ def summarise(folder: RunFolder, *, worst: int = 6) -> dict[str, Any]:
             f"The overall {suite_metric} score is the mean over the tasks that were run, without "
             f"{', '.join(missing)}: not comparable to one over all six."
         )
-    bounds = folder.path / "scores" / "bounds.json"
+    notes += [note for row in rows if (note := _unpaired_note(row))]
+    sessions = list(folder.sessions())
+    used = {times["session"] for own in times.values() for times in own.values()}
+    if changed := changes([session for session in sessions if session["session"] in used]):
+        notes.append(f"Images of several versions are compared: {'; '.join(changed)}.")
+    distances, unread = _distances(folder, list(times), keys, plain)
     return {
         "run": {key: settings[key] for key in settings if key != "configurations"},
         "plain": plain,
         "images": len(keys),
         "prompts": len({prompt for prompt, _ in keys}),
         "suite_metric": suite_metric,
-        "bounds": json.loads(bounds.read_text()) if bounds.exists() else None,
+        "bounds": folder.bounds,
         "configurations": rows,
-        "distances": _distances(folder, list(times), keys, plain),
-        "sessions": list(folder.sessions()),
-        "notes": notes,
+        "distances": distances,
+        "sessions": sessions,
+        "notes": notes + unread,
     }
 
 
@@ -144,7 +150,8 @@ def _metrics(own: dict[str, _Column], plain: dict[str, _Column], prompts: dict) 
             entry |= {"mean": whole.overall.to_dict(), "missing_tasks": list(whole.missing)}
             entry["tasks"] = {task: interval.to_dict() for task, interval in whole.tasks.items()}
         elif known:
-            entry["mean"] = _mean(known, prompts).to_dict()
+            bounds = next((range_ for name, range_ in _RANGES.items() if metric.startswith(name)), None)
+            entry["mean"] = _mean(known, prompts, bounds=bounds).to_dict()
             entry["p10"], entry["p90"] = np.quantile(list(known.values()), [0.1, 0.9]).tolist()
         other = plain.get(metric)
         if other is not None and other is not column:
@@ -155,14 +162,18 @@ def _metrics(own: dict[str, _Column], plain: dict[str, _Column], prompts: dict) 
             }
             if pairs:
                 tags = [column.tags[k] for k in pairs] if column.tags else None
-                entry["difference"] = _mean(pairs, prompts, tags).to_dict()
+                # With tags the values are differences of verdicts, which are 0 or 1.
+                entry["difference"] = _mean(pairs, prompts, tags, (-1, 1) if tags else None).to_dict()
         result[metric] = entry
     return result
 
 
-def _mean(values: dict[Key, float], prompts: dict, strata: Sequence[str] | None = None) -> Any:
-    # With tags the values are differences of verdicts, which are 0 or 1.
-    bounds = (-1, 1) if strata else None
+def _mean(
+    values: dict[Key, float],
+    prompts: dict,
+    strata: Sequence[str] | None = None,
+    bounds: tuple[float, float] | None = None,
+) -> Interval:
     return mean_interval(
         list(values.values()), [prompts[key[0]].text for key in values], strata, bounds=bounds
     )
@@ -186,9 +197,24 @@ def _speed(own: dict[Key, dict[str, Any]], plain: dict[Key, dict[str, Any]]) -> 
             if times[column] and plain[key][column] and times["session"] == plain[key]["session"]
         }
         result[part]["speedup"] = median_interval([before / after for _, before, after in measured])
+        calls = {(times["session"], times[column]) for times in own.values() if times[column]}
+        result[part]["unpaired"] = len(calls) - len({(session, after) for session, _, after in measured})
     peaks = [(times["peak_bytes"], times["peak_kind"]) for times in own.values() if times["peak_bytes"]]
     result["peak_bytes"], result["peak_kind"] = max(peaks) if peaks else (None, None)
     return result
+
+
+def _unpaired_note(row: dict[str, Any]) -> str | None:
+    """Times that were measured and are in no ratio: said, because n alone does not show it."""
+    pipeline = row["speed"]["pipeline"]
+    if not pipeline or not pipeline["unpaired"]:
+        return None
+    lost, speedup = pipeline["unpaired"], pipeline["speedup"]
+    return (
+        f"Configuration {row['name']}: {lost} of {lost + (speedup['n'] if speedup else 0)} timed calls have no plain "
+        "call of the same start to be divided by and are in no speedup: the run was stopped between the two, or "
+        "extended later. A new folder measures them side by side."
+    )
 
 
 def median_interval(values: Sequence[float], level: float = 0.95) -> dict[str, Any] | None:
@@ -224,18 +250,30 @@ def _worst(columns: dict[str, _Column], count: int) -> list[dict[str, Any]]:
     return [{"prompt_id": k[0], "sample": k[1], "metric": metric, "value": sign * v} for v, k in chosen]
 
 
-def _distances(folder: RunFolder, names: list[str], keys: set[Key], plain: str) -> list[dict[str, Any]]:
+def _distances(
+    folder: RunFolder, names: list[str], keys: set[Key], plain: str
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows of every extractor, and notes on what is left out of them."""
     rows: list[dict[str, Any]] = []
-    for store in sorted(p for p in (folder.path / "features").glob("*") if (p / "extractor.json").exists()):
+    notes: list[str] = []
+    for store in sorted(p for p in (folder.path / "features").glob("*") if p.is_dir()):
         with TemporaryDirectory(dir=folder.path) as scratch:
             sets = {name: FeatureSet(store, name, keys) for name in names}
+            common = set.intersection(*(set(own.keys) for own in sets.values()))
+            if common and len(common) < max(own.n for own in sets.values()):
+                notes.append(
+                    f"Distances by {sets[plain].extractor} are over the {len(common)} of {len(keys)} images that have "
+                    "features in every configuration; the others could not be read or are not scored yet."
+                )
+                sets = {name: FeatureSet(store, name, common) for name in names}
             references = {plain: sets[plain]}
             whole = FeatureSet(store, REFERENCE)
             if whole.n:
                 # Cut to the same n, which these distances depend on; evenly, as folders are sorted by something.
-                count = min(len(keys), whole.n)
-                evenly = {whole.keys[i * whole.n // count] for i in range(count)}
-                chosen = keys if whole.by_prompt else evenly
+                compared = set(sets[plain].keys)
+                count = min(len(compared), whole.n)
+                evenly = {whole.keys[i * whole.n // count] for i in range(count)} if count else set()
+                chosen = compared if whole.by_prompt else evenly
                 references[REFERENCE] = FeatureSet(store, REFERENCE, chosen)
             for to, reference in references.items():
                 for name in names:
@@ -247,7 +285,9 @@ def _distances(folder: RunFolder, names: list[str], keys: set[Key], plain: str) 
                     try:
                         paired = to == plain or reference.by_prompt
                         row |= distances(reference, sets[name], Path(scratch), paired=paired)
+                    except RecordError:
+                        raise
                     except EvaluationError as error:
                         row["reason"] = str(error)
                     rows.append(row)
-    return rows
+    return rows, notes

@@ -22,7 +22,7 @@ def interval(entry: dict[str, Any] | None, digits: int = 3, *, signed: bool = Fa
         return f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
 
     if entry["low"] is None:
-        return f"{number(entry['value'])} [n too small]"
+        return f"{number(entry['value'])} [{entry.get('reason') or 'n too small'}]"
     return f"{number(entry['value'])} [{number(entry['low'])}, {number(entry['high'])}]"
 
 
@@ -205,19 +205,29 @@ def facts(summary: Summary) -> list[tuple[str, str]]:
         ("images per prompt", str(run.get("samples_per_prompt", "–"))),
         ("base seed", str(run.get("base_seed", "–"))),
     ]
+    if "model_weights" in run:  # existing pictures do not say what made them
+        scheduler = (run["scheduler"] or {}).get("class", "none that shows")
+        found += [
+            (
+                "pipeline",
+                f"{run['pipeline']}, {run['dtype'] or 'unknown dtype'} on {run['device'] or 'unknown device'}",
+            ),
+            ("scheduler", scheduler),
+            ("model weights", run["model_weights"] or "not known: the pipeline shows no modules"),
+        ]
     if summary["sessions"]:
         last = summary["sessions"][-1]
         versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items() if version)
         devices = dict.fromkeys(session["device"] for session in summary["sessions"])
-        cuda = f", CUDA {last['cuda']}" if last["cuda"] else ""
+        cuda = f", CUDA {last['cuda']}" if last.get("cuda") else ""
         found += [
             ("device", ", ".join(devices) + cuda),
-            ("processor cores and threads", f"{last['cpus']} and {last['threads']}"),
+            ("processor cores and threads", f"{last.get('cpus') or '–'} and {last['threads']}"),
             ("processes", str(last["world"])),
             ("Python", f"{last['python']} on {last['platform']}"),
             ("versions", versions),
-            ("source revision", last["git"] or "not a checkout"),
-            ("command", " ".join(last["command"])),
+            ("source revision", last.get("git") or "not a checkout"),
+            ("command", " ".join(map(str, last["command"]))),
             ("last started", f"{last['time']}; {len(summary['sessions'])} start(s) in all"),
         ]
     return found

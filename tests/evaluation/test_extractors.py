@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from accel.evaluation import extractors, metrics
+from accel.evaluation.bootstrap import jackknife_interval
 from accel.evaluation.errors import EvaluationError, IncomparableError, WeightsError
 from accel.evaluation.extractors.base import resize_and_crop, resize_clean
 from accel.evaluation.extractors.scenes import WEIGHTS, ScenesExtractor, ScenesNet
@@ -315,3 +316,45 @@ def test_the_packaged_features_measure_how_far_a_set_is_from_ground_truth():
     for name, values in series.items():
         assert near < values[0] < values[1] < values[2], name
         assert values[2] > 2 * near, name
+
+
+def few_features(tmp_path, prompts, samples):
+    """Two sets of `samples` images of each of `prompts` prompts."""
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        writer = FeatureWriter(tmp_path, "t@0", 2, 0)
+        effect = np.repeat(rng.standard_normal((prompts, 2)), samples, 0)
+        values = torch.tensor(effect + 0.3 * rng.standard_normal(effect.shape) + (name == "b"))
+        keys = [(i, j) for i in range(prompts) for j in range(samples)]
+        writer.write([row(name, i, j) for i, j in keys], values.float())
+        writer.close()
+    return [FeatureSet(store_path(tmp_path, "t@0"), name) for name in ("a", "b")]
+
+
+def row(name, prompt_id, sample):
+    key = {"configuration": name, "prompt_id": prompt_id, "sample": sample}
+    return {**key, "configuration_hash": name, "image_sha256": "0"}
+
+
+def test_fewer_prompts_than_groups_leave_out_a_prompt_at_a_time(tmp_path):
+    """Ten groups of three prompts were seven empty ones: replicates without an error."""
+    a, b = few_features(tmp_path, 3, 8)
+    found = distances(a, b, tmp_path / "s")
+    sets = [torch.cat(list(x.batches())).numpy() for x in (a, b)]
+    groups = [x.groups(3) for x in (a, b)]
+    assert [sorted(set(g.tolist())) for g in groups] == [[0, 1, 2]] * 2
+
+    def fid(without):
+        metric = metrics.FrechetDistance()
+        for total, x, group in zip((metric.reference, metric.samples), sets, groups, strict=True):
+            total.update(torch.from_numpy(x[group != without]))
+        return metric.compute()
+
+    expected = jackknife_interval(found["fid"], [fid(i) for i in range(3)], bounds=(0, np.inf))
+    assert found["intervals"]["fid"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_one_prompt_gives_no_interval_of_a_distance(tmp_path):
+    found = distances(*few_features(tmp_path, 1, 8), tmp_path / "s")
+    assert found["fid"] > 0
+    assert set(found["intervals"].values()) == {None}

@@ -260,7 +260,7 @@ def test_broken_files_are_named(tmp_path):
     for content, reason in [
         (b'{"tag": "si', "line 1: not a GenEval metadata line"),
         (b"", "no metadata lines"),
-        (json.dumps(GOOD).encode() + b"\n\xff\xfe", "line 2: not UTF-8"),
+        (json.dumps(GOOD).encode() + b"\n\xff\xfe", r"not UTF-8 text \(byte 98, 0xff, in line 2\)"),
     ]:
         file.write_bytes(content)
         with pytest.raises(MetadataError, match=reason):

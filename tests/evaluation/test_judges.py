@@ -160,7 +160,10 @@ def test_the_port_runs_from_a_local_folder(tiny_mask2former, monkeypatch):
 
 def test_an_absent_detector_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(WeightsError, match="absent: Mask2Former cannot be loaded"):
+    with pytest.raises(
+        WeightsError,
+        match="absent: Mask2FormerForUniversalSegmentation cannot be loaded: there is no such folder",
+    ):
         Mask2FormerDetector(str(tmp_path / "absent"), "clip")
 
 
