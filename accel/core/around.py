@@ -30,7 +30,7 @@ class Around:
 
     def install(self, *, innermost: bool = False) -> None:
         """Stand outside of, or inside of all others; where it stands already, nothing happens."""
-        links = list(_chain(self._module))
+        links = list(chain(self._module))
         if self in links:
             return
         # vars(): torch.compile's wrapper sends setattr on to the module it wraps.
@@ -42,7 +42,7 @@ class Around:
     def remove(self) -> None:
         """Leave; where it does not stand (any more), nothing happens."""
         outside = None
-        for link in _chain(self._module):
+        for link in chain(self._module):
             if link is not self:
                 outside = link
                 continue
@@ -68,7 +68,8 @@ class Around:
         return self.around(args, kwargs)
 
 
-def _chain(module: nn.Module) -> Iterator[Around]:
+def chain(module: nn.Module) -> Iterator[Around]:
+    """Those who stand around a module, the outermost first."""
     link = vars(module).get(_PLACE)
     while isinstance(link, Around):
         yield link

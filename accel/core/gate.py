@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import caller
-from .around import Around, answered, compiled
+from .around import Around, answered, chain, compiled
 from .clock import Clock
 
 
@@ -34,10 +33,6 @@ class Follower(Protocol):
     def like_output(self, prediction: Tensor) -> Any: ...
 
 
-_GATES: weakref.WeakKeyDictionary[nn.Module, Gate]
-_GATES = weakref.WeakKeyDictionary()
-
-
 class Gate(Around):
     """Stands around a module's calls while something is attached to it; one for all runs, loops and threads.
 
@@ -53,7 +48,8 @@ class Gate(Around):
 
     @staticmethod
     def of(module: nn.Module) -> Gate:
-        return _GATES.setdefault(module, Gate(module))
+        """The one that stands there, or a new one. Not in a table of gates: it would keep the modules alive."""
+        return next((link for link in chain(module) if isinstance(link, Gate)), None) or Gate(module)
 
     def open(self, run: Follower) -> None:
         """From now on calls may be `run`'s. Not only while its loop runs: a call of another thread that is on its
