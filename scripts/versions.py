@@ -74,7 +74,11 @@ def called(command: list[Any], folder: Path | str = ROOT) -> Row:
     """Run a command; whether it went well, the end of what it said, and how long it took."""
     start = time.perf_counter()
     done = subprocess.run(
-        [str(part) for part in command], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [str(part) for part in command],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     seconds = time.perf_counter() - start
     return {"ok": done.returncode == 0, "output": done.stdout[-4000:].strip(), "seconds": round(seconds)}
@@ -118,7 +122,9 @@ def table(rows: dict[str, Row]) -> str:
             if not stage["ok"] and not stage.get("failures"):
                 said = stage["output"].splitlines() or ["(nothing said)"]
                 wrong.append(f"- {end}, {name}: {said[-1]}")
-    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), *(["", *wrong] if wrong else [])]) + "\n"
+    return (
+        "\n".join([*(f"| {' | '.join(line)} |" for line in lines), *(["", *wrong] if wrong else [])]) + "\n"
+    )
 
 
 def page(rows: dict[str, Row]) -> str:
@@ -132,7 +138,9 @@ def page(rows: dict[str, Row]) -> str:
 
 def main() -> int:
     """0 where every row went well."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=RANGE, help="one end of the range")
     parser.add_argument("--folder", type=Path, default=ROOT / "build/versions", help="environments and rows")
     parser.add_argument("--write", type=Path, help="also write the page with the table to this file")

@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from accel.core.capability import denoiser_of
 
-
 #: Attention kernels of devices other than CUDA, as far as this torch has them.
 _ATTENTION = (
     "_scaled_dot_product_flash_attention_for_cpu",

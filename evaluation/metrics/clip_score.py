@@ -1,4 +1,7 @@
-"""CLIP score (Hessel et al., 2104.08718): how well an image fits its prompt, 100 x max(cos, 0)."""
+"""CLIP score (Hessel et al., 2104.08718): how well an image fits its prompt, 100 x max(cos, 0).
+
+Of embeddings: torchmetrics' loads a model by its hub name, ours come from a folder whose hash is recorded.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 et al., 2401.09603).
 
 Both take features as arrays or memory-mapped files, (N, D), and read them in blocks: no N x N
-matrix is held.
+matrix is held. By hand because torchmetrics' and clean-fid's KID know independent sets only; ours here
+are mostly pairs of one prompt and noise, whose resemblance has to be left out (`paired`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """LPIPS (Zhang et al., 1801.03924), version 0.1, AlexNet trunk.
 
-The trunk's five convolutions are written out here, so that torchvision is not needed; its weights
-are torchvision's AlexNet file, the five linear heads (6 kB) come with torchmetrics.
+torchmetrics' LPIPS cannot be given weights: it takes its trunk from torchvision, which downloads it and has to match
+torch exactly. So the trunk's five convolutions are written out here, for torchvision's AlexNet file at a path, checked
+by its hash; the linear heads (6 kB) are torchmetrics', and so is the answer that the tests compare with.
 """
 
 from __future__ import annotations

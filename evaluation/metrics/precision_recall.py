@@ -2,7 +2,8 @@
 
 Precision: the share of samples inside the reference's manifold (realism). Recall: the share of the
 reference inside the samples' manifold (coverage). A set's manifold is the union of balls around its
-points that reach to their k-th nearest neighbour. Distances are computed in blocks.
+points that reach to their k-th nearest neighbour. Distances are computed in blocks. No package that is kept
+up has it.
 """
 
 from __future__ import annotations
