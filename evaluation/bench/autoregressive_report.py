@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -18,6 +16,7 @@ from accel.evaluation.configurations import PLAIN
 from accel.evaluation.folder import RunFolder
 from accel.evaluation.records import Record, write_atomically
 from accel.evaluation.report import summarise
+from accel.evaluation.report.table import Table
 from accel.evaluation.report.tables import distance_cell, facts, interval
 
 Key = tuple[int, int]  # prompt id, sample
@@ -55,7 +54,7 @@ def write(folder: RunFolder, by_size: Mapping[int, RunFolder], problems: Mapping
     target = folder.path / "report"
     plots = _plots(result, target)
     write_atomically(target / f"{NAME}.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
-    write_atomically(target / f"{NAME}.csv", _csv(result["rows"]))
+    write_atomically(target / f"{NAME}.csv", Table.of([_flat(row) for row in result["rows"]]).csv())
     page = target / f"{NAME}.md"
     write_atomically(page, _markdown(result, summary, plots))
     return page
@@ -166,22 +165,16 @@ def _batch_rows(size: int, records: Records) -> list[dict[str, Any]]:
     return rows
 
 
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
-    flat = []
-    for row in rows:
-        cells: dict[str, Any] = {}
-        for key, value in row.items():
-            if isinstance(value, dict):
-                nested = json.dumps(value) if key == "settings" else None
-                cells |= {key: nested} if nested else {f"{key}_{part}": v for part, v in value.items()}
-            else:
-                cells[key] = value
-        flat.append(cells)
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(dict.fromkeys(k for r in flat for k in r)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    return buffer.getvalue()
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """A column for every number: `speedup_value`, `speedup_low`, ..."""
+    cells: dict[str, Any] = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            settings = json.dumps(value) if key == "settings" else None
+            cells |= {key: settings} if settings else {f"{key}_{part}": v for part, v in value.items()}
+        else:
+            cells[key] = value
+    return cells
 
 
 def _markdown(result: dict[str, Any], summary: dict[str, Any], plots: Sequence[str]) -> str:
@@ -211,17 +204,15 @@ def _markdown(result: dict[str, Any], summary: dict[str, Any], plots: Sequence[s
     parts = ["# Decoding an autoregressive model", ""]
     parts += [f"- {name}: {value}" for name, value in facts(summary)]
     parts += ["", f"{result['images']} images of {result['prompts']} prompts per row. {_EXPLAINED}"]
-    parts += ["", *_table(header, cells), "", " ".join(_bounds(result["bounds"]))]
+    parts += ["", Table(header, cells).markdown(), "", " ".join(_bounds(result["bounds"]))]
     extractor = next((row["fid"]["extractor"] for row in result["rows"] if row["fid"]), None)
     if extractor:
         parts.append(f"FID's features: {extractor}, n = {result['images']}.")
     parts += [
         "",
-        "## Batch sizes",
-        "",
-        "Images per second; speedup over plain decoding at the same batch size.",
+        Table(["", *map(str, sizes)], _batch_cells(result["batch_sizes"], sizes), "Batch sizes").markdown(),
     ]
-    parts += ["", *_table(["", *map(str, sizes)], _batch_cells(result["batch_sizes"], sizes)), ""]
+    parts += ["", "Images per second; speedup over plain decoding at the same batch size.", ""]
     parts += _limits(result["batch_sizes"])
     parts += [f"![{Path(plot).stem}]({plot})" for plot in plots]
     if not plots:
@@ -270,10 +261,6 @@ def _limits(rows: Sequence[dict[str, Any]]) -> list[str]:
         said = f"sooner than plain at batch sizes {', '.join(map(str, paying))}" if paying else "at none"
         lines.append(f"- `{name}`: {said} of those measured.")
     return [*lines, ""] if lines else []
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
 
 
 def _cell(entry: dict[str, Any] | None, digits: int, *, signed: bool = False) -> str:

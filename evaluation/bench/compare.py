@@ -18,6 +18,7 @@ from accel.evaluation.folder import PROBLEMS, RunFolder
 from accel.evaluation.judges import scenes_judge
 from accel.evaluation.records import write_atomically
 from accel.evaluation.report import report
+from accel.evaluation.report.table import Table
 from accel.evaluation.run import check, run
 from accel.evaluation.score import score
 from accel.evaluation.scorers import pixel_scorers
@@ -177,9 +178,9 @@ def _report(folder: RunFolder, names: Sequence[str], problems: dict[str, str], m
     page = report(folder.path).with_name("report.md")
     sections = []
     if macs:
-        table = [f"| {name} | {n / 1e9:.1f} | {n / macs[PLAIN]:.3f} |" for name, n in macs.items()]
-        head = ["| configuration | GMACs | of plain |", "| --- | --- | --- |"]
-        sections += ["", "## Multiply-accumulates of the denoiser, one image", "", *head, *table]
+        rows = [[name, f"{n / 1e9:.1f}", f"{n / macs[PLAIN]:.3f}"] for name, n in macs.items()]
+        title = "Multiply-accumulates of the denoiser, one image"
+        sections += ["", Table(["configuration", "GMACs", "of plain"], rows, title).markdown()]
     # Those of this start in their order, then those of earlier ones.
     named = [name for name in dict.fromkeys([*names, *problems]) if name in problems]
     lines = [f"- `{name}`: {' '.join(problems[name].split())}" for name in named]

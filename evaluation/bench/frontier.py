@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from accel import methods
+from accel.evaluation.report.table import Markdown, Table
 
 LEVELS = range(28, 43, 2)  # dB
 OURS, PEERS, STEPS = "accel", "peers", "fewer steps"
+READINGS = {"mean": "Mean PSNR", "p10": "10th percentile of PSNR"}
 #: Schemes of others that accel computes for comparison.
 _COMPARED = ("tomesd", "cat")
 _STYLES = {OURS: ("o", "#0b6e4f"), PEERS: ("s", "#c8553d"), STEPS: ("^", "#8d99ae")}
@@ -82,50 +84,42 @@ def fastest(items: Sequence[Entry], group: str, level: float, key: str) -> Entry
 def markdown(items: Sequence[Entry], missing: Sequence[str] = ()) -> str:
     """All settings, those `missing` by name; then for each level, and for both readings of it, the fastest of each
     group and accel's over the others'."""
-    lines = [
-        "",
-        "## All settings, fastest first",
-        "",
-        "| setting | whose | denoiser, 95 % interval | by multiply-accumulates | PSNR (dB) | 10th percentile | score |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for e in sorted(items, key=lambda e: -e.speedup):
-        score = "" if e.score is None else f"{e.score:.3f}"
-        bound = "" if e.bound is None else f"{e.bound:.2f}x"
-        ends = f" [{e.interval[0]:.2f}, {e.interval[1]:.2f}]" if e.interval else ""
-        cells = [
-            f"`{e.name}`",
-            e.group,
-            f"{e.speedup:.2f}x{ends}",
-            bound,
-            f"{e.mean:.1f}",
-            f"{e.p10:.1f}",
-            score,
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+    parts = ["", _every(items).markdown()]
     if missing:
         named = ", ".join(f"`{name}`" for name in missing)
-        lines += [
-            "",
+        parts.append(
             f"Not in these tables: {named}. They were not timed in one start with the plain pipeline (a new folder "
-            "does that), or all their pictures are the plain ones.",
-        ]
-    for key, title in (("mean", "Mean PSNR"), ("p10", "10th percentile of PSNR")):
-        lines += [
-            "",
-            f"## Fastest by distance: {title} to the plain pictures",
-            "",
-            f"| at least | {PEERS} | {STEPS} | {OURS} | accel / the faster of the others |",
-            "| --- | --- | --- | --- | --- |",
-        ]
-        for level in LEVELS:
-            best = {group: fastest(items, group, level, key) for group in (PEERS, STEPS, OURS)}
-            others = [e.speedup for g, e in best.items() if e and g != OURS]
-            own = best[OURS]
-            ratio = f"{own.speedup / max([1.0, *others]):.2f}" if own else "slower"
-            cells = [f"{e.speedup:.2f}x `{e.name}`" if e else "none: 1x" for e in best.values()]
-            lines.append(f"| {level} dB | {' | '.join(cells)} | {ratio} |")
-    return "\n".join(lines)
+            "does that), or all their pictures are the plain ones."
+        )
+    parts += [_by_level(items, key, title).markdown() for key, title in READINGS.items()]
+    return "\n\n".join(parts).removeprefix("\n")
+
+
+def _every(items: Sequence[Entry]) -> Table:
+    header = ["setting", "whose", "denoiser, 95 % interval", "by multiply-accumulates"]
+    header += ["PSNR (dB)", "10th percentile", "score"]
+    rows = []
+    for e in sorted(items, key=lambda e: -e.speedup):
+        ends = f" [{e.interval[0]:.2f}, {e.interval[1]:.2f}]" if e.interval else ""
+        bound, score = (
+            "" if e.bound is None else f"{e.bound:.2f}x",
+            "" if e.score is None else f"{e.score:.3f}",
+        )
+        cells = [f"{e.speedup:.2f}x{ends}", bound, f"{e.mean:.1f}", f"{e.p10:.1f}", score]
+        rows.append([Markdown(f"`{e.name}`"), e.group, *cells])
+    return Table(header, rows, "All settings, fastest first")
+
+
+def _by_level(items: Sequence[Entry], key: str, title: str) -> Table:
+    header = ["at least", PEERS, STEPS, OURS, "accel / the faster of the others"]
+    rows = []
+    for level in LEVELS:
+        best = {group: fastest(items, group, level, key) for group in (PEERS, STEPS, OURS)}
+        others, own = [e.speedup for g, e in best.items() if e and g != OURS], best[OURS]
+        cells = [Markdown(f"{e.speedup:.2f}x `{e.name}`") if e else "none: 1x" for e in best.values()]
+        ratio = f"{own.speedup / max([1.0, *others]):.2f}" if own else "slower"
+        rows.append([f"{level} dB", *cells, ratio])
+    return Table(header, rows, f"Fastest by distance: {title} to the plain pictures")
 
 
 def plot(

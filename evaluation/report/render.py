@@ -21,6 +21,7 @@ from accel.evaluation.score import load_image
 from . import tables
 from .plot import Point, layout
 from .summary import summarise
+from .table import lines
 
 _HERE = Path(__file__).parent
 _THUMBNAIL = 320  # pixels; larger pictures are shrunk, so that a page stays a few MB
@@ -52,19 +53,11 @@ def html(folder: RunFolder, summary: dict[str, Any]) -> str:
     script = (_HERE / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = Environment(loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined)
-    environment.filters["lines"] = tables.lines
+    environment.filters["lines"] = lines
     return environment.get_template("report.html.j2").render(
         summary=summary,
         caption=tables.caption(summary),
-        tables=[
-            (title, table)
-            for title, table in (
-                ("Score per task", tables.task_table(summary)),
-                ("Distances between sets of images", tables.distance_table(summary)),
-            )
-            if table
-        ],
-        main=tables.main_table(summary),
+        tables=tables.all_tables(summary),
         plots=_plots(summary),
         grid=_grid(folder, summary),
         amplify=_AMPLIFY,
