@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from accel.evaluation.bootstrap import mean_interval
 from accel.evaluation.configurations import PLAIN
 from accel.evaluation.folder import RunFolder
 from accel.evaluation.records import Record, write_atomically
-from accel.evaluation.report import summarise
+from accel.evaluation.report import plot, summarise
 from accel.evaluation.report.table import Table
 from accel.evaluation.report.tables import distance_cell, facts, interval
 
@@ -23,6 +22,11 @@ Key = tuple[int, int]  # prompt id, sample
 Records = dict[str, dict[Key, Record]]  # by configuration
 
 NAME = "autoregressive"
+#: A colour for all whose name begins so.
+FAMILIES = (
+    *("lossless", "sjd", "gsd", "grouped", "mixture-as-grouped", "budget-group", "budget-mixture"),
+    *("transformers", "plain"),
+)
 _EXPLAINED = """\
 NFE: forwards of the model for an image, the prompt's included; plain decoding takes one per token. ms/forward is
 the time in the transformer alone. Speedups are geometric means of ratios of times for the same prompt in the same
@@ -35,7 +39,7 @@ comparable to a published one."""
 
 
 def write(folder: RunFolder, by_size: Mapping[int, RunFolder], problems: Mapping[str, str]) -> Path:
-    """Write `report/autoregressive.md`, `.json`, `.csv` and, with matplotlib, two plots; returns the Markdown.
+    """Write `report/autoregressive.md`, `.json`, `.csv` and two plots; returns the Markdown.
 
     Args:
         folder: calls of one image, scored.
@@ -214,9 +218,7 @@ def _markdown(result: dict[str, Any], summary: dict[str, Any], plots: Sequence[s
     ]
     parts += ["", "Images per second; speedup over plain decoding at the same batch size.", ""]
     parts += _limits(result["batch_sizes"])
-    parts += [f"![{Path(plot).stem}]({plot})" for plot in plots]
-    if not plots:
-        parts.append("Plots need matplotlib: pip install 'accel-image[bench]'.")
+    parts += [f"![{Path(name).stem}]({name})" for name in plots]
     if result["problems"]:
         parts += ["", "## Not run", "", *(f"- `{name}`: {why}" for name, why in result["problems"].items())]
     return "\n".join([*parts, *(["", *result["notes"]] if result["notes"] else []), ""])
@@ -281,11 +283,49 @@ def _fid_cell(fid: dict[str, Any] | None) -> str:
 
 def _plots(result: dict[str, Any], target: Path) -> list[str]:
     """Write the plots; their file names."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return []
-    from .autoregressive_plots import batch_sizes, trade_off
+    drawn = {
+        "trade-off.svg": trade_off(result["rows"], result["bounds"]),
+        "batch-sizes.svg": batch_sizes(result["batch_sizes"]),
+    }
+    for name, plots in drawn.items():
+        write_atomically(target / name, plot.file(plots))
+    return list(drawn)
 
-    target.mkdir(parents=True, exist_ok=True)
-    trade_off(result["rows"], result["bounds"], target / "trade-off.png")
-    batch_sizes(result["batch_sizes"], target / "batch-sizes.png")
-    return ["trade-off.png", "batch-sizes.png"]
+
+def trade_off(rows: Sequence[dict[str, Any]], bounds: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Speedup over plain decoding against what it costs: total variation, and the suite's score if there is one."""
+    ceiling = (bounds or {}).get("ceiling")
+    lines = [("ceiling", ceiling["overall"]["value"])] if ceiling else []
+    tv = "total variation per token (0 is lossless)"
+    panels = (("tv_per_token", tv, False, []), ("score", "scenes score", True, lines))
+    drawn = []
+    for key, label, higher, own in panels:
+        points = [_point(row, key) for row in rows if row[key] and row["speedup"]["value"]]
+        points.sort(key=lambda point: FAMILIES.index(point.group))
+        if points:
+            across = "speedup over plain decoding"
+            panel = {"higher_is_better": higher, "lines": own, "across": across, "sheet": plot.FILE}
+            drawn.append(plot.layout(points, label=label, **panel))
+    return drawn
+
+
+def batch_sizes(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Images per second against images per call, of what ran at every size."""
+    most = len({row["batch_size"] for row in rows})
+    names = [row["name"] for row in rows]
+    points = [
+        plot.Point(row["name"], row["batch_size"], row["images_per_second"], None, None, "", row["name"])
+        for row in rows
+        if names.count(row["name"]) == most
+    ]
+    return [
+        plot.layout(points, label="images per second", across="images per call", series=True, sheet=plot.FILE)
+    ]
+
+
+def _point(row: dict[str, Any], key: str) -> plot.Point:
+    across, up = row["speedup"], row[key]
+    family = next(family for family in FAMILIES if row["name"].startswith(family))
+    detail = f"{across['value']:.2f}× · {up['value']:.4g}"
+    ends = (across["low"], across["high"])
+    return plot.Point(row["name"], across["value"], up["value"], up["low"], up["high"], detail, family, ends)

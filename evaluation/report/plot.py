@@ -1,26 +1,44 @@
-"""Geometry of the Pareto plot: speed to the right, quality upwards. The template draws it as SVG."""
+"""Plots as SVG: what stands where, with a placer of names; `plot.svg.j2` draws it, in the page and as a file.
+
+By hand because the page's points answer to the pointer and the keyboard, take the window's colours and fetch nothing.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-WIDTH, HEIGHT = 640, 360
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 12, 48
-_LETTER = 10  # width of one letter at the larger font of a narrow window
 _LONGEST = 24  # letters of a name that are shown; pointing at the point shows all
 _INSET = 16  # pixels between the frame and the outermost ticks, so that no point sits on the frame
-
+_HERE = Path(__file__).parent
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
+Ends = tuple[float | None, float | None]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Size in pixels, of the drawing and of the letters its names may need."""
+
+    width: int
+    height: int
+    letter: float
+    line: float
+
+
+PAGE = Sheet(640, 360, letter=10, line=24)  # letters are larger in a narrow window
+FILE = Sheet(960, 500, letter=6.8, line=15)
 
 
 @dataclass(frozen=True)
 class Point:
-    """`x` speedup, `y` quality, both in data units; `low`/`high` its interval."""
+    """`x` speedup, `y` quality, both in data units; `low`/`high` its interval, `x_ends` that of `x`; `group` is
+    whose it is."""
 
     name: str
     x: float
@@ -28,9 +46,11 @@ class Point:
     low: float | None
     high: float | None
     detail: str
+    group: str = ""
+    x_ends: Ends = (None, None)
 
 
-def pareto_front(points: list[Point], *, higher_is_better: bool) -> list[Point]:
+def pareto_front(points: Sequence[Point], *, higher_is_better: bool) -> list[Point]:
     """Points that no other beats in speed without being worse in quality, slowest first."""
     sign = 1 if higher_is_better else -1
     front: list[Point] = []
@@ -42,91 +62,185 @@ def pareto_front(points: list[Point], *, higher_is_better: bool) -> list[Point]:
     return front[::-1]
 
 
+@dataclass
+class _Placer:
+    """Finds places for names: `covered` is what they had better not cover (front, bars, points), `names` what they
+    must not."""
+
+    sheet: Sheet
+    covered: list[Box]
+    names: list[Box] = field(default_factory=list)
+
+    def place(self, x: float, y: float, name: str) -> dict[str, Any]:
+        """The first place around a point that covers nothing, or the one that covers least, any other name last of
+        all."""
+        sheet, best = self.sheet, None
+        width, line = sheet.letter * len(name), sheet.line
+        up, down = -line / 2, line + 1
+        for far in itertools.takewhile(lambda far: far < sheet.height / 2, itertools.count(0, line)):
+            places = (
+                (1, up - far),
+                (1, down + far),
+                (-1, up - far),
+                (-1, down + far),
+                (1, line / 4),
+                (-1, line / 4),
+            )
+            for side, dy in places:
+                left = x + 10 if side > 0 else x - 10 - width
+                box = (left, y + dy - 0.75 * line, left + width, y + dy + line / 4)
+                outside = (
+                    box[0] < 0 or box[2] > sheet.width or box[1] < _TOP or box[3] > sheet.height - _BOTTOM
+                )
+                cost = sum(_overlap(box, other) for other in self.covered) + (1e6 if outside else 0) + far
+                cost += 1e3 * sum(_overlap(box, other) for other in self.names)
+                if best is None or cost < best[0]:
+                    best = cost, x + 10 * side, y + dy, "start" if side > 0 else "end", box
+            if best and best[0] <= far:
+                break
+        assert best is not None
+        _, label_x, label_y, anchor, box = best
+        self.names.append(box)
+        leader = abs(label_y - y) > 1.5 * line  # too far off to be taken for this point's
+        return {"label_x": label_x, "label_y": label_y, "anchor": anchor, "leader": leader}
+
+
 def layout(
-    points: list[Point], *, label: str, higher_is_better: bool, lines: Sequence[tuple[str, float]] = ()
+    points: Sequence[Point],
+    *,
+    label: str,
+    higher_is_better: bool = True,
+    lines: Sequence[tuple[str, float]] = (),
+    across: str = "speedup of the whole pipeline",
+    series: bool = False,
+    sheet: Sheet = PAGE,
 ) -> dict[str, Any]:
-    """Pixel coordinates of points, ticks, the front and horizontal `lines` for the template."""
+    """Pixel coordinates of points, ticks, each group's front and horizontal `lines` for the template.
+
+    `series`: the points of a group are one curve, named at its end; both axes are logarithmic.
+    """
+    groups = list(dict.fromkeys(point.group for point in points))
     ys = [v for p in points for v in (p.y, p.low, p.high) if v is not None] + [y for _, y in lines]
-    x_low, x_high, x_ticks = _axis([1.0, *(p.x for p in points)])
-    y_low, y_high, y_ticks = _axis(ys)
+    xs = [v for p in points for v in (p.x, *p.x_ends) if v is not None] + ([] if series else [1.0])
+    scale, axis = (math.log, _log_axis) if series else (float, _axis)
+    (px, x_ticks), (py, y_ticks) = _axes(axis, scale, xs, ys, sheet, higher_is_better)
 
-    def px(x: float) -> float:
-        return round(
-            _LEFT + _INSET + (x - x_low) / (x_high - x_low) * (WIDTH - _LEFT - _RIGHT - 2 * _INSET), 1
+    paths = []
+    for group in groups:
+        own = [point for point in points if point.group == group]
+        path = (
+            sorted(own, key=lambda p: p.x) if series else pareto_front(own, higher_is_better=higher_is_better)
         )
+        paths.append(path)
+    corners = [[(px(point.x), py(point.y)) for point in path] for path in paths]
+    covered = [_box_around(px(p.x), py(p.y), 7, 7) for p in points]
+    bars = {id(p): _bars(p, px, py) for p in points}
+    covered += [box for pair in bars.values() for box in map(_box_of_bar, filter(None, pair))]
+    covered += [box for path in corners for box in _along(path)]
+    placer = _Placer(sheet, covered)
+    placer.names += [_box_around(sheet.width - _RIGHT - 60, py(y) - 8, 60, 10) for _, y in lines]
+    legend = [] if series or groups == [""] else groups
+    placer.names += [(_LEFT, _TOP, _LEFT + 130, _TOP + 8 + 18 * len(legend))] if legend else []
 
-    def py(y: float) -> float:
-        share = (y - y_low) / (y_high - y_low)
-        share = share if higher_is_better else 1 - share  # better is always up
-        return round(HEIGHT - _BOTTOM - _INSET - share * (HEIGHT - _TOP - _BOTTOM - 2 * _INSET), 1)
-
-    front = pareto_front(points, higher_is_better=higher_is_better)
-    corners = [(px(point.x), py(point.y)) for point in front]
-    # What a label had better not cover: the front, the bars, the points; and what it must not: other labels.
-    taken: list[Box] = [_box_around(px(p.x), py(p.y), 7, 7) for p in points]
-    for p in points:
-        if p.low is not None and p.high is not None:
-            top, bottom = sorted((py(p.low), py(p.high)))
-            taken.append((px(p.x) - 2, top, px(p.x) + 2, bottom))
-    for (x0, y0), (x1, y1) in itertools.pairwise(corners):
-        steps = 24
-        along = [(x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps) for i in range(steps + 1)]
-        taken += [_box_around(x, y, 2, 2) for x, y in along]
-    labels = [_box_around(WIDTH - _RIGHT - 60, py(y) - 8, 60, 10) for _, y in lines]
     drawn = []
     for point in sorted(points, key=lambda p: p.x):
-        x, y = px(point.x), py(point.y)
-        name = point.name if len(point.name) <= _LONGEST else point.name[: _LONGEST - 1] + "…"
-        label_x, label_y, anchor, box = _place(x, y, name, taken, labels)
-        labels.append(box)
-        drawn.append(
-            {
-                "name": point.name,
-                "shown": name,
-                "detail": point.detail,
-                "x": x,
-                "y": y,
-                "bar": None if point.low is None or point.high is None else (py(point.low), py(point.high)),
-                "label_x": label_x,
-                "label_y": label_y,
-                "anchor": anchor,
-                "leader": abs(label_y - y) > 36,  # too far off to be taken for this point's
-                "on_front": point in front,
-            }
+        x, y, shown = px(point.x), py(point.y), ""
+        if not series or point is paths[groups.index(point.group)][-1]:
+            shown = point.name if len(point.name) <= _LONGEST else point.name[: _LONGEST - 1] + "…"
+        place = (
+            placer.place(x, y, shown)
+            if shown
+            else {"label_x": x, "label_y": y, "anchor": "start", "leader": False}
         )
+        vertical, horizontal = bars[id(point)]
+        own = {"name": point.name, "shown": shown, "detail": point.detail, "x": x, "y": y, **place}
+        own |= {"bar": vertical, "x_bar": horizontal, "group": groups.index(point.group)}
+        drawn.append(own | {"on_front": any(point in path for path in paths)})
+    better = f", {'higher' if higher_is_better else 'lower'} is better, better is up"
     return {
-        "label": f"{label}, {'higher' if higher_is_better else 'lower'} is better, better is up",
-        "width": WIDTH,
-        "height": HEIGHT,
-        "frame": (_LEFT, _TOP, WIDTH - _RIGHT, HEIGHT - _BOTTOM),
-        "x_ticks": [(px(tick), f"{tick:g}×") for tick in x_ticks],
+        "label": label if series else label + better,
+        "across": across,
+        "width": sheet.width,
+        "height": sheet.height,
+        "frame": (_LEFT, _TOP, sheet.width - _RIGHT, sheet.height - _BOTTOM),
+        "x_ticks": [(px(tick), f"{tick:g}" if series else f"{tick:g}×") for tick in x_ticks],
         "y_ticks": [(py(tick), f"{tick:g}") for tick in y_ticks],
         "points": drawn,
-        "front": " ".join(f"{x},{y}" for x, y in corners),
+        "paths": [" ".join(f"{x},{y}" for x, y in path) for path in corners],
         "lines": [(py(y), name) for name, y in lines],
+        "legend": legend,
     }
 
 
-def _place(
-    x: float, y: float, name: str, taken: list[Box], labels: list[Box]
-) -> tuple[float, float, str, Box]:
-    """Where the label of a point goes: the first place around it that covers nothing, or the one that
-    covers least, any other label last of all. Returns x, baseline y, anchor and the label's box."""
-    width = _LETTER * len(name)
-    best: tuple[float, tuple[float, float, str, Box]] | None = None
-    for far in range(0, HEIGHT // 2, 24):
-        for side, dy in ((1, -12 - far), (1, 25 + far), (-1, -12 - far), (-1, 25 + far), (1, 6), (-1, 6)):
-            left = x + 10 if side > 0 else x - 10 - width
-            box = (left, y + dy - 18, left + width, y + dy + 6)
-            outside = box[0] < 0 or box[2] > WIDTH or box[1] < _TOP or box[3] > HEIGHT - _BOTTOM
-            covered = sum(_overlap(box, other) for other in taken) + (1e6 if outside else 0) + far
-            covered += 1e3 * sum(_overlap(box, other) for other in labels)
-            if best is None or covered < best[0]:
-                best = covered, (x + 10 * side, y + dy, "start" if side > 0 else "end", box)
-        if best and best[0] <= far:
-            break
-    assert best is not None
-    return best[1]
+def file(plots: Sequence[dict[str, Any]]) -> str:
+    """One SVG document with the plots below each other."""
+    return (
+        environment()
+        .get_template("plot.svg.j2")
+        .module.document(  # type: ignore[attr-defined]
+            plots, (_HERE / "plot.css").read_text(encoding="utf-8")
+        )
+    )
+
+
+def environment() -> Any:
+    """Jinja's, with everything that comes from outside escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    return Environment(loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined)
+
+
+def _axes(
+    axis: Callable[[list[float]], tuple[float, float, list[float]]],
+    scale: Callable[[float], float],
+    xs: list[float],
+    ys: list[float],
+    sheet: Sheet,
+    higher_is_better: bool,
+) -> tuple[tuple[Callable[[float], float], list[float]], tuple[Callable[[float], float], list[float]]]:
+    """From data to pixels, and the ticks, across and up."""
+
+    def share(value: float, low: float, high: float) -> float:
+        return (scale(value) - scale(low)) / (scale(high) - scale(low))
+
+    x_low, x_high, x_ticks = axis(xs)
+    y_low, y_high, y_ticks = axis(ys)
+
+    def px(x: float) -> float:
+        return round(
+            _LEFT + _INSET + share(x, x_low, x_high) * (sheet.width - _LEFT - _RIGHT - 2 * _INSET), 1
+        )
+
+    def py(y: float) -> float:
+        up = (
+            share(y, y_low, y_high) if higher_is_better else 1 - share(y, y_low, y_high)
+        )  # better is always up
+        return round(sheet.height - _BOTTOM - _INSET - up * (sheet.height - _TOP - _BOTTOM - 2 * _INSET), 1)
+
+    return (px, x_ticks), (py, y_ticks)
+
+
+def _bars(
+    p: Point, px: Callable[[float], float], py: Callable[[float], float]
+) -> tuple[Box | None, Box | None]:
+    """The lines of the intervals, up and across; None where there is none."""
+    x, y, (left, right) = px(p.x), py(p.y), p.x_ends
+    up = None if p.low is None or p.high is None else (x, py(p.low), x, py(p.high))
+    return up, None if left is None or right is None else (px(left), y, px(right), y)
+
+
+def _box_of_bar(bar: Box) -> Box:
+    (x0, x1), (y0, y1) = sorted((bar[0], bar[2])), sorted((bar[1], bar[3]))
+    return x0 - 2, y0 - 2, x1 + 2, y1 + 2
+
+
+def _along(corners: list[tuple[float, float]], steps: int = 24) -> list[Box]:
+    """A path as small boxes."""
+    boxes = []
+    for (x0, y0), (x1, y1) in itertools.pairwise(corners):
+        along = [(x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps) for i in range(steps + 1)]
+        boxes += [_box_around(x, y, 2, 2) for x, y in along]
+    return boxes
 
 
 def _box_around(x: float, y: float, half_width: float, half_height: float) -> Box:
@@ -147,3 +261,12 @@ def _axis(values: list[float]) -> tuple[float, float, list[float]]:
     start, end = math.floor(low / step) * step, math.ceil(high / step) * step
     ticks = [round(start + i * step, 10) for i in range(round((end - start) / step) + 1)]
     return start, end, ticks
+
+
+def _log_axis(values: list[float]) -> tuple[float, float, list[float]]:
+    """From and to a 1, 2 or 5 of some power of ten."""
+    powers = range(math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))) + 1)
+    steps = [round(factor * 10.0**power, 12) for power in powers for factor in (1, 2, 5)]
+    start = max(step for step in steps if step <= min(values))
+    end = min(step for step in steps if step >= max(values) and step > start)
+    return start, end, [step for step in steps if start <= step <= end]
