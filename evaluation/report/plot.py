@@ -139,8 +139,8 @@ def layout(
     covered += [box for path in corners for box in _along(path)]
     placer = _Placer(sheet, covered)
     placer.names += [_box_around(sheet.width - _RIGHT - 60, py(y) - 8, 60, 10) for _, y in lines]
-    legend = [] if series or groups == [""] else groups
-    placer.names += [(_LEFT, _TOP, _LEFT + 130, _TOP + 8 + 18 * len(legend))] if legend else []
+    legend = None if series or groups == [""] else _legend(groups, sheet, covered)
+    placer.names += [legend["box"]] if legend else []
 
     drawn = []
     for point in sorted(points, key=lambda p: p.x):
@@ -170,6 +170,17 @@ def layout(
         "lines": [(py(y), name) for name, y in lines],
         "legend": legend,
     }
+
+
+def _legend(names: Sequence[str], sheet: Sheet, covered: Sequence[Box]) -> dict[str, Any]:
+    """The names of the groups, in the corner where they cover least."""
+    width, height = 30 + sheet.letter * max(map(len, names)), 8 + 18 * len(names)
+    corners = [
+        (left, top, left + width, top + height)
+        for top in (_TOP, sheet.height - _BOTTOM - height)
+        for left in (_LEFT, sheet.width - _RIGHT - width)
+    ]
+    return {"names": list(names), "box": min(corners, key=lambda box: sum(_overlap(box, c) for c in covered))}
 
 
 def file(plots: Sequence[dict[str, Any]]) -> str:

@@ -42,7 +42,8 @@ class Table:
 
     def markdown(self) -> str:
         """With its title as a heading. Cells cannot end the row, nor become tags, links or emphasis."""
-        lines = [self.header, ["---"] * len(self.header), *self.texts(_escape)]
+        header = [_escape(name) for name in self.header]
+        lines = [header, ["---"] * len(header), *self.texts(_escape)]
         drawn = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         return f"## {self.title}\n\n{drawn}" if self.title else drawn
 

@@ -60,7 +60,7 @@ def test_the_plot_has_a_panel_for_the_score_where_there_is_one():
     assert [[name for _, name in panel["lines"]] for panel in panels] == [[], [], ["plain"]]
     for panel in panels:
         assert {point["shown"] for point in panel["points"]} == {e.name for e in items}
-        assert panel["legend"] == ["accel", "peers", "fewer steps"]
+        assert panel["legend"]["names"] == ["accel", "peers", "fewer steps"]
     mean = {point["name"]: point for point in panels[0]["points"]}
     assert (
         mean["theirs"]["y"] < mean["near"]["y"] < mean["far"]["y"]
