@@ -296,17 +296,11 @@ def trade_off(rows: Sequence[dict[str, Any]], bounds: dict[str, Any] | None) -> 
     """Speedup over plain decoding against what it costs: total variation, and the suite's score if there is one."""
     ceiling = (bounds or {}).get("ceiling")
     lines = [("ceiling", ceiling["overall"]["value"])] if ceiling else []
-    tv = "total variation per token (0 is lossless)"
-    panels = (("tv_per_token", tv, False, []), ("score", "scenes score", True, lines))
-    drawn = []
-    for key, label, higher, own in panels:
-        points = [_point(row, key) for row in rows if row[key] and row["speedup"]["value"]]
-        points.sort(key=lambda point: FAMILIES.index(point.group))
-        if points:
-            across = "speedup over plain decoding"
-            panel = {"higher_is_better": higher, "lines": own, "across": across, "sheet": plot.FILE}
-            drawn.append(plot.layout(points, label=label, **panel))
-    return drawn
+    shared: dict[str, Any] = {"across": "speedup over plain decoding", "sheet": plot.FILE}
+    lost, score = _points(rows, "tv_per_token"), _points(rows, "score")
+    title = "total variation per token (0 is lossless)"
+    drawn = [plot.layout(lost, label=title, higher_is_better=False, **shared)] if lost else []
+    return drawn + ([plot.layout(score, label="scenes score", lines=lines, **shared)] if score else [])
 
 
 def batch_sizes(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -318,14 +312,18 @@ def batch_sizes(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for row in rows
         if names.count(row["name"]) == most
     ]
-    return [
-        plot.layout(points, label="images per second", across="images per call", series=True, sheet=plot.FILE)
-    ]
+    label, across = "images per second", "images per call"
+    return [plot.layout(points, label=label, across=across, series=True, sheet=plot.FILE)]
 
 
-def _point(row: dict[str, Any], key: str) -> plot.Point:
-    across, up = row["speedup"], row[key]
-    family = next(family for family in FAMILIES if row["name"].startswith(family))
-    detail = f"{across['value']:.2f}× · {up['value']:.4g}"
-    ends = (across["low"], across["high"])
-    return plot.Point(row["name"], across["value"], up["value"], up["low"], up["high"], detail, family, ends)
+def _points(rows: Sequence[dict[str, Any]], key: str) -> list[plot.Point]:
+    """Grouped by family, in the families' order: a colour is the same in every plot that has them all."""
+    points = []
+    for row in rows:
+        across, up = row["speedup"], row[key]
+        if up and across["value"]:
+            family = next(family for family in FAMILIES if row["name"].startswith(family))
+            detail, ends = f"{across['value']:.2f}× · {up['value']:.4g}", (across["low"], across["high"])
+            at = across["value"], up["value"], up["low"], up["high"]
+            points.append(plot.Point(row["name"], *at, detail, family, ends))
+    return sorted(points, key=lambda point: FAMILIES.index(point.group))

@@ -60,12 +60,14 @@ def test_the_plot_has_a_panel_for_the_score_where_there_is_one():
     assert [[name for _, name in panel["lines"]] for panel in panels] == [[], [], ["plain"]]
     for panel in panels:
         assert {point["shown"] for point in panel["points"]} == {e.name for e in items}
-        assert panel["legend"]["names"] == ["accel", "peers", "fewer steps"]
+        assert [name for name, *_ in panel["legend"]] == ["accel", "peers", "fewer steps"]
     mean = {point["name"]: point for point in panels[0]["points"]}
     assert (
         mean["theirs"]["y"] < mean["near"]["y"] < mean["far"]["y"]
     )  # 41, 40 and 33 dB, and y grows downwards
-    assert mean["far"]["x_bar"][0] < mean["far"]["x"] < mean["far"]["x_bar"][2]
+    ((left, y), (right, _)) = mean["far"]["bars"][0]
+    assert left < mean["far"]["x"] < right
+    assert y == mean["far"]["y"]
     assert len(frontier.plots([replace(e, score=None) for e in items])) == 2
 
 

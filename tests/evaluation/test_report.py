@@ -268,11 +268,12 @@ def test_the_legend_covers_no_point():
         Point(f"p{i}", x, y, None, None, "", "ab"[i % 2]) for i, (x, y) in enumerate([(1, 0), (1, 9), (4, 9)])
     ]
     drawn = layout(points, label="m", sheet=FILE)
-    left, top, right, bottom = drawn["legend"]["box"]
-    assert not any(left < p["x"] < right and top < p["y"] < bottom for p in drawn["points"])
     x0, y0, x1, y1 = drawn["frame"]
-    assert x0 <= left < right <= x1
-    assert y0 <= top < bottom <= y1
+    assert [name for name, *_ in drawn["legend"]] == ["a", "b"]
+    for _, left, top in drawn["legend"]:
+        assert not any(left < p["x"] < left + 37 and top < p["y"] < top + 18 for p in drawn["points"])
+        assert x0 <= left < left + 37 <= x1
+        assert y0 <= top < top + 18 <= y1
 
 
 def test_a_figure_is_a_document_of_its_own_with_names_that_are_no_code():
