@@ -73,40 +73,6 @@ def cmmd(features_a: Any, features_b: Any) -> float:
     return 1000 * _mmd(a, b, gaussian, unbiased=False)
 
 
-class _FeatureSets:
-    def __init__(self) -> None:
-        self._batches: tuple[list[np.ndarray], list[np.ndarray]] = [], []
-
-    def update(self, features_ND: torch.Tensor, *, reference: bool) -> None:
-        """Keeps the features; for more than memory holds, give the function a memory map."""
-        self._batches[not reference].append(features_ND.detach().float().cpu().numpy())
-
-    def _sets(self) -> tuple[np.ndarray, np.ndarray]:
-        if not all(self._batches):
-            raise ValueError("both the reference and the samples need at least one update")
-        return np.concatenate(self._batches[0]), np.concatenate(self._batches[1])
-
-
-class KID(_FeatureSets):
-    """KID as update/compute."""
-
-    name = "kid"
-    higher_is_better = False
-
-    def compute(self) -> float:
-        return kernel_inception_distance(*self._sets()).value
-
-
-class CMMD(_FeatureSets):
-    """CMMD as update/compute, on CLIP embeddings."""
-
-    name = "cmmd"
-    higher_is_better = False
-
-    def compute(self) -> float:
-        return cmmd(*self._sets())
-
-
 def _polynomial(dimensions: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     return lambda x, y: (x @ y.T / dimensions + 1) ** 3
 

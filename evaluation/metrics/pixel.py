@@ -42,38 +42,6 @@ def ssim(images_a: torch.Tensor, images_b: torch.Tensor) -> torch.Tensor:
     return inside.masked_fill((a == b).flatten(1).all(1), 1.0)  # rounding would leave flat ones beside it
 
 
-class _PairMean:
-    """Mean over pairs as update/compute."""
-
-    higher_is_better = True
-
-    def __init__(self) -> None:
-        self._sum, self.n = 0.0, 0
-
-    def _add(self, values_B: torch.Tensor) -> None:
-        self._sum += float(values_B.double().sum())
-        self.n += len(values_B)
-
-    def compute(self) -> float:
-        if not self.n:
-            raise ValueError("no image pairs")
-        return self._sum / self.n
-
-
-class PSNR(_PairMean):
-    name = "psnr"
-
-    def update(self, images_a: torch.Tensor, images_b: torch.Tensor) -> None:
-        self._add(psnr(images_a, images_b))
-
-
-class SSIM(_PairMean):
-    name = "ssim"
-
-    def update(self, images_a: torch.Tensor, images_b: torch.Tensor) -> None:
-        self._add(ssim(images_a, images_b))
-
-
 def as_float(images: torch.Tensor) -> torch.Tensor:
     """uint8 or float images as float64 in [0, 1]."""
     if images.dtype == torch.uint8:
