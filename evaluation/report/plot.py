@@ -94,9 +94,15 @@ def layout(
     for p in sorted(points, key=lambda p: p.x):
         named = not series or p is paths[groups.index(p.group)][-1]
         name = p.name if len(p.name) <= _LONGEST else p.name[: _LONGEST - 1] + "…"
-        own = {"name": p.name, "shown": name if named else "", "detail": p.detail, "x": px(p.x), "y": py(p.y)}
-        own |= {"group": groups.index(p.group), "on_front": any(p in path for path in paths)}
-        drawn.append(own | {"bars": _bars(p, px, py)})
+        it: dict[str, Any] = {
+            "name": p.name,
+            "shown": name if named else "",
+            "detail": p.detail,
+            "x": px(p.x),
+            "y": py(p.y),
+        }
+        it |= {"group": groups.index(p.group), "on_front": any(p in path for path in paths)}
+        drawn.append(it | {"bars": _bars(p, px, py)})
 
     # What a name had better not cover: points, bars, fronts; and what it must not: other names.
     covered = [_box_around(p["x"], p["y"], 7, 7) for p in drawn]
@@ -176,8 +182,8 @@ def _legend(names: Sequence[str], sheet: Sheet, covered: Sequence[Box]) -> list[
     width, height = 30 + sheet.letter * max(map(len, names)), 8 + 18 * len(names)
     tops, lefts = (_TOP, sheet.height - _BOTTOM - height), (_LEFT, sheet.width - _RIGHT - width)
     boxes = [(left, top, left + width, top + height) for top in tops for left in lefts]
-    left, top, *_ = min(boxes, key=lambda box: sum(_overlap(box, other) for other in covered))
-    return [(name, left, top + 4 + 18 * i) for i, name in enumerate(names)]
+    best = min(boxes, key=lambda box: sum(_overlap(box, other) for other in covered))
+    return [(name, best[0], best[1] + 4 + 18 * i) for i, name in enumerate(names)]
 
 
 def _bars(
