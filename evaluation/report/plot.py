@@ -105,15 +105,17 @@ def layout(
         drawn.append(it | {"bars": _bars(p, px, py)})
 
     # What a name had better not cover: points, bars, fronts; and what it must not: other names.
-    covered = [_box_around(p["x"], p["y"], 7, 7) for p in drawn]
+    covered = [_box_around(item["x"], item["y"], 7, 7) for item in drawn]
     covered += [
-        box for path in (*corners, *(bar for p in drawn for bar in p["bars"])) for box in _along(path)
+        box for path in (*corners, *(bar for item in drawn for bar in item["bars"])) for box in _along(path)
     ]
     names = [_box_around(sheet.width - _RIGHT - 60, py(y) - 8, 60, 10) for _, y in lines]
     legend = [] if series or groups == [""] else _legend(groups, sheet, covered)
     names += [(x, y, x + sheet.letter * len(name) + 30, y + 18) for name, x, y in legend]
-    for p in drawn:
-        p |= _place(p["x"], p["y"], p["shown"], sheet, covered, names) if p["shown"] else {"leader": False}
+    for item in drawn:
+        item["leader"] = False
+        if item["shown"]:
+            item |= _place(item["x"], item["y"], item["shown"], sheet, covered, names)
     return {
         "label": label
         if series
@@ -150,10 +152,10 @@ def _place(
     """Where the name of a point goes: the first place around it that covers nothing, or the one that covers least, any
     of `names` last of all. It is one of them then."""
     width, line = sheet.letter * len(name), sheet.line
-    best: tuple[float, float, float, Box] | None = None
+    best: tuple[float, int, float, Box] | None = None
     for far in range(0, sheet.height // 2, int(line)):
-        around = itertools.product((1, -1), (-line / 2 - far, line + 1 + far))
-        for side, dy in (*around, (1, line / 4), (-1, line / 4)):
+        places = itertools.product((1, -1), (-line / 2 - far, line + 1 + far))
+        for side, dy in (*places, (1, line / 4), (-1, line / 4)):
             left = x + 10 if side > 0 else x - 10 - width
             box = (left, y + dy - 0.75 * line, left + width, y + dy + line / 4)
             inside = (
@@ -166,13 +168,13 @@ def _place(
         if best and best[0] <= far:
             break
     assert best is not None
-    _, side, dy, box = best
+    _, to, by, box = best
     names.append(box)
-    leader = abs(dy) > 1.5 * line  # too far off to be taken for this point's
+    leader = abs(by) > 1.5 * line  # too far off to be taken for this point's
     return {
-        "label_x": x + 10 * side,
-        "label_y": y + dy,
-        "anchor": "start" if side > 0 else "end",
+        "label_x": x + 10 * to,
+        "label_y": y + by,
+        "anchor": "start" if to > 0 else "end",
         "leader": leader,
     }
 
