@@ -3,8 +3,8 @@
     python scripts/versions.py [--only lowest] [--write docs/measured/versions.md]
 
 Prints a Markdown table. A row that was stopped goes on at the stage where it was; `--again` starts it anew. pip's own
-settings hold, such as PIP_INDEX_URL for wheels without CUDA, which are a twentieth of the size. Only the three packages
-whose interfaces the library lives on are held at their lowest; the others are whatever pip takes beside them.
+settings hold, such as PIP_INDEX_URL for wheels without CUDA. Only the three packages whose interfaces the library lives
+on are held at their lowest; the others are whatever pip takes beside them.
 """
 
 from __future__ import annotations
