@@ -86,6 +86,8 @@ def _janus(
         generation_mode="image",
         do_sample=temperature > 0,
         guidance_scale=guidance_scale,
+        num_return_sequences=1,  # transformers 5.0 reckons with its defaults for these two, which are None
+        max_length=1,  # it takes the larger of this and what an image needs
         **extra,
     )
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import importlib.util
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -17,13 +14,19 @@ from accel.evaluation.bootstrap import mean_interval
 from accel.evaluation.configurations import PLAIN
 from accel.evaluation.folder import RunFolder
 from accel.evaluation.records import Record, write_atomically
-from accel.evaluation.report import summarise
+from accel.evaluation.report import plot, summarise
+from accel.evaluation.report.table import Table
 from accel.evaluation.report.tables import distance_cell, facts, interval
 
 Key = tuple[int, int]  # prompt id, sample
 Records = dict[str, dict[Key, Record]]  # by configuration
 
 NAME = "autoregressive"
+#: A colour for all whose name begins so.
+FAMILIES = (
+    *("lossless", "sjd", "gsd", "grouped", "mixture-as-grouped", "budget-group", "budget-mixture"),
+    *("transformers", "plain"),
+)
 _EXPLAINED = """\
 NFE: forwards of the model for an image, the prompt's included; plain decoding takes one per token. ms/forward is
 the time in the transformer alone. Speedups are geometric means of ratios of times for the same prompt in the same
@@ -36,7 +39,7 @@ comparable to a published one."""
 
 
 def write(folder: RunFolder, by_size: Mapping[int, RunFolder], problems: Mapping[str, str]) -> Path:
-    """Write `report/autoregressive.md`, `.json`, `.csv` and, with matplotlib, two plots; returns the Markdown.
+    """Write `report/autoregressive.md`, `.json`, `.csv` and two plots; returns the Markdown.
 
     Args:
         folder: calls of one image, scored.
@@ -55,7 +58,7 @@ def write(folder: RunFolder, by_size: Mapping[int, RunFolder], problems: Mapping
     target = folder.path / "report"
     plots = _plots(result, target)
     write_atomically(target / f"{NAME}.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
-    write_atomically(target / f"{NAME}.csv", _csv(result["rows"]))
+    write_atomically(target / f"{NAME}.csv", Table.of([_flat(row) for row in result["rows"]]).csv())
     page = target / f"{NAME}.md"
     write_atomically(page, _markdown(result, summary, plots))
     return page
@@ -166,22 +169,16 @@ def _batch_rows(size: int, records: Records) -> list[dict[str, Any]]:
     return rows
 
 
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
-    flat = []
-    for row in rows:
-        cells: dict[str, Any] = {}
-        for key, value in row.items():
-            if isinstance(value, dict):
-                nested = json.dumps(value) if key == "settings" else None
-                cells |= {key: nested} if nested else {f"{key}_{part}": v for part, v in value.items()}
-            else:
-                cells[key] = value
-        flat.append(cells)
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(dict.fromkeys(k for r in flat for k in r)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    return buffer.getvalue()
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """A column for every number: `speedup_value`, `speedup_low`, ..."""
+    cells: dict[str, Any] = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            settings = json.dumps(value) if key == "settings" else None
+            cells |= {key: settings} if settings else {f"{key}_{part}": v for part, v in value.items()}
+        else:
+            cells[key] = value
+    return cells
 
 
 def _markdown(result: dict[str, Any], summary: dict[str, Any], plots: Sequence[str]) -> str:
@@ -211,21 +208,17 @@ def _markdown(result: dict[str, Any], summary: dict[str, Any], plots: Sequence[s
     parts = ["# Decoding an autoregressive model", ""]
     parts += [f"- {name}: {value}" for name, value in facts(summary)]
     parts += ["", f"{result['images']} images of {result['prompts']} prompts per row. {_EXPLAINED}"]
-    parts += ["", *_table(header, cells), "", " ".join(_bounds(result["bounds"]))]
+    parts += ["", Table(header, cells).markdown(), "", " ".join(_bounds(result["bounds"]))]
     extractor = next((row["fid"]["extractor"] for row in result["rows"] if row["fid"]), None)
     if extractor:
         parts.append(f"FID's features: {extractor}, n = {result['images']}.")
     parts += [
         "",
-        "## Batch sizes",
-        "",
-        "Images per second; speedup over plain decoding at the same batch size.",
+        Table(["", *map(str, sizes)], _batch_cells(result["batch_sizes"], sizes), "Batch sizes").markdown(),
     ]
-    parts += ["", *_table(["", *map(str, sizes)], _batch_cells(result["batch_sizes"], sizes)), ""]
+    parts += ["", "Images per second; speedup over plain decoding at the same batch size.", ""]
     parts += _limits(result["batch_sizes"])
-    parts += [f"![{Path(plot).stem}]({plot})" for plot in plots]
-    if not plots:
-        parts.append("Plots need matplotlib: pip install 'accel-image[bench]'.")
+    parts += [f"![{Path(name).stem}]({name})" for name in plots]
     if result["problems"]:
         parts += ["", "## Not run", "", *(f"- `{name}`: {why}" for name, why in result["problems"].items())]
     return "\n".join([*parts, *(["", *result["notes"]] if result["notes"] else []), ""])
@@ -272,10 +265,6 @@ def _limits(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [*lines, ""] if lines else []
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
-
-
 def _cell(entry: dict[str, Any] | None, digits: int, *, signed: bool = False) -> str:
     return "–" if entry is None or entry["value"] is None else interval(entry, digits, signed=signed)
 
@@ -294,11 +283,47 @@ def _fid_cell(fid: dict[str, Any] | None) -> str:
 
 def _plots(result: dict[str, Any], target: Path) -> list[str]:
     """Write the plots; their file names."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return []
-    from .autoregressive_plots import batch_sizes, trade_off
+    drawn = {
+        "trade-off.svg": trade_off(result["rows"], result["bounds"]),
+        "batch-sizes.svg": batch_sizes(result["batch_sizes"]),
+    }
+    for name, plots in drawn.items():
+        write_atomically(target / name, plot.file(plots))
+    return list(drawn)
 
-    target.mkdir(parents=True, exist_ok=True)
-    trade_off(result["rows"], result["bounds"], target / "trade-off.png")
-    batch_sizes(result["batch_sizes"], target / "batch-sizes.png")
-    return ["trade-off.png", "batch-sizes.png"]
+
+def trade_off(rows: Sequence[dict[str, Any]], bounds: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Speedup over plain decoding against what it costs: total variation, and the suite's score if there is one."""
+    ceiling = (bounds or {}).get("ceiling")
+    lines = [("ceiling", ceiling["overall"]["value"])] if ceiling else []
+    shared: dict[str, Any] = {"across": "speedup over plain decoding", "sheet": plot.FILE}
+    lost, score = _points(rows, "tv_per_token"), _points(rows, "score")
+    title = "total variation per token (0 is lossless)"
+    drawn = [plot.layout(lost, label=title, higher_is_better=False, **shared)] if lost else []
+    return drawn + ([plot.layout(score, label="scenes score", lines=lines, **shared)] if score else [])
+
+
+def batch_sizes(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Images per second against images per call, of what ran at every size."""
+    most = len({row["batch_size"] for row in rows})
+    names = [row["name"] for row in rows]
+    points = [
+        plot.Point(row["name"], row["batch_size"], row["images_per_second"], None, None, "", row["name"])
+        for row in rows
+        if names.count(row["name"]) == most
+    ]
+    label, across = "images per second", "images per call"
+    return [plot.layout(points, label=label, across=across, series=True, sheet=plot.FILE)]
+
+
+def _points(rows: Sequence[dict[str, Any]], key: str) -> list[plot.Point]:
+    """Grouped by family, in the families' order: a colour is the same in every plot that has them all."""
+    points = []
+    for row in rows:
+        across, up = row["speedup"], row[key]
+        if up and across["value"]:
+            family = next(family for family in FAMILIES if row["name"].startswith(family))
+            detail, ends = f"{across['value']:.2f}× · {up['value']:.4g}", (across["low"], across["high"])
+            at = across["value"], up["value"], up["low"], up["high"]
+            points.append(plot.Point(row["name"], *at, detail, family, ends))
+    return sorted(points, key=lambda point: FAMILIES.index(point.group))

@@ -17,7 +17,8 @@ from accel.evaluation.configurations import PLAIN, Configuration
 from accel.evaluation.folder import PROBLEMS, RunFolder
 from accel.evaluation.judges import scenes_judge
 from accel.evaluation.records import write_atomically
-from accel.evaluation.report import report
+from accel.evaluation.report import plot, report
+from accel.evaluation.report.table import Table
 from accel.evaluation.run import check, run
 from accel.evaluation.score import score
 from accel.evaluation.scorers import pixel_scorers
@@ -151,7 +152,8 @@ def _frontier(page: Path, macs: dict[str, int]) -> None:
     title, text = page.read_text(encoding="utf-8").rstrip().split("\n", 1)
     tables = frontier.markdown(items, frontier.left_out(summary, items))
     write_atomically(page, f"{title}\n\n{_made_with(summary)}\n{text}\n{tables}\n")
-    frontier.plot(items, page.with_name("frontier.png"), plain_score=frontier.plain_score(summary))
+    if drawn := frontier.plots(items, frontier.plain_score(summary)):
+        write_atomically(page.with_name("frontier.svg"), plot.file(drawn))
 
 
 def _made_with(summary: dict[str, Any]) -> str:
@@ -177,9 +179,9 @@ def _report(folder: RunFolder, names: Sequence[str], problems: dict[str, str], m
     page = report(folder.path).with_name("report.md")
     sections = []
     if macs:
-        table = [f"| {name} | {n / 1e9:.1f} | {n / macs[PLAIN]:.3f} |" for name, n in macs.items()]
-        head = ["| configuration | GMACs | of plain |", "| --- | --- | --- |"]
-        sections += ["", "## Multiply-accumulates of the denoiser, one image", "", *head, *table]
+        rows = [[name, f"{n / 1e9:.1f}", f"{n / macs[PLAIN]:.3f}"] for name, n in macs.items()]
+        title = "Multiply-accumulates of the denoiser, one image"
+        sections += ["", Table(["configuration", "GMACs", "of plain"], rows, title).markdown()]
     # Those of this start in their order, then those of earlier ones.
     named = [name for name in dict.fromkeys([*names, *problems]) if name in problems]
     lines = [f"- `{name}`: {' '.join(problems[name].split())}" for name in named]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from accel import methods
+from accel.evaluation.report.plot import FILE, Point, layout
+from accel.evaluation.report.table import Markdown, Table
 
 LEVELS = range(28, 43, 2)  # dB
 OURS, PEERS, STEPS = "accel", "peers", "fewer steps"
+READINGS = {"mean": "Mean PSNR", "p10": "10th percentile of PSNR"}
 #: Schemes of others that accel computes for comparison.
 _COMPARED = ("tomesd", "cat")
-_STYLES = {OURS: ("o", "#0b6e4f"), PEERS: ("s", "#c8553d"), STEPS: ("^", "#8d99ae")}
+GROUPS = (OURS, PEERS, STEPS)
 
 
 @dataclass(frozen=True)
@@ -82,136 +84,73 @@ def fastest(items: Sequence[Entry], group: str, level: float, key: str) -> Entry
 def markdown(items: Sequence[Entry], missing: Sequence[str] = ()) -> str:
     """All settings, those `missing` by name; then for each level, and for both readings of it, the fastest of each
     group and accel's over the others'."""
-    lines = [
-        "",
-        "## All settings, fastest first",
-        "",
-        "| setting | whose | denoiser, 95 % interval | by multiply-accumulates | PSNR (dB) | 10th percentile | score |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for e in sorted(items, key=lambda e: -e.speedup):
-        score = "" if e.score is None else f"{e.score:.3f}"
-        bound = "" if e.bound is None else f"{e.bound:.2f}x"
-        ends = f" [{e.interval[0]:.2f}, {e.interval[1]:.2f}]" if e.interval else ""
-        cells = [
-            f"`{e.name}`",
-            e.group,
-            f"{e.speedup:.2f}x{ends}",
-            bound,
-            f"{e.mean:.1f}",
-            f"{e.p10:.1f}",
-            score,
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+    parts = ["", _every(items).markdown()]
     if missing:
         named = ", ".join(f"`{name}`" for name in missing)
-        lines += [
-            "",
+        parts.append(
             f"Not in these tables: {named}. They were not timed in one start with the plain pipeline (a new folder "
-            "does that), or all their pictures are the plain ones.",
-        ]
-    for key, title in (("mean", "Mean PSNR"), ("p10", "10th percentile of PSNR")):
-        lines += [
-            "",
-            f"## Fastest by distance: {title} to the plain pictures",
-            "",
-            f"| at least | {PEERS} | {STEPS} | {OURS} | accel / the faster of the others |",
-            "| --- | --- | --- | --- | --- |",
-        ]
-        for level in LEVELS:
-            best = {group: fastest(items, group, level, key) for group in (PEERS, STEPS, OURS)}
-            others = [e.speedup for g, e in best.items() if e and g != OURS]
-            own = best[OURS]
-            ratio = f"{own.speedup / max([1.0, *others]):.2f}" if own else "slower"
-            cells = [f"{e.speedup:.2f}x `{e.name}`" if e else "none: 1x" for e in best.values()]
-            lines.append(f"| {level} dB | {' | '.join(cells)} | {ratio} |")
-    return "\n".join(lines)
+            "does that), or all their pictures are the plain ones."
+        )
+    parts += [_by_level(items, key, title).markdown() for key, title in READINGS.items()]
+    return "\n\n".join(parts).removeprefix("\n")
 
 
-def plot(
-    items: Sequence[Entry],
-    path: Path,
-    across: str = "speedup of the denoiser over the plain pipeline",
-    plain_score: float | None = None,
-) -> None:
+def _every(items: Sequence[Entry]) -> Table:
+    header = ["setting", "whose", "denoiser, 95 % interval", "by multiply-accumulates"]
+    header += ["PSNR (dB)", "10th percentile", "score"]
+    rows = []
+    for e in sorted(items, key=lambda e: -e.speedup):
+        ends = f" [{e.interval[0]:.2f}, {e.interval[1]:.2f}]" if e.interval else ""
+        bound, score = (
+            "" if e.bound is None else f"{e.bound:.2f}x",
+            "" if e.score is None else f"{e.score:.3f}",
+        )
+        cells = [f"{e.speedup:.2f}x{ends}", bound, f"{e.mean:.1f}", f"{e.p10:.1f}", score]
+        rows.append([Markdown(f"`{e.name}`"), e.group, *cells])
+    return Table(header, rows, "All settings, fastest first")
+
+
+def _by_level(items: Sequence[Entry], key: str, title: str) -> Table:
+    header = ["at least", PEERS, STEPS, OURS, "accel / the faster of the others"]
+    rows = []
+    for level in LEVELS:
+        best = {group: fastest(items, group, level, key) for group in (PEERS, STEPS, OURS)}
+        others, own = [e.speedup for g, e in best.items() if e and g != OURS], best[OURS]
+        cells = [Markdown(f"{e.speedup:.2f}x `{e.name}`") if e else "none: 1x" for e in best.values()]
+        ratio = f"{own.speedup / max([1.0, *others]):.2f}" if own else "slower"
+        rows.append([f"{level} dB", *cells, ratio])
+    return Table(header, rows, f"Fastest by distance: {title} to the plain pictures")
+
+
+def plots(items: Sequence[Entry], plain_score: float | None = None) -> list[dict[str, Any]]:
     """Speedup against both readings of PSNR, and against the score where there is one, with the front of each group;
     better is up and to the right."""
-    from matplotlib.figure import Figure
-
     readings = {
         "mean": "PSNR to the plain pictures, mean (dB)",
         "p10": "PSNR to the plain pictures, 10th percentile over prompts (dB)",
+        "score": "score of the suite",
     }
-    rows: list[Any] = [list(readings)]
-    if any(e.score is not None for e in items):
-        readings["score"] = "score of the suite"
-        rows.append(["score", "score"])  # many share a score: names beside each other need the width
-    # Laid out at the resolution it is saved at: letters are not equally wide at another.
-    figure = Figure(figsize=(12, 5.2 * len(rows)), dpi=130, layout="constrained")
-    panels = figure.subplot_mosaic(rows)
-    for key, axes in panels.items():
-        for group, (marker, color) in _STYLES.items():
-            own = [e for e in items if e.group == group and getattr(e, key) is not None]
-            x, y = [e.speedup for e in own], [getattr(e, key) for e in own]
-            axes.scatter(x, y, s=28, color=color, marker=marker, label=group)
-            front = [e for e in own if fastest(own, group, getattr(e, key), key) is e]
-            front.sort(key=lambda e: e.speedup)
-            axes.plot([e.speedup for e in front], [getattr(e, key) for e in front], color=color, linewidth=1)
-        axes.margins(
-            x=0.06 if key == "score" else 0.12, y=0.15 if key == "score" else 0.08
-        )  # room for labels
-        axes.set_xlabel(across)
-        axes.set_ylabel(readings[key])
-        axes.grid(color="#eee")
-        axes.set_axisbelow(True)
-        if key == "score" and plain_score is not None:
-            axes.axhline(plain_score, color="#444", linewidth=1, linestyle=":", label="plain")
-    panels[rows[-1][-1]].legend()
-    figure.draw_without_rendering()  # labels are placed by where the points came to lie
-    for key, axes in panels.items():
-        _label(axes, {e: (e.speedup, getattr(e, key)) for e in items if getattr(e, key) is not None})
-    figure.savefig(path)
-
-
-def _label(axes: Any, points: Mapping[Entry, tuple[float, float]]) -> None:
-    """A name beside each point, at the first of some places where it covers no point and no other name."""
-    from matplotlib.transforms import Bbox
-
-    centers = axes.transData.transform(list(points.values())) if points else []
-    taken = [Bbox.from_extents(x - 7, y - 7, x + 7, y + 7) for x, y in centers]
-    # A horizontal line would strike names through.
-    taken += [line.get_window_extent() for line in axes.lines if line.get_transform() != axes.transData]
-    legend = axes.get_legend()
-    taken += [legend.get_window_extent()] if legend else []
-    places = [
-        (side * 5, dy) for far in range(4) for dy in (-2, 4 + 8 * far, -8 - 8 * far) for side in (1, -1)
-    ]
-    for entry, point in points.items():
-        texts = [
-            axes.annotate(
-                entry.name,
-                point,
-                (dx, dy),
-                textcoords="offset points",
-                ha="left" if dx > 0 else "right",
-                fontsize=6,
-                color=_STYLES[entry.group][1],
+    drawn = []
+    for key, label in readings.items():
+        known = [(e, getattr(e, key)) for e in items if getattr(e, key) is not None]
+        known.sort(
+            key=lambda pair: GROUPS.index(pair[0].group)
+        )  # whose colour is whose does not depend on the run
+        points = [
+            Point(
+                e.name,
+                e.speedup,
+                y,
+                None,
+                None,
+                f"{e.speedup:.2f}× · {y:.3g}",
+                e.group,
+                e.interval or (None, None),
             )
-            for dx, dy in places
+            for e, y in known
         ]
-        boxes = [text.get_window_extent() for text in texts]
-        inside = [axes.bbox.count_contains(box.corners()) == 4 for box in boxes]
-        covered = [box.count_overlaps(taken) for box in boxes]
-        best = min(range(len(places)), key=lambda i: (not inside[i], covered[i], i))
-        taken.append(boxes[best])
-        for i, text in enumerate(texts):
-            if i != best:
-                text.remove()
-        dx, dy = places[best]
-        if abs(dy) > 8:  # too far off to be taken for this point's
-            color = _STYLES[entry.group][1]
-            end = {
-                "textcoords": "offset points",
-                "arrowprops": {"arrowstyle": "-", "color": color, "linewidth": 0.4},
-            }
-            axes.annotate("", point, (dx, dy + (0 if dy > 0 else 5)), **end)
+        lines = [("plain", plain_score)] if key == "score" and plain_score is not None else []
+        if points:
+            across = "speedup of the denoiser over the plain pipeline"
+            drawn.append(layout(points, label=label, across=across, lines=lines, sheet=FILE))
+    return drawn

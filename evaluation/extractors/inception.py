@@ -1,5 +1,9 @@
 """Inception features of FID as everybody computes it: the TorchScript port of the 2015 TensorFlow
-network that StyleGAN and clean-fid use, from a path the user names."""
+network that StyleGAN and clean-fid use, from a path the user names.
+
+Resized as clean-fid does, to the bit (a test compares). Not by it: clean-fid depends on torchvision, which pins one
+exact torch, so that installing it would replace the user's.
+"""
 
 from __future__ import annotations
 

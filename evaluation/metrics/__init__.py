@@ -1,25 +1,18 @@
-"""Metrics: each a pure function plus `update`/`compute`, a `name` and `higher_is_better`."""
+"""Metrics, each a pure function of images or features; FID streams its moments."""
 
-from .clip_score import CLIPScore, clip_score
+from .clip_score import clip_score
 from .frechet import FrechetDistance, Moments, frechet_distance
-from .kernel import CMMD, KID, KernelDistance, cmmd, kernel_inception_distance
-from .lpips import LPIPS, LPIPSMetric
-from .pixel import PSNR, SSIM, psnr, ssim
-from .precision_recall import PrecisionRecall, PrecisionRecallMetric, precision_recall
+from .kernel import KernelDistance, cmmd, kernel_inception_distance
+from .lpips import LPIPS
+from .pixel import psnr, ssim
+from .precision_recall import PrecisionRecall, precision_recall
 
 __all__ = [
-    "CMMD",
-    "KID",
     "LPIPS",
-    "PSNR",
-    "SSIM",
-    "CLIPScore",
     "FrechetDistance",
     "KernelDistance",
-    "LPIPSMetric",
     "Moments",
     "PrecisionRecall",
-    "PrecisionRecallMetric",
     "clip_score",
     "cmmd",
     "frechet_distance",

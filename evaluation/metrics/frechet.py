@@ -3,7 +3,8 @@
 Moments are streamed in float64 (Chan et al.'s pairwise update), so memory does not grow with the
 number of images. The matrix square root is taken by symmetric eigendecomposition instead of
 scipy's `sqrtm`: tr (C1 C2)^1/2 = tr (C1^1/2 C2 C1^1/2)^1/2, whose argument is symmetric and positive
-semidefinite, so nothing complex can appear and nothing needs an epsilon on the diagonal.
+semidefinite, so nothing complex can appear and nothing needs an epsilon on the diagonal. That, the moments
+and the refusal of too few images are why this is by hand; torchmetrics and clean-fid are what the tests compare with.
 
 Shapes: N images, D features.
 """

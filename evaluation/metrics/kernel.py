@@ -2,7 +2,8 @@
 et al., 2401.09603).
 
 Both take features as arrays or memory-mapped files, (N, D), and read them in blocks: no N x N
-matrix is held.
+matrix is held. By hand because torchmetrics' and clean-fid's KID know independent sets only; ours here
+are mostly pairs of one prompt and noise, whose resemblance has to be left out (`paired`).
 """
 
 from __future__ import annotations
@@ -70,40 +71,6 @@ def cmmd(features_a: Any, features_b: Any) -> float:
         return torch.exp((x @ y.T - 1) / 100)  # exp(-|x - y|^2 / (2 sigma^2)) for unit vectors
 
     return 1000 * _mmd(a, b, gaussian, unbiased=False)
-
-
-class _FeatureSets:
-    def __init__(self) -> None:
-        self._batches: tuple[list[np.ndarray], list[np.ndarray]] = [], []
-
-    def update(self, features_ND: torch.Tensor, *, reference: bool) -> None:
-        """Keeps the features; for more than memory holds, give the function a memory map."""
-        self._batches[not reference].append(features_ND.detach().float().cpu().numpy())
-
-    def _sets(self) -> tuple[np.ndarray, np.ndarray]:
-        if not all(self._batches):
-            raise ValueError("both the reference and the samples need at least one update")
-        return np.concatenate(self._batches[0]), np.concatenate(self._batches[1])
-
-
-class KID(_FeatureSets):
-    """KID as update/compute."""
-
-    name = "kid"
-    higher_is_better = False
-
-    def compute(self) -> float:
-        return kernel_inception_distance(*self._sets()).value
-
-
-class CMMD(_FeatureSets):
-    """CMMD as update/compute, on CLIP embeddings."""
-
-    name = "cmmd"
-    higher_is_better = False
-
-    def compute(self) -> float:
-        return cmmd(*self._sets())
 
 
 def _polynomial(dimensions: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

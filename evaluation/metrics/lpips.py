@@ -1,7 +1,8 @@
 """LPIPS (Zhang et al., 1801.03924), version 0.1, AlexNet trunk.
 
-The trunk's five convolutions are written out here, so that torchvision is not needed; its weights
-are torchvision's AlexNet file, the five linear heads (6 kB) come with torchmetrics.
+torchmetrics' LPIPS cannot be given weights: it takes its trunk from torchvision, which downloads it and has to match
+torch exactly. So the trunk's five convolutions are written out here, for torchvision's AlexNet file at a path, checked
+by its hash; the linear heads (6 kB) are torchmetrics', and so is the answer that the tests compare with.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import nn
 
 from accel.evaluation.weights import WeightFile, load_pickle_free, require_module
 
-from .pixel import _PairMean, as_float
+from .pixel import as_float
 
 ALEXNET = WeightFile(
     name="alexnet-owt-7be5be79.pth",
@@ -84,20 +85,6 @@ class LPIPS(nn.Module):
     def _normalised(self, images: torch.Tensor) -> torch.Tensor:
         images = as_float(images).to(self.heads[0]) * 2 - 1
         return (images - self.shift) / self.scale
-
-
-class LPIPSMetric(_PairMean):
-    """LPIPS as update/compute."""
-
-    name = "lpips"
-    higher_is_better = False
-
-    def __init__(self, model: LPIPS) -> None:
-        super().__init__()
-        self.model = model
-
-    def update(self, images_a: torch.Tensor, images_b: torch.Tensor) -> None:
-        self._add(self.model(images_a, images_b))
 
 
 def _unit(features: torch.Tensor) -> torch.Tensor:

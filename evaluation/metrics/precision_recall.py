@@ -2,7 +2,8 @@
 
 Precision: the share of samples inside the reference's manifold (realism). Recall: the share of the
 reference inside the samples' manifold (coverage). A set's manifold is the union of balls around its
-points that reach to their k-th nearest neighbour. Distances are computed in blocks.
+points that reach to their k-th nearest neighbour. Distances are computed in blocks. No package that is kept
+up has it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .kernel import _blocks, _checked, _FeatureSets
+from .kernel import _blocks, _checked
 
 _TIE = 1e-12  # of the squared lengths, some thousand times what float64 rounds
 
@@ -27,16 +28,6 @@ def precision_recall(reference: Any, samples: Any, *, k: int = 3) -> PrecisionRe
     if min(len(a), len(b)) <= k:
         raise ValueError(f"{k} nearest neighbours need more than {k} images a side: {len(a)}, {len(b)}")
     return PrecisionRecall(_covered(b, a, _radii(a, k)), _covered(a, b, _radii(b, k)))
-
-
-class PrecisionRecallMetric(_FeatureSets):
-    """Precision and recall as update/compute."""
-
-    name = "precision_recall"
-    higher_is_better = True
-
-    def compute(self) -> PrecisionRecall:
-        return precision_recall(*self._sets())
 
 
 def _radii(points: Any, k: int) -> torch.Tensor:

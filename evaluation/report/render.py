@@ -19,8 +19,9 @@ from accel.evaluation.picture_files import load_picture
 from accel.evaluation.records import write_atomically
 
 from . import tables
-from .plot import Point, layout
+from .plot import Point, environment, layout
 from .summary import summarise
+from .table import lines
 
 _HERE = Path(__file__).parent
 _THUMBNAIL = 320  # pixels; larger pictures are shrunk, so that a page stays a few MB
@@ -47,29 +48,19 @@ def report(path: str | Path, *, worst: int = 6) -> Path:
 def html(folder: RunFolder, summary: dict[str, Any]) -> str:
     """The page. Everything that came from outside passes Jinja's autoescape, and a content security
     policy lets only this page's own script run and nothing be fetched."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     script = (_HERE / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    environment = Environment(loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined)
-    environment.filters["lines"] = tables.lines
-    return environment.get_template("report.html.j2").render(
+    templates = environment()
+    templates.filters["lines"] = lines
+    return templates.get_template("report.html.j2").render(
         summary=summary,
         caption=tables.caption(summary),
-        tables=[
-            (title, table)
-            for title, table in (
-                ("Score per task", tables.task_table(summary)),
-                ("Distances between sets of images", tables.distance_table(summary)),
-            )
-            if table
-        ],
-        main=tables.main_table(summary),
+        tables=tables.all_tables(summary),
         plots=_plots(summary),
         grid=_grid(folder, summary),
         amplify=_AMPLIFY,
         facts=tables.facts(summary),
-        style=(_HERE / "report.css").read_text(encoding="utf-8"),
+        style="".join((_HERE / name).read_text(encoding="utf-8") for name in ("plot.css", "report.css")),
         script=script,
         policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
     )

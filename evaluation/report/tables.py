@@ -1,12 +1,11 @@
-"""The summary as rows of text: the same cells for HTML, Markdown and CSV."""
+"""The summary as tables: the same cells for HTML and Markdown, and every number for CSV."""
 
 from __future__ import annotations
 
-import csv
-import io
-import re
 from collections.abc import Sequence
 from typing import Any
+
+from .table import Table, escaped
 
 Summary = dict[str, Any]
 
@@ -53,20 +52,7 @@ def metric_cell(entry: dict[str, Any] | None, *, plain: bool = False) -> str:
     return "; ".join(parts) or "–"
 
 
-def lines(cell: str) -> list[tuple[str, str]]:
-    """A cell's parts as (value, its interval or spread), for a table that sets them below each other."""
-    parts = []
-    for part in cell.split("; "):
-        if part.startswith("n = "):
-            parts.append(("", part))
-            continue
-        match = re.match(r"(.*?)(?: ([\[(].*))?$", part, re.DOTALL)
-        assert match is not None
-        parts.append((match[1], match[2] or ""))
-    return parts
-
-
-def main_table(summary: Summary) -> tuple[list[str], list[list[str]]]:
+def main_table(summary: Summary) -> Table:
     """One row per configuration: speed, memory and quality together."""
     metrics = metric_names(summary)
     header = ["configuration", "speedup", "s/image, median (p10–p90)", "denoiser speedup", "denoiser s"]
@@ -84,10 +70,10 @@ def main_table(summary: Summary) -> tuple[list[str], list[list[str]]]:
         )
         cells += [metric_cell(row["metrics"].get(metric), plain=is_plain) for metric in metrics]
         rows.append(cells)
-    return header, rows
+    return Table(header, rows, "Configurations")
 
 
-def task_table(summary: Summary) -> tuple[list[str], list[list[str]]] | None:
+def task_table(summary: Summary) -> Table | None:
     """Suite score per task and configuration, with ceiling and floor where the suite has them."""
     metric = summary["suite_metric"]
     if metric is None:
@@ -108,10 +94,10 @@ def task_table(summary: Summary) -> tuple[list[str], list[list[str]]] | None:
             rows.append([title, *own, interval(values["overall"])])
         else:
             rows.append([f"{bound}: not available", *["–"] * len(tasks), "–"])
-    return ["configuration", *tasks, "overall"], rows
+    return Table(["configuration", *tasks, "overall"], rows, "Score per task")
 
 
-def distance_table(summary: Summary) -> tuple[list[str], list[list[str]]] | None:
+def distance_table(summary: Summary) -> Table | None:
     """Set distances with interval, n, reference and extractor; a reason where there is no number."""
     if not summary["distances"]:
         return None
@@ -133,19 +119,22 @@ def distance_table(summary: Summary) -> tuple[list[str], list[list[str]]] | None
                 cells.append(f"none: {reason}" if reason else "–")
         rows.append(cells)
     header = ["configuration", "compared to", "extractor", "n"]
-    return header + [titles[name] for name in shown or ["fid"]], rows
+    header += [titles[name] for name in shown or ["fid"]]
+    return Table(header, rows, "Distances between sets of images")
+
+
+def all_tables(summary: Summary) -> list[Table]:
+    """Those that this run has."""
+    made = (main_table(summary), task_table(summary), distance_table(summary))
+    return [table for table in made if table is not None]
 
 
 def markdown(summary: Summary) -> str:
     """The report's tables as Markdown."""
-    parts = [f"# Quality against speed: {_escape(summary['run']['model'])}", "", caption(summary), ""]
-    for table in (main_table(summary), task_table(summary), distance_table(summary)):
-        if table is None:
-            continue
-        header, rows = table
-        lines = [header, ["---"] * len(header), *rows]
-        parts += ["| " + " | ".join(_escape(cell) for cell in line) + " |" for line in lines] + [""]
-    parts += [f"- {_escape(note)}" for note in summary["notes"]]
+    parts = [f"# Quality against speed: {escaped(summary['run']['model'])}", "", caption(summary), ""]
+    for table in all_tables(summary):
+        parts += [table.markdown(), ""]
+    parts += [f"- {escaped(note)}" for note in summary["notes"]]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -173,12 +162,7 @@ def as_csv(summary: Summary) -> str:
                 entry = {"value": distance.get(key), "low": low, "high": high}
                 flat |= _columns(f"{key}_to_{distance['to']}[{distance['extractor']}]", entry)
         rows.append(flat)
-    fields = list(dict.fromkeys(key for flat in rows for key in flat))
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fields, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
+    return Table.of(rows).csv()
 
 
 def caption(summary: Summary) -> str:
@@ -265,9 +249,3 @@ def distance_cell(value: float, ends: Sequence[float] | None) -> str:
 def _columns(name: str, entry: dict[str, Any] | None) -> dict[str, Any]:
     entry = entry or {}
     return {name: entry.get("value"), f"{name}_low": entry.get("low"), f"{name}_high": entry.get("high")}
-
-
-def _escape(cell: str) -> str:
-    for character in ("\\", "|", "`", "*", "_", "[", "<"):
-        cell = cell.replace(character, "\\" + character)
-    return " ".join(cell.split())

@@ -155,6 +155,11 @@ class Adapter(ABC):
             "cache" if "cache" in inspect.signature(self.backbone.forward).parameters else "past_key_values"
         )
 
+    @cached_property
+    def takes_cache_position(self) -> bool:
+        """transformers 5.0 counts the cache's tokens unless it is told where it is; later releases do not ask."""
+        return "cache_position" in inspect.signature(self.backbone.forward).parameters
+
     @property
     @abstractmethod
     def vocabulary(self) -> int:
@@ -226,12 +231,15 @@ class Adapter(ABC):
             position: what `positions` gave.
             key_values: transformers' `Cache`: `update(key, value, layer)` gives the keys and values to see.
         """
+        cache = {self.cache_argument: key_values}
+        if self.takes_cache_position:  # of no effect beside a mask of four dimensions and positions
+            cache["cache_position"] = torch.arange(embedding_RWD.shape[1], device=embedding_RWD.device)
         return self.backbone(
             inputs_embeds=embedding_RWD,
             attention_mask=bias_R1WS,
             position_ids=position,
             use_cache=True,
-            **{self.cache_argument: key_values},
+            **cache,
         ).last_hidden_state
 
     # After the last.

@@ -32,6 +32,9 @@ NEGATIVE_PROMPT = (
     "quality, low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
 )
 
+#: Pixels, where the processor does not say: transformers 5.0 keeps this among a call's defaults.
+_AREA = 720 * 720
+
 
 class Emu3(Adapter):
     """Emu3's image generation.
@@ -47,7 +50,7 @@ class Emu3(Adapter):
     def __init__(self, model: nn.Module, processor: Any) -> None:
         super().__init__(model, processor.tokenizer)
         self.processor, self.negative_prompt = processor, NEGATIVE_PROMPT
-        mapping = self.model.vocabulary_mapping
+        mapping = self.model.model.vocabulary_mapping  # transformers 5.0 has it there alone
         code_ids = [mapping.img2bpe.get(code) for code in range(self.vocabulary)]
         if None in code_ids or mapping.eol_token_id is None:
             raise UnsupportedError(
@@ -103,7 +106,8 @@ class Emu3(Adapter):
     def layout(self, height: int | None, width: int | None) -> Layout:
         """Any multiple of 8 pixels; by default the square of the processor's own area, 720 x 720."""
         scale = self.model.model.vqmodel.spatial_scale_factor
-        own = round(self.processor.image_area**0.5 / self.processor.downsample_ratio) * scale
+        area = getattr(self.processor, "image_area", _AREA)
+        own = round(area**0.5 / self.processor.downsample_ratio) * scale
         height, width = height or own, width or own
         if height <= 0 or width <= 0 or height % scale or width % scale:
             raise ConfigError(

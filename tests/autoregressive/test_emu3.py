@@ -31,7 +31,7 @@ def pipe(folder):
 
 def constrained(processor, model):
     """Which tokens may follow, as in transformers' documentation of Emu3."""
-    tokens, visual = processor.tokenizer, model.vocabulary_mapping.image_tokens
+    tokens, visual = processor.tokenizer, model.model.vocabulary_mapping.image_tokens
     ends = [tokens.eof_token_id, tokens.eoi_token_id, tokens.eos_token_id]
     eol = tokens.convert_tokens_to_ids(tiny_emu3.EOL)
 
@@ -72,7 +72,7 @@ def test_greedy_is_transformers_generate_token_for_token(folder, pipe, guidance)
         prefix_allowed_tokens_fn=constrained(processor, model),
     )[:, inputs["input_ids"].shape[1] :]
     lines = sequences[:, :-3].unflatten(1, (ROWS, COLUMNS + 1))
-    expected = model.vocabulary_mapping.convert_bpe2img(lines).flatten(1)
+    expected = model.model.vocabulary_mapping.convert_bpe2img(lines).flatten(1)
 
     found = pipe(list(tiny_emu3.PROMPTS), guidance_scale=guidance, **GREEDY).images
     assert found.unique().numel() > 5, "a constant image would say nothing"

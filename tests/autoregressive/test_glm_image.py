@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny_glm_image
 import torch
+import transformers
 import windows
 from diffusers import (
     AutoencoderKL,
@@ -47,6 +48,10 @@ def oracle_of(folder) -> GlmImagePipeline:
     return GlmImagePipeline(**NOTHING, vision_language_encoder=model, processor=processor)
 
 
+@pytest.mark.skipif(
+    transformers.__version__.startswith("5.0."),
+    reason="transformers 5.0's own processor takes one prompt only",
+)
 def test_prior_tokens_are_those_of_diffusers_own_pipeline(folder, pipe):
     prompts = list(tiny_glm_image.PROMPTS)
     expected, *_ = oracle_of(folder).generate_prior_tokens(prompts, **SIZE, device=torch.device("cpu"))

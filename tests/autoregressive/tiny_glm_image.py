@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import (
-    GlmImageConfig,
-    GlmImageForConditionalGeneration,
-    GlmImageImageProcessorPil,
-    GlmImageProcessor,
-    GPT2Tokenizer,
+import transformers
+from transformers import GlmImageConfig, GlmImageForConditionalGeneration, GlmImageProcessor, GPT2Tokenizer
+
+#: The one that does without torchvision, whose name transformers 5.0 gave to it.
+ImageProcessor = (
+    getattr(transformers, "GlmImageImageProcessorPil", None) or transformers.GlmImageImageProcessor
 )
 
 CODES = 32
@@ -50,7 +50,7 @@ def tokenizer() -> GPT2Tokenizer:
 
 
 def processor() -> GlmImageProcessor:
-    return GlmImageProcessor(GlmImageImageProcessorPil(), tokenizer(), chat_template=TEMPLATE)
+    return GlmImageProcessor(ImageProcessor(), tokenizer(), chat_template=TEMPLATE)
 
 
 def model(*, context: int = 512, seed: int = 0) -> GlmImageForConditionalGeneration:

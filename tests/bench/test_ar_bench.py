@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -142,6 +143,15 @@ def test_the_page_has_what_is_needed_to_believe_it(finished):
         "## Batch sizes",
     ):
         assert part in text
+    for name, drawn in (
+        ("trade-off", set(rows)),
+        ("batch-sizes", {row["name"] for row in result["batch_sizes"]}),
+    ):
+        assert f"![{name}]({name}.svg)" in text
+        tree = ElementTree.fromstring(finished.with_name(f"{name}.svg").read_text())
+        points = {part.get("data-name") for part in tree.iter() if part.get("data-name")}
+        assert points
+        assert points <= drawn
     assert rows["sjd"]["score"]["n"] == PROMPTS
     assert result["bounds"]["ceiling"]["overall"]["value"] > 0.9
     assert rows["sjd"]["fid"] is None or rows["sjd"]["fid"]["n"] == PROMPTS

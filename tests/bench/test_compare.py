@@ -169,6 +169,7 @@ def test_what_a_continued_folder_has_of_other_settings_stays(tmp_path):
 
 def test_the_page_says_what_it_was_made_with(tmp_path):
     page = start(tmp_path / "r", [HALF])
+    assert 'data-name="steps=2"' in (tmp_path / "r/report/frontier.svg").read_text()
     line = next(line for line in page.splitlines() if line.startswith("Made with:"))
     assert "model tiny, dtype float32; num_inference_steps 4; 3 prompts; threads " in line
     session = next(RunFolder(tmp_path / "r").sessions())

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import matplotlib.figure
-import pytest
-
 from accel.evaluation.bench import frontier
 from accel.evaluation.configurations import PLAIN
 
@@ -54,44 +51,47 @@ def test_groups_and_the_fastest_of_each():
     assert frontier.fastest(items, "peers", 42, "mean") is None
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that were saved."""
-    figures = []
-    save = matplotlib.figure.Figure.savefig
-    monkeypatch.setattr(
-        matplotlib.figure.Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))
-    )
-    return figures
-
-
-def test_the_plot_has_a_panel_for_the_score_where_there_is_one(tmp_path, drawn):
+def test_the_plot_has_a_panel_for_the_score_where_there_is_one():
     report = summary()
     assert frontier.plain_score(report) == 0.5
     items = frontier.entries(report)
-    frontier.plot(items, tmp_path / "frontier.png", plain_score=0.5)
-    mean, p10, score = drawn[0].axes
-    assert [axes.get_ylabel()[:5] for axes in (mean, p10, score)] == ["PSNR ", "PSNR ", "score"]
-    labels = {line.get_label(): list(line.get_ydata()) for line in score.lines}
-    assert labels["plain"] == [0.5, 0.5]
-    for axes in drawn[0].axes:
-        assert {text.get_text() for text in axes.texts} - {""} == {e.name for e in items}
-    frontier.plot([replace(e, score=None) for e in items], tmp_path / "frontier.png")
-    assert len(drawn[1].axes) == 2
+    panels = frontier.plots(items, plain_score=0.5)
+    assert [panel["label"][:5] for panel in panels] == ["PSNR ", "PSNR ", "score"]
+    assert [[name for _, name in panel["lines"]] for panel in panels] == [[], [], ["plain"]]
+    for panel in panels:
+        assert {point["shown"] for point in panel["points"]} == {e.name for e in items}
+        assert [name for name, *_ in panel["legend"]] == ["accel", "peers", "fewer steps"]
+    mean = {point["name"]: point for point in panels[0]["points"]}
+    assert (
+        mean["theirs"]["y"] < mean["near"]["y"] < mean["far"]["y"]
+    )  # 41, 40 and 33 dB, and y grows downwards
+    ((left, y), (right, _)) = mean["far"]["bars"][0]
+    assert left < mean["far"]["x"] < right
+    assert y == mean["far"]["y"]
+    assert len(frontier.plots([replace(e, score=None) for e in items])) == 2
 
 
-def test_names_at_one_score_do_not_cover_each_other(tmp_path, drawn):
+def test_each_group_has_a_front_of_its_own():
+    paths = frontier.plots(frontier.entries(summary()))[0]["paths"]
+    assert [len(path.split()) for path in paths] == [2, 2, 1]
+
+
+def test_names_at_one_score_do_not_cover_each_other():
     # Scores of 24 prompts are multiples of 1/24: most settings share one.
     items = [
         frontier.Entry(f"setting-{i}-taylor1", "peers", 1 + i / 10, 30 + i, 25 + i, (20 + i % 2) / 24, None)
         for i in range(20)
     ]
-    frontier.plot(items, tmp_path / "frontier.png", plain_score=20 / 24)
-    score = drawn[0].axes[-1]
-    boxes = [text.get_window_extent() for text in score.texts if text.get_text()]
-    assert len(boxes) == 20
-    assert [box.count_overlaps(boxes) for box in boxes] == [1] * 20  # itself
-    assert all(score.bbox.count_contains(box.corners()) == 4 for box in boxes)
+    score = frontier.plots(items, plain_score=20 / 24)[-1]
+    boxes = []
+    for point in score["points"]:
+        width = 6.8 * len(point["shown"])
+        left = point["label_x"] - (width if point["anchor"] == "end" else 0)
+        boxes.append((left, point["label_y"] - 11, left + width, point["label_y"] + 3))
+    for i, a in enumerate(boxes):
+        assert 0 <= a[0] <= a[2] <= score["width"]
+        for b in boxes[i + 1 :]:
+            assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
 
 
 def test_what_has_no_ratio_is_named_and_not_drawn():

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import FAMILIES, make_pixart
+import torch.nn.functional as F
+from conftest import FAMILIES
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import accel
-from accel.evaluation.bench.macs import counted
+from accel.evaluation.bench.macs import _formulas, counted
 
 
 def macs_of(pipe, call, config=None):
@@ -20,16 +23,57 @@ def macs_of(pipe, call, config=None):
     return count.macs
 
 
-def test_a_denoisers_products_are_counted_and_nothing_else():
-    pipe, family = make_pixart(blocks=2), FAMILIES["pixart"]
-    got = macs_of(pipe, lambda: family.latents(pipe, steps=3, output_type="pt"))
-    N, T, D, caption = 96, 7, 32, 16  # tokens, text, width
-    self_attention = N * 4 * D * D + 2 * N * N * D
-    cross_attention = N * 2 * D * D + T * 2 * D * D + 2 * N * T * D
-    block = self_attention + cross_attention + N * 8 * D * D
-    embed = N * (4 * 2 * 2) * D + T * (caption * D + D * D)
+N, T, D = 96, 7, 32  # image tokens, text tokens, width
+
+
+def attention(queries: int, keys: int) -> int:
+    return 2 * queries * keys * D
+
+
+def mlp(tokens: int, inner: int = 4 * D) -> int:
+    return 2 * tokens * D * inner
+
+
+def pixart_macs(blocks: int = 3) -> int:
+    """One image: a timestep is embedded for each of a batch."""
+    own = N * 4 * D * D + attention(N, N)
+    text = N * 2 * D * D + T * 2 * D * D + attention(N, T)
+    embed = N * (4 * 2 * 2) * D + T * (16 * D + D * D)
     time = 256 * D + D * D + D * 6 * D
-    assert got == 3 * (2 * block + embed + time + N * D * (8 * 2 * 2))
+    return blocks * (own + text + mlp(N)) + embed + time + N * D * (8 * 2 * 2)
+
+
+def flux_macs(dual: int = 2, single: int = 3) -> int:
+    """One image; guidance-distilled embedding is off, so that time and pooled text modulate alone."""
+    both = N + T
+    modulation = D * 6 * D
+    two = 2 * modulation + both * 4 * D * D + attention(both, both) + mlp(both)
+    one = D * 3 * D + both * 3 * D * D + attention(both, both) + both * D * 4 * D + both * 5 * D * D
+    time = (256 + D) * D + (D + D) * D  # of the timestep and of the pooled text
+    embed = N * 16 * D + T * D * D
+    return dual * two + single * one + time + embed + D * 2 * D + N * D * 16
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("name", "closed", "output"), [("flux", flux_macs, "latent"), ("pixart", pixart_macs, "pt")]
+)
+def test_a_denoisers_products_are_counted_and_nothing_else(name, closed, output, batch):
+    """Attention is in it on every torch: 2.14's own count for the kernel of the CPU is 0. The autoencoder, which
+    makes pixels of PixArt's latents, is not."""
+    family = FAMILIES[name]
+    pipe = family.make()
+    got = macs_of(pipe, lambda: family.latents(pipe, steps=3, batch=batch, output_type=output))
+    assert got == 3 * batch * closed()
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
+def test_attention_is_counted_once_by_any_kernel(backend):
+    """The one that has a formula here, and the one that is counted by its parts."""
+    q, k, v = torch.randn(2, 3, 10, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
+    with FlopCounterMode(display=False, custom_mapping=_formulas()) as counter, sdpa_kernel(backend):
+        F.scaled_dot_product_attention(q, k, v)
+    assert counter.get_total_flops() == 2 * 2 * 3 * 10 * 7 * (8 + 8)
 
 
 @pytest.mark.parametrize("budget", [0.25, 0.5])

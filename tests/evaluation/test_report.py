@@ -2,8 +2,10 @@
 
 import csv
 import io
+import itertools
 import json
 import re
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -18,7 +20,8 @@ from accel.evaluation.folder import RunFolder
 from accel.evaluation.geneval import Detection, Metadata, ObjectSpec, aggregate
 from accel.evaluation.geneval import score as judge
 from accel.evaluation.report import report, summarise
-from accel.evaluation.report.plot import Point, layout, pareto_front
+from accel.evaluation.report.plot import FILE, Point, file, layout, pareto_front
+from accel.evaluation.report.table import Markdown, Table
 from accel.evaluation.run import run
 from accel.evaluation.score import score
 from accel.evaluation.scorers import DetectionScorer, pixel_scorers
@@ -244,6 +247,85 @@ def test_labels_of_a_crowded_plot_cover_neither_each_other_nor_the_points():
             assert not (a[0] < p["x"] < a[2] and a[1] < p["y"] < a[3])
     long = layout([Point("x" * 60, 1, 1, None, None, "")], label="m", higher_is_better=True)["points"][0]
     assert (len(long["shown"]), len(long["name"])) == (24, 60)
+
+
+def test_curves_are_drawn_on_logarithmic_axes_and_named_once():
+    points = [Point(n, 2**i, k * 2**i, None, None, "", n) for n, k in (("a", 1), ("b", 3)) for i in range(4)]
+    drawn = layout(points, label="m", series=True, sheet=FILE)
+    assert [p["shown"] for p in drawn["points"] if p["shown"]] == ["a", "b"]
+    first, second = ([tuple(map(float, c.split(","))) for c in path.split()] for path in drawn["paths"])
+    across = [b[0] - a[0] for a, b in itertools.pairwise(first)]
+    assert across == pytest.approx([across[0]] * 3, abs=0.2)  # doublings are equally far apart
+    assert [a[1] - b[1] for a, b in zip(first, second, strict=True)] == pytest.approx(
+        [first[0][1] - second[0][1]] * 4, abs=0.2
+    )
+    assert [text for _, text in drawn["x_ticks"]] == ["1", "2", "5", "10"]
+
+
+def test_the_legend_covers_no_point():
+    # Points in three of the four corners.
+    points = [
+        Point(f"p{i}", x, y, None, None, "", "ab"[i % 2]) for i, (x, y) in enumerate([(1, 0), (1, 9), (4, 9)])
+    ]
+    drawn = layout(points, label="m", sheet=FILE)
+    x0, y0, x1, y1 = drawn["frame"]
+    assert [name for name, *_ in drawn["legend"]] == ["a", "b"]
+    for _, left, top in drawn["legend"]:
+        assert not any(left < p["x"] < left + 37 and top < p["y"] < top + 18 for p in drawn["points"])
+        assert x0 <= left < left + 37 <= x1
+        assert y0 <= top < top + 18 <= y1
+
+
+def test_a_figure_is_a_document_of_its_own_with_names_that_are_no_code():
+    evil = layout([Point(EVIL, 1, 1, 0.5, 1.5, "<b>", EVIL, (0.9, 1.1))], label=EVIL)
+    tree = ElementTree.fromstring(file([evil, layout([Point("b", 2, 1, None, None, "")], label="m")]))
+    names = [part.get("data-name") for part in tree.iter() if part.get("data-name")]
+    assert names == [EVIL, "b"]
+    assert not any(part.tag.endswith(("script", "image", "a")) for part in tree.iter())
+    assert [part.get("y") for part in tree.iter() if part.tag.endswith("svg")] == [None, "24", "408"]
+
+
+# --- one table, its views ------------------------------------------------------------------------
+
+TABLE = Table(
+    ["name", "value | unit"], [["a*b|c](http://x)", None], [Markdown("`d|e`"), "1.0 [0.5, 1.5]"]], "Two"
+)
+
+
+def test_a_table_as_markdown_escapes_what_is_not_markdown():
+    assert TABLE.markdown().splitlines() == [
+        "## Two",
+        "",
+        "| name | value \\| unit |",
+        "| --- | --- |",
+        "| a\\*b\\|c\\](http://x) | – |",
+        "| `d\\|e` | 1.0 [0.5, 1.5] |",
+    ]
+
+
+def test_a_table_as_csv_has_the_values():
+    flat = Table.of([{"a": 1.5, "b": None}, {"b": "x,y", "c": True}])
+    assert list(csv.reader(io.StringIO(flat.csv()))) == [
+        ["a", "b", "c"],
+        ["1.5", "", ""],
+        ["", "x,y", "True"],
+    ]
+
+
+def test_a_table_on_a_terminal_takes_nothing_for_markup():
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=80)
+    console.print(Table(["name", "[bold]"], [["[/x] [red]a", Markdown("2x `b`")]]).terminal())
+    shown = console.file.getvalue()
+    assert "[/x] [red]a" in shown
+    assert "[bold]" in shown
+    assert "2x b" in shown
+
+
+def test_a_row_that_does_not_fit_is_found_where_it_is_made():
+    with pytest.raises(AssertionError, match="another length"):
+        Table(["a", "b"], [["1"]])
 
 
 # --- in the browser ------------------------------------------------------------------------------
