@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from importlib.metadata import version
 
 import numpy as np
@@ -10,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from accel import backends, cli, generation
+from accel import backends, generation
+from accel.cli.app import main
 from accel.errors import ConfigError, UnsupportedError, WeightsError
 from accel.pipelines.builtin import FOLDER
 
@@ -24,15 +24,9 @@ def pixels(path):
 
 def accel(capsys, *args):
     """Runs `accel ARGS…`; returns (exit code, stdout, stderr)."""
-    code = 0
-    before = sys.argv
-    sys.argv = ["accel", *map(str, args)]
-    try:
-        cli.main()
-    except SystemExit as error:
-        code = error.code or 0
-    finally:
-        sys.argv = before
+    with pytest.raises(SystemExit) as left:
+        main(map(str, args))
+    code = left.value.code or 0
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
