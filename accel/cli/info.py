@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from accel import __version__, backends, configs, methods
 from accel.pipelines import builtin
+from accel.strict import dump_json
+
+from .terminal import console, say, visible
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 
@@ -65,22 +67,17 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
             "denoisers": registry.known(),
             "autoregressive_models": adapter.known(),
         }
-        typer.echo(json.dumps(report, indent=2))
+        typer.echo(dump_json(report))
         return
-    console = Console()
-    console.print("  ".join(f"{name} {number}" for name, number in _versions().items()), highlight=False)
+    say("  ".join(f"{name} {number}" for name, number in _versions().items()))
     table = Table("backend", "active", "version", "", box=None, pad_edge=False)
     for probe in probes:
-        table.add_row(
-            probe.name,
-            "[green]yes[/]" if probe.active else "[yellow]no[/]",
-            probe.version or "–",
-            probe.detail,
-        )
+        active = Text("yes", "green") if probe.active else Text("no", "yellow")
+        table.add_row(probe.name, active, probe.version or "–", Text(visible(probe.detail)))
     console.print(table)
     lines = [f"presets, {method}: {', '.join(names)}" for method, names in presets.items()]
     lines += [f"model {name}: {where}" for name, where in models.items()]
     lines.append(f"denoisers: {', '.join(registry.known())}")
     lines.append(f"autoregressive models: {', '.join(adapter.known())}")
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        say(line)
