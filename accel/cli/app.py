@@ -12,7 +12,6 @@ from typing import Annotated
 
 import typer
 
-from accel import __version__
 from accel.errors import AccelError, AccelWarning
 
 from . import bench, demo, evaluate, generate, info, terminal
@@ -37,6 +36,8 @@ _debug = False
 
 def _version(value: bool) -> None:
     if value:
+        from accel import __version__
+
         typer.echo(__version__)
         raise typer.Exit
 

@@ -10,8 +10,6 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from accel import __version__, backends, configs, methods
-from accel.pipelines import builtin
 from accel.strict import dump_json
 
 from .terminal import console, say, visible
@@ -20,6 +18,8 @@ _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 
 
 def _versions() -> dict[str, str]:
+    from accel import __version__
+
     found = {"accel": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -31,6 +31,8 @@ def _versions() -> dict[str, str]:
 
 def _builtin() -> dict[str, str]:
     """Folder of each built-in model, or how to make it."""
+    from accel.pipelines import builtin
+
     found = {}
     for name, folder, index, script in (
         ("builtin", builtin.FOLDER, "model_index.json", "train_scenes_diffusion.py"),
@@ -43,6 +45,8 @@ def _builtin() -> dict[str, str]:
 
 def _presets() -> dict[str, list[str]]:
     """Names of presets, by the method they configure."""
+    from accel import configs, methods
+
     found: dict[str, list[str]] = {}
     for name in configs.names():
         method = methods.name_of(configs.load(name))
@@ -52,6 +56,7 @@ def _presets() -> dict[str, list[str]]:
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Versions, device, which backends are active and why the others are not, presets, model families."""
+    from accel import backends, configs
     from accel.pipelines import registry
     from accel.pipelines.autoregressive import adapter
 
