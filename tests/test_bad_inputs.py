@@ -45,7 +45,7 @@ def errors(text):
     return [line for line in text.splitlines() if line.startswith("error:")]
 
 
-@pytest.mark.parametrize("case_id", map(marked, ALL))
+@pytest.mark.parametrize("case_id", [marked(name) for name in ALL])
 def test_is_refused_in_one_line(case_id, tmp_path):
     case = ALL[case_id]
     arguments = case.prepare(tmp_path)

@@ -108,6 +108,7 @@ def _usage(error: Exception) -> int:
         return code
     context = getattr(error, "ctx", None)
     path = context.command_path if context else "accel"
-    message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
-    terminal.complain("error", f"{message}. See: {path} --help", "bold red")
+    message = error.format_message()  # type: ignore[attr-defined]
+    stop = "" if message.endswith((".", "?", "!")) else "."
+    terminal.complain("error", f"{message}{stop} See: {path} --help", "bold red")
     return code
