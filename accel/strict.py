@@ -121,7 +121,7 @@ def _check_events(text: str) -> None:
 
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
-        line = event.start_mark.line + 1
+        line = event.start_mark.line + 1 if event.start_mark else 1
         if isinstance(event, yaml.AliasEvent):
             raise StrictError(f"line {line}: aliases (*{event.anchor}) are refused; write the value out")
         if isinstance(event, yaml.CollectionStartEvent):

@@ -30,7 +30,9 @@ app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(bench.app, name="bench")
 
 # Not exported under a name of its own, and another class in every second release.
-_ClickException = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+_ClickException: type[Exception] = next(  # type: ignore[assignment]
+    cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException"
+)
 _debug = False
 
 

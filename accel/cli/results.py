@@ -195,7 +195,7 @@ def _table(rows: list[dict[str, Any]], keys: list[str], with_summary: bool) -> T
             Text(visible(row["prompt"].removeprefix(_GRAMMAR))),
             *(Text(columns[key][index + 1]) for key in keys),
         ]
-        table.add_row(*cells, style="bold" if last else None)
+        table.add_row(*line, style="bold" if last else None)
     return table
 
 
