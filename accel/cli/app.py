@@ -30,7 +30,7 @@ app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(bench.app, name="bench")
 
 # Not exported under a name of its own, and another class in every second release.
-_ClickException: type[Exception] = next(  # type: ignore[assignment]
+_ClickException: type[Exception] = next(
     cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException"
 )
 _debug = False

@@ -191,11 +191,9 @@ def _table(rows: list[dict[str, Any]], keys: list[str], with_summary: bool) -> T
         table.add_column(header, no_wrap=True, justify="right", min_width=max(map(len, (header, *cells))))
     for index, row in enumerate(rows):
         last = with_summary and index == len(rows) - 1
-        cells = [
-            Text(visible(row["prompt"].removeprefix(_GRAMMAR))),
-            *(Text(columns[key][index + 1]) for key in keys),
-        ]
-        table.add_row(*line, style="bold" if last else None)
+        prompt = Text(visible(row["prompt"].removeprefix(_GRAMMAR)))
+        numbers_of_it = [Text(cells[index + 1]) for cells in columns.values()]
+        table.add_row(prompt, *numbers_of_it, style="bold" if last else None)
     return table
 
 
