@@ -6,7 +6,6 @@ import shutil
 import time
 
 import pytest
-import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 

@@ -1,5 +1,6 @@
 """What reaches the terminal, and that Ctrl-C ends a command that is inside one long call."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import time
 
 import pytest
 
-from accel.cli import terminal
+from accel.cli import markdown, terminal
 from accel.cli.app import main
 
 # A call that never looks for signals, as one attention over a large image: minutes, without Python in between.
@@ -130,3 +131,27 @@ def test_out_of_memory_is_one_line_and_other_errors_are_not_hidden(capsys, monke
     assert "error: out of memory" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="a mistake of ours"):
         fails(RuntimeError("a mistake of ours"))
+
+
+REPORT = r"""# Title
+
+| configuration | PSNR (dB) | score |
+| --- | --: | --- |
+| **fast** | 41.2 \[39.0, 43.1] | [0.843](x.md) of `n` a\|b |
+"""
+
+
+@pytest.mark.parametrize("width", [80, 30])
+def test_reports_are_shown_without_marks_and_with_whole_headers(capsys, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    markdown.show_report(REPORT)
+    assert capsys.readouterr().out == REPORT  # into a pipe: Markdown
+    monkeypatch.setattr(terminal.console, "_force_terminal", True)
+    monkeypatch.setattr(terminal.console, "no_color", True)
+    markdown.show_report(REPORT)
+    out = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+    assert not re.search(r"\*\*|`|\]\(|---|\\|^#", out, re.MULTILINE)
+    for text in ("PSNR (dB)", "score", "fast", "41.2 [39.0, 43.1]", "0.843 of n a|b"):
+        assert text in out
+    assert ("configuration" in out) == (width == 80)
+    assert ("PSNR (dB): 41.2" in out) == (width == 30)

@@ -14,8 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from accel.errors import ConfigError
 
 from . import common as c
+from .markdown import show_report
 from .terminal import progress_console as _console
-from .terminal import say, show_report, visible
+from .terminal import say, visible
 
 app = typer.Typer(help="Compare with what people use today, on this machine.", no_args_is_help=True)
 

@@ -18,8 +18,9 @@ from accel.errors import AccelWarning
 from accel.strict import dump_json
 
 from .common import MAX_SEED
+from .markdown import show_report
 from .terminal import progress_console as _console
-from .terminal import say, show_report
+from .terminal import say
 
 app = typer.Typer(
     help="Quality against speed: generate with several configurations, score, report.", no_args_is_help=True

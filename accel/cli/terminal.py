@@ -51,16 +51,6 @@ def complain(kind: str, text: object, style: str) -> None:
     Console(stderr=True, markup=False, emoji=False, highlight=False).print(line, soft_wrap=True)
 
 
-def show_report(markdown: str) -> None:
-    """A report: rendered on a terminal, as Markdown into a file or a pipe."""
-    if not console.is_terminal:
-        sys.stdout.write(markdown + ("" if markdown.endswith("\n") else "\n"))
-        return
-    from rich.markdown import Markdown
-
-    console.print(Markdown(markdown))
-
-
 def tolerate_narrow_encodings() -> None:
     """A terminal that knows no "–" gets `\\u2013` in its place, not a UnicodeEncodeError."""
     for stream in (sys.stdout, sys.stderr):
