@@ -120,12 +120,16 @@ class Settings:
                 f"{', '.join(given)} is for autoregressive models, which draw tokens; {type(pipe).__name__} "
                 "is a diffusion model: it has --steps and --guidance"
             )
+        self._check_size(pipe)
         for name in self.arguments(pipe):
             if not _accepts(pipe, name):
                 option = next(option for option, names in _ARGUMENTS.items() if name in names)
                 raise ConfigError(f"{type(pipe).__name__} takes no {name!r}; leave {option} out")
+        return None
+
+    def _check_size(self, pipe: Any) -> None:
         if self.size is None:
-            return None
+            return
         multiple = size_multiple(pipe)
         if any(side % multiple for side in self.size):
             width, height = (max(multiple, round(side / multiple) * multiple) for side in self.size)
@@ -133,7 +137,6 @@ class Settings:
                 f"size {self.size[0]}x{self.size[1]} is not divisible by {multiple}, which this model needs; "
                 f"the nearest that is: {width}x{height}"
             )
-        return None
 
     def _check_autoregressive(self, pipe: Any) -> None:
         adapter = pipe.adapter
