@@ -22,6 +22,7 @@ from .autoregressive.loading import check_weight_files, listed, load_model, quie
 
 INDEX = "model_index.json"
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken", "tekken.json")
+_DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 _WITHOUT_WEIGHTS = ("Tokenizer", "TokenizerFast", "Processor", "FeatureExtractor", "Scheduler")
 AGAIN = "Download or save it again"
 
@@ -178,7 +179,7 @@ def _check_component(part: Path, class_name: str, component: Any) -> None:
     elif component is not None and not class_name.endswith(_WITHOUT_WEIGHTS):
         if not (part / "config.json").is_file():
             raise WeightsError(f"{part / 'config.json'}: file is missing. {AGAIN}")
-        check_weight_files(part)
+        check_weight_files(part, "model.safetensors" if _is_model(component) else _DIFFUSERS_WEIGHTS)
 
 
 def _check_complete(pipe: Any, folder: Path) -> None:

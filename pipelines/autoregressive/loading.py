@@ -68,8 +68,11 @@ def class_name(source: str, **options: Any) -> str:
     return str(names[0])
 
 
-def check_weight_files(folder: Path) -> None:
+def check_weight_files(folder: Path, usual: str = "model.safetensors") -> None:
     """Name the broken file of a local folder before a loader fails on it with a message about something else.
+
+    Args:
+        usual: the name to say where there is none.
 
     Raises:
         WeightsError: no safetensors file, only pickles, or a file that is cut off or otherwise corrupt.
@@ -83,7 +86,7 @@ def check_weight_files(folder: Path) -> None:
             "are refused. Convert them: model.save_pretrained(folder) writes safetensors"
         )
     if not files:
-        raise WeightsError(f"{folder}: its weight file (*.safetensors) is missing. Download or save it again")
+        raise WeightsError(f"{folder}: weight file {usual} is missing. Download or save it again")
     for index in sorted(folder.glob("*.safetensors.index.json")):
         _check_shards(index)
     for path in files:
