@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib
 import os.path
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
     from .methods.pruning.config import TokenPruningConfig
     from .methods.speculation.config import SpeculativeDecodingConfig
     from .stats import Stats
+
+    __version__: str
 
 __all__ = [
     "AccelError",
@@ -62,18 +63,24 @@ _root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if os.path.isfile(os.path.join(_root, "pyproject.toml")):
     __path__.append(_root)
 
-try:
-    __version__ = version("accel-image")
-except PackageNotFoundError:  # a bare source tree on the path
-    __version__ = "0+unknown"
-
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     if name in _SUBMODULES:
         return importlib.import_module(f"accel.{name}")
+    if name == "__version__":
+        return _version()
     raise AttributeError(f"module 'accel' has no attribute {name!r}")
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version  # half of what `import accel` would take
+
+    try:
+        return version("accel-image")
+    except PackageNotFoundError:  # a bare source tree on the path
+        return "0+unknown"
 
 
 def __dir__() -> list[str]:

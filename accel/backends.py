@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import logging
 import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -43,13 +44,15 @@ def _import(module: str) -> str | None:
     return None
 
 
-def _optional(name: str, package: str, module: str, use: str, install: str) -> Probe:
+def _optional(name: str, package: str, module: str, use: str) -> Probe:
     version = _version(package)
+    install = f"pip install {package}"
     if version is None:
         return Probe(name, False, None, f"not installed; {use}. To get it: {install}")
     error = _import(module)
     if error:
-        return Probe(name, False, version, f"installed but does not import ({error}); {use}. Try: {install}")
+        advice = f"Try: {install.replace('install', 'install --upgrade')}"
+        return Probe(name, False, version, f"installed but does not import ({error}); {use}. {advice}")
     return Probe(name, True, version, use)
 
 
@@ -80,7 +83,7 @@ def torchvision() -> Probe:
             "Install the matching one, pip install --upgrade torch torchvision, "
             "or remove it: pip uninstall torchvision",
         )
-    return Probe("torchvision", True, version, "used by some extractors and by other packages")
+    return Probe("torchvision", True, version, "nothing here needs it; other packages use it")
 
 
 def triton() -> Probe:
@@ -101,21 +104,27 @@ def probes() -> list[Probe]:
         cuda(),
         triton(),
         torchvision(),
-        _optional(
-            "xformers", "xformers", "xformers.ops", "optional attention backend", "pip install xformers"
-        ),
-        _optional("matplotlib", "matplotlib", "matplotlib", "plots", "pip install 'accel-image[eval]'"),
-        _optional(
-            "torchmetrics",
-            "torchmetrics",
-            "torchmetrics",
-            "reference metrics",
-            "pip install 'accel-image[eval]'",
-        ),
-        _optional(
-            "clean-fid", "clean-fid", "cleanfid.resize", "FID's resize", "pip install 'accel-image[eval]'"
-        ),
+        _optional("xformers", "xformers", "xformers.ops", "an attention backend for CUDA"),
+        _optional("matplotlib", "matplotlib", "matplotlib", "plots of accel bench"),
+        _optional("torchmetrics", "torchmetrics", "torchmetrics", "LPIPS in accel evaluate"),
+        _optional("cache-dit", "cache-dit", "cache_dit", "a peer in accel bench peers"),
     ]
+
+
+class _TorchvisionLines(logging.Filter):
+    """transformers says of every image processor that torchvision is missing. Nothing here uses one."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "requires torchvision" not in str(record.msg)
+
+
+_without_torchvision_lines = _TorchvisionLines()
+
+
+def quiet_torchvision() -> None:
+    """Silence those lines, and nothing else that transformers logs. Before its image processors are imported."""
+    # A logger takes the same filter once.
+    logging.getLogger("transformers.utils.import_utils").addFilter(_without_torchvision_lines)
 
 
 def require_sound_stack() -> None:

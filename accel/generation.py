@@ -6,7 +6,9 @@ An image's noise depends on its seed alone, so it does not matter which batch it
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,8 +19,9 @@ import torch
 
 from . import configs
 from .api import accelerate
+from .core.checks import check, is_number, is_whole
 from .core.decoding import Sampling
-from .errors import ConfigError, UnsupportedError
+from .errors import AccelError, ConfigError, UnsupportedError
 from .pipelines.loading import BUILTIN, BUILTIN_AR, DTYPES, is_autoregressive, load_pipeline
 from .pipelines.timing import measure
 
@@ -32,6 +35,7 @@ __all__ = [
     "Settings",
     "Way",
     "batches",
+    "call_in_full",
     "check_can_accelerate",
     "default_steps",
     "guidance_argument",
@@ -42,21 +46,23 @@ __all__ = [
     "run",
     "size_multiple",
     "timed",
+    "versions",
 ]
+
+# Far beyond what is ever useful: they catch slips of the keyboard before memory or hours are gone.
+MAX_STEPS, MAX_SIDE, MAX_GUIDANCE = 10_000, 16_384, 1_000
 
 T = TypeVar("T")
 
 
 def parse_size(text: str) -> tuple[int, int]:
     """ "512" or "768x512" (width x height) → (width, height)."""
-    parts = text.lower().split("x")
-    try:
-        numbers = [int(part) for part in parts]
-    except ValueError:
-        numbers = []
-    if len(numbers) not in (1, 2) or min(numbers, default=0) < 1:
-        raise ConfigError(f"size {text!r} is neither a number of pixels (512) nor WIDTHxHEIGHT (768x512)")
-    return numbers[0], numbers[-1]
+    match = re.fullmatch(r"([0-9]{1,9})(?:[xX]([0-9]{1,9}))?", text.strip())
+    if not match:
+        raise ConfigError(
+            f"size {text[:40]!r} is neither a number of pixels (512) nor WIDTHxHEIGHT (768x512)"
+        )
+    return int(match[1]), int(match[2] or match[1])
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,9 @@ class Settings:
         size: width, height in pixels.
         guidance: strength of classifier-free guidance.
         temperature, top_k, top_p: see `accel.core.decoding.Sampling`; for autoregressive models only.
+
+    Raises:
+        ConfigError: a value that no pipeline can take.
     """
 
     steps: int | None = None
@@ -84,6 +93,18 @@ class Settings:
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is not None:
+            valid = is_whole(self.steps) and 1 <= self.steps <= MAX_STEPS
+            check(valid, "steps", f"at least 1 and at most {MAX_STEPS}", self.steps)
+        for side in self.size or ():
+            valid = is_whole(side) and 1 <= side <= MAX_SIDE
+            check(valid, "size", f"at least 1 and at most {MAX_SIDE} pixels a side", side)
+        if self.guidance is not None:
+            valid = is_number(self.guidance) and 0 <= self.guidance <= MAX_GUIDANCE
+            check(valid, "guidance", f"a number from 0 to {MAX_GUIDANCE}", self.guidance)
+        Sampling(**self._sampling)
 
     def check(self, pipe: Any) -> None:
         """Before any work.
@@ -99,10 +120,16 @@ class Settings:
                 f"{', '.join(given)} is for autoregressive models, which draw tokens; {type(pipe).__name__} "
                 "is a diffusion model: it has --steps and --guidance"
             )
-        if self.steps is not None and self.steps < 1:
-            raise ConfigError(f"steps must be at least 1, got {self.steps}")
+        self._check_size(pipe)
+        for name in self.arguments(pipe):
+            if not _accepts(pipe, name):
+                option = next(option for option, names in _ARGUMENTS.items() if name in names)
+                raise ConfigError(f"{type(pipe).__name__} takes no {name!r}; leave {option} out")
+        return None
+
+    def _check_size(self, pipe: Any) -> None:
         if self.size is None:
-            return None
+            return
         multiple = size_multiple(pipe)
         if any(side % multiple for side in self.size):
             width, height = (max(multiple, round(side / multiple) * multiple) for side in self.size)
@@ -110,7 +137,6 @@ class Settings:
                 f"size {self.size[0]}x{self.size[1]} is not divisible by {multiple}, which this model needs; "
                 f"the nearest that is: {width}x{height}"
             )
-        return None
 
     def _check_autoregressive(self, pipe: Any) -> None:
         adapter = pipe.adapter
@@ -126,7 +152,6 @@ class Settings:
             )
         if self.guidance is not None and self.guidance < 1:
             raise ConfigError(f"guidance must be at least 1 (1 is off), got {self.guidance}")
-        Sampling(**self._sampling)
         width, height = self.size or (None, None)
         adapter.layout(height, width)
 
@@ -144,6 +169,14 @@ class Settings:
         if self.guidance is not None:
             chosen[guidance_argument(pipe)] = self.guidance
         return chosen | self._sampling
+
+
+#: Which of a pipeline's arguments an option sets.
+_ARGUMENTS = {
+    "--steps": ("num_inference_steps",),
+    "--size": ("width", "height"),
+    "--guidance": ("true_cfg_scale", "guidance_scale"),
+}
 
 
 def guidance_argument(pipe: Any) -> str:
@@ -165,6 +198,9 @@ def run(
 
     Args:
         on_step: called with the number of steps done since the last time: denoising steps, or image tokens.
+
+    Raises:
+        UnsupportedError: the pipeline refuses the call; it says why.
     """
     arguments = settings.arguments(pipe)
     if _accepts(pipe, "callback_on_step_end"):
@@ -180,7 +216,15 @@ def run(
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator("cpu").manual_seed(job.seed) for job in jobs]
     prompts = [_as_prompt(pipe, job.prompt) for job in jobs]
-    images = pipe(prompts, generator=generators, output_type="pt", **arguments).images
+    try:
+        images = pipe(prompts, generator=generators, output_type="pt", **arguments).images
+    except AccelError:
+        raise
+    except (
+        ValueError,
+        TypeError,
+    ) as error:  # how pipelines refuse a call: their check_inputs, or its signature
+        raise UnsupportedError(f"{type(pipe).__name__} refuses this call: {error}") from error
     return images.detach().float().cpu().clamp(0, 1)
 
 
@@ -316,6 +360,43 @@ def default_steps(pipe: Any, settings: Settings | None = None) -> int | None:
         return pipe.adapter.layout(height, width).slots
     parameter = inspect.signature(pipe.__call__).parameters.get("num_inference_steps")
     return parameter.default if parameter and isinstance(parameter.default, int) else None
+
+
+def call_in_full(pipe: Any, settings: Settings) -> dict[str, Any]:
+    """What a call runs with, the pipeline's own defaults written out: steps and guidance, or guidance and sampling.
+
+    What the pipeline has no such argument for is left out.
+    """
+    if is_autoregressive(pipe):
+        defaults = vars(pipe.adapter.defaults())
+        return {**defaults, **settings.arguments(pipe)}
+    parameters = inspect.signature(pipe.__call__).parameters
+    names = "num_inference_steps", guidance_argument(pipe)
+    defaults = {name: parameters[name].default for name in names if name in parameters}
+    call = {**defaults, **settings.arguments(pipe)}
+    scheduler = type(getattr(pipe, "scheduler", None)).__name__
+    return {
+        "steps": call.get("num_inference_steps"),
+        "guidance": call.get(guidance_argument(pipe)),
+        "scheduler": scheduler,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what an image depends on."""
+    packages = {
+        "accel": "accel-image",
+        "torch": "torch",
+        "diffusers": "diffusers",
+        "transformers": "transformers",
+    }
+    found = {}
+    for name, package in packages.items():
+        try:
+            found[name] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # a bare source tree on the path
+            found[name] = "unknown"
+    return found
 
 
 def presets_for(pipe: Any) -> list[str]:

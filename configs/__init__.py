@@ -12,10 +12,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from accel import methods
 from accel.errors import ConfigError, UnknownNameError
+from accel.strict import MAX_BYTES, StrictError, parse_yaml, read_text
 
 _FOLDER = Path(__file__).parent
 
@@ -30,7 +29,8 @@ def load(source: str | PathLike | Mapping[str, Any]) -> Any:
 
     Raises:
         UnknownNameError: unknown preset, method or key; the message lists the valid ones.
-        ConfigError: the file is missing or not YAML, or a value is out of range; the message names the file.
+        ConfigError: the file is missing or not YAML, has a key twice, an alias or too deep a nesting, or a value
+            is out of range; the message names the file, and the line where it can.
     """
     if isinstance(source, Mapping):
         return _from_mapping(source, "mapping")
@@ -40,11 +40,11 @@ def load(source: str | PathLike | Mapping[str, Any]) -> Any:
             raise UnknownNameError("preset", source, names(), "A path to a YAML file works too.")
         path = _FOLDER / f"{source}.yaml"
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+        content = parse_yaml(read_text(path, MAX_BYTES))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except StrictError as error:
+        raise ConfigError(f"{path}: {error}") from error
     if not isinstance(content, Mapping):
         raise ConfigError(f"{path}: expected `method: ...` and its settings, got {type(content).__name__}")
     return _from_mapping(content, str(path))
@@ -64,3 +64,5 @@ def _from_mapping(content: Mapping[str, Any], where: str) -> Any:
         return cls(**settings)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
+    except TypeError as error:  # a list or a mapping where a number or a word belongs
+        raise ConfigError(f"{where}: a value is of the wrong kind ({error})") from error

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 _MARGIN, _TEXT = 12, 15
 _INK, _FAINT, _PAPER = (28, 28, 30), (110, 110, 115), (255, 255, 255)
@@ -27,9 +28,21 @@ def to_pil(image: torch.Tensor) -> Image.Image:
     return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
 
 
+def save_png(image: Image.Image, file: Path, notes: Mapping[str, str] | None = None) -> None:
+    """A PNG with text fields; the file is there whole or not at all."""
+    fields = PngInfo()
+    for key, value in (notes or {}).items():
+        fields.add_itxt(key, value)
+    part = file.with_name(f".{file.stem[:200]}.part")  # beside it, so that moving it is one step
+    image.save(part, format="PNG", pnginfo=fields)
+    part.replace(file)
+
+
 def _fit(
     draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
 ) -> str:
+    # One line (PIL cannot measure several), and no longer than can be seen: a letter takes a pixel at least.
+    text = " ".join(text.split())[: width + 1]
     if draw.textlength(text, font) <= width:
         return text
     while text and draw.textlength(text + "…", font) > width:
@@ -37,8 +50,14 @@ def _fit(
     return text.rstrip() + "…"
 
 
-def side_by_side(prompts: Sequence[str], columns: Sequence[Column], path: Path) -> None:
-    """One row per prompt, one column per way of generating it; the prompt stands above its row."""
+def side_by_side(
+    prompts: Sequence[str], columns: Sequence[Column], path: Path, notes: Mapping[str, str] | None = None
+) -> None:
+    """One row per prompt, one column per way of generating it; the prompt stands above its row.
+
+    Args:
+        notes: text fields of the PNG.
+    """
     height, width = columns[0].images.shape[-2:]
     font, small = ImageFont.load_default(_TEXT), ImageFont.load_default(_TEXT - 2)
     line = _TEXT + 7
@@ -58,4 +77,4 @@ def side_by_side(prompts: Sequence[str], columns: Sequence[Column], path: Path) 
             (_MARGIN, top + row * row_height), _fit(draw, prompt, small, total - 2 * _MARGIN), _INK, small
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    save_png(sheet, path, notes)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from accel.backends import dtype_argument, require_sound_stack
-from accel.errors import ConfigError, WeightsError
+from accel.backends import dtype_argument, quiet_torchvision, require_sound_stack
+from accel.errors import AccelError, ConfigError, WeightsError
+
+from . import folders, hub
 
 BUILTIN, BUILTIN_AR = "builtin", "builtin-ar"
+_DEVICES = ("cpu", "cuda", "mps", "xpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -32,8 +36,9 @@ def load_pipeline(model: str = BUILTIN, device: str | None = None, dtype: str | 
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     if device is not None:
-        _check(device)
+        check_device(device)
     require_sound_stack()
+    quiet_torchvision()
     if model in (BUILTIN, BUILTIN_AR):
         from . import builtin
 
@@ -41,43 +46,70 @@ def load_pipeline(model: str = BUILTIN, device: str | None = None, dtype: str | 
         return load(device, DTYPES[dtype] if dtype else None)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch_dtype = DTYPES[dtype] if dtype else (torch.bfloat16 if device.startswith("cuda") else torch.float32)
-    folder = Path(model)
-    if not _is_diffusers(model):
-        from .autoregressive import AutoregressivePipeline
-
-        return AutoregressivePipeline.from_pretrained(model, dtype=torch_dtype).to(device)
+    options = {} if Path(model).exists() else _on_hub(model)
+    if not _is_diffusers(model, **options):
+        return _autoregressive(model, torch_dtype, **options).to(device)
+    if Path(model).exists():
+        return folders.load(Path(model), torch_dtype).to(device)
     from diffusers import DiffusionPipeline
 
-    if folder.exists() and _only_pickles(folder):
-        raise WeightsError(
-            f"{folder}: its weights are pickles (.bin/.pt/.ckpt), which can run any code when loaded and are "
-            "refused. Convert them to safetensors: pipe.save_pretrained(folder, safe_serialization=True)"
-        )
     try:
-        pipe = DiffusionPipeline.from_pretrained(model, **dtype_argument(torch_dtype), use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{model}: cannot be loaded as a diffusers pipeline: {error}") from error
+        pipe = DiffusionPipeline.from_pretrained(
+            model, **dtype_argument(torch_dtype), use_safetensors=True, **options
+        )
+    except Exception as error:  # loaders of two libraries, on files that may be anything, raise anything
+        raise WeightsError(
+            f"{model}: cannot be loaded as a diffusers pipeline: {folders.said(error)}"
+        ) from error
     return pipe.to(device)
 
 
-def _check(device: str) -> None:
+def _autoregressive(model: str, dtype: torch.dtype, **options: Any) -> Any:
+    from .autoregressive import AutoregressivePipeline
+
     try:
+        return AutoregressivePipeline.from_pretrained(model, dtype=dtype, **options)
+    except AccelError:
+        raise
+    except Exception as error:  # adapters read configurations that may be anything
+        raise WeightsError(
+            f"{model}: cannot be loaded: {folders.said(error)}. Download or save it again"
+        ) from error
+
+
+def check_device(device: str) -> None:
+    """That tensors can be made there.
+
+    Raises:
+        ConfigError: not the name of a device, or not one that this machine and this torch have.
+    """
+    try:
+        kind = torch.device(device).type
+        if kind not in _DEVICES:  # "meta" would take everything and compute nothing
+            raise RuntimeError(f"not one of {', '.join(_DEVICES)}")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # builds without CUDA only assert
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device {device!r} cannot be used here ({reason}); cpu always works") from error
 
 
-def _is_diffusers(model: str) -> bool:
+def _on_hub(model: str) -> dict[str, Any]:
+    """What loaders need to know of a hub id; `WeightsError` if it is none, or cannot be had."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
+        raise WeightsError(f"{model}: there is no such folder, and hub ids are of the form owner/name")
+    return hub.where(model)
+
+
+def _is_diffusers(model: str, **options: Any) -> bool:
     """Whether diffusers saved it: it has a model_index.json. Raises for a folder that nobody saved."""
     from .autoregressive.loading import read_json
 
     folder = Path(model)
     if not folder.exists():
-        if model.startswith((".", "/", "~")) or model.count("/") != 1:  # no hub id looks like that
-            raise WeightsError(f"{model}: there is no such folder, and hub ids are of the form owner/name")
-        return read_json(model, "model_index.json") is not None
-    if (folder / "model_index.json").is_file():
+        return read_json(model, folders.INDEX, **options) is not None
+    if folder.is_file():
+        raise WeightsError(f"{folder}: is a file; give the folder that save_pretrained wrote")
+    if (folder / folders.INDEX).is_file():
         return True
     if not (folder / "config.json").is_file() and not any(folder.glob("[ct]2i_*")):
         raise WeightsError(
@@ -92,8 +124,3 @@ def is_autoregressive(pipe: Any) -> bool:
     from .autoregressive import AutoregressivePipeline
 
     return isinstance(pipe, AutoregressivePipeline)
-
-
-def _only_pickles(folder: Path) -> bool:
-    has = {suffix: any(folder.rglob(f"*{suffix}")) for suffix in (".safetensors", ".bin", ".pt", ".ckpt")}
-    return not has.pop(".safetensors") and any(has.values())

@@ -1,8 +1,8 @@
 """The command line as a user types it, on the built-in model at a size that takes seconds."""
 
 import json
+import re
 import shutil
-import sys
 from importlib.metadata import version
 
 import numpy as np
@@ -10,8 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from accel import backends, cli, generation
+from accel import backends, generation
+from accel.cli import common, demo, results
+from accel.cli.app import main
 from accel.errors import ConfigError, UnsupportedError, WeightsError
+from accel.methods.speculation import SpeculativeDecodingConfig
 from accel.pipelines.builtin import FOLDER
 
 SMALL = ["--steps", "2", "--size", "64"]
@@ -24,15 +27,9 @@ def pixels(path):
 
 def accel(capsys, *args):
     """Runs `accel ARGS…`; returns (exit code, stdout, stderr)."""
-    code = 0
-    before = sys.argv
-    sys.argv = ["accel", *map(str, args)]
-    try:
-        cli.main()
-    except SystemExit as error:
-        code = error.code or 0
-    finally:
-        sys.argv = before
+    with pytest.raises(SystemExit) as left:
+        main(map(str, args))
+    code = left.value.code or 0
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -50,6 +47,16 @@ def test_generate_saves_images_with_their_recipe(capsys, tmp_path):
         assert image.text["prompt"] == "a photo of two rings"
         assert image.text["seed"] == "9"
         assert image.text["accel"] == "plain"
+        recipe = json.loads(image.text["recipe"])
+    assert recipe["versions"] == generation.versions()
+    assert {key: recipe[key] for key in ("prompt", "seed", "steps", "guidance", "size", "configuration")} == {
+        "prompt": "a photo of two rings",
+        "seed": 9,
+        "steps": 2,
+        "guidance": 3.0,  # nobody gave it: the pipeline's own
+        "size": [64, 64],
+        "configuration": None,
+    }
 
 
 def test_an_image_depends_on_its_seed_and_not_on_its_batch(capsys, tmp_path):
@@ -88,9 +95,73 @@ def test_demo_writes_picture_and_table(capsys, tmp_path):
     assert len(result["images"]) == 4
     assert result == json.loads((tmp_path / "demo.json").read_text())
     assert pixels(result["picture"]).shape[0] > 4 * 256
-    code, _, err = accel(capsys, "demo", "--steps", 4, "--out", tmp_path)
+    # A second demo takes their place, and that of nothing else.
+    assert demo._is_ours(tmp_path / "side-by-side.png")
+    assert demo._is_ours(tmp_path / "demo.json")
+
+
+@pytest.mark.parametrize("name", ["side-by-side.png", "demo.json"])
+def test_demo_keeps_files_of_other_makers(capsys, tmp_path, name):
+    own = tmp_path / name
+    own.write_text('{"mine": 1}')
+    code, _, err = accel(capsys, "demo", "--out", tmp_path)
     assert code == 2
-    assert "--force" in err
+    assert re.search(rf"{re.escape(name)} would be overwritten; add --force", err)
+    assert own.read_text() == '{"mine": 1}'
+
+
+def test_one_line_a_row_and_whole_headers_at_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    common = {
+        "seed": 0,
+        "plain_seconds": 12.34,
+        "accelerated_seconds": 6.17,
+        "speedup": 2.0,
+        "identical": False,
+    }
+    diffusion = {"denoiser_speedup": 2.1, "psnr": 47.4, "ssim": 0.99, "tokens_computed": 0.5}
+    tokens = {
+        "plain_forwards": 256,
+        "forwards": 69,
+        "tokens_per_forward": 3.7,
+        "tv_per_token": 0.02,
+        "window": 16,
+    }
+    for facts, headers in (
+        (diffusion, "plain accel speedup PSNR tokens"),
+        (tokens, "plain accel speedup forwards TV"),
+    ):
+        rows = [{"prompt": prompt, **common, **facts} for prompt in (*demo.PROMPTS, "[/x]\x1b[31m" * 20)]
+        summary = results.summarise(rows, "fast", SpeculativeDecodingConfig())
+        results.show({"images": rows, "summary": summary, "picture": "a.png"}, False, "title")
+        out = capsys.readouterr().out
+        table = out.splitlines()[1 : 2 + len(rows) + 1]
+        assert table[0].split() == ["prompt", *headers.split()]
+        assert all(len(line) <= 80 for line in table)
+        assert [line.split()[0] for line in table[1:-1]] == ["a", "three", "a", "a", table[5].split()[0]]
+        assert table[5].startswith(r"[/x]\x1b[31m[/x]")
+        assert "\x1b" not in out
+        for header in headers.split():
+            assert out.count(f"\n{header}: ") == 1  # each number explained once
+
+
+def test_json_has_a_word_for_every_number(capsys):
+    row = {"prompt": "x", "seed": 0, "plain_seconds": 1.0, "accelerated_seconds": 1.0, "speedup": 1.0}
+    row |= {
+        "denoiser_speedup": None,
+        "identical": True,
+        "psnr": float("inf"),
+        "ssim": 1.0,
+        "tokens_computed": 1.0,
+    }
+    summary = results.summarise([row], "fast", None)
+    results.show({"images": [row], "summary": summary}, True, "title")
+    found = json.loads(
+        capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON")
+    )
+    assert found["images"][0]["psnr"] is None
+    assert found["images"][0]["identical"] is True
+    assert found["images"][0]["ssim"] == 1.0
 
 
 def test_info_names_what_is_active_and_why_the_rest_is_not(capsys):
@@ -112,6 +183,9 @@ def test_info_names_what_is_active_and_why_the_rest_is_not(capsys):
         (["--size", "100"], "96x96|104x104"),
         (["--size", "tall"], "WIDTHxHEIGHT"),
         (["--steps", "0"], "at least 1"),
+        (["--steps", "1000000000"], "at most 10000"),
+        (["--guidance", "nan"], "a number from 0"),
+        (["--device", "meta"], "not one of cpu"),
         (["--compare"], "--preset or --config"),
         (["--dtype", "int8"], "bfloat16"),
         (["--device", "cuda:99"], "cpu always works"),
@@ -119,12 +193,24 @@ def test_info_names_what_is_active_and_why_the_rest_is_not(capsys):
     ],
 )
 def test_bad_arguments_are_named_before_any_work(capsys, tmp_path, arguments, message):
-    import re
-
     code, _, err = accel(capsys, "generate", "a photo of a star", *arguments, "--out", tmp_path)
     assert code == 2
     assert re.search(message, err), err
     assert not list(tmp_path.iterdir())
+
+
+def test_two_models_and_two_presets_want_two_names(capsys, tmp_path):
+    """The README's commands, in its order, into one folder: what would be made, without making it."""
+    job = generation.Job("a photo of three stars", 0)
+    ways = [
+        ("builtin", "balanced"),
+        ("builtin-ar", "lossless"),
+        ("owner/FLUX.1-dev", "balanced"),
+        ("builtin", "plain"),
+    ]
+    names = [common.file_name(0, job, *way) for way in ways]
+    assert len(set(names)) == len(names)
+    assert names[2] == "0000-a-photo-of-three-stars-0-flux-1-dev-balanced.png"
 
 
 def test_yaml_with_an_unknown_key_lists_the_valid_ones(capsys, tmp_path):
@@ -151,12 +237,17 @@ def test_nothing_is_overwritten_without_force(capsys, tmp_path):
     assert file.read_bytes() != before
 
 
-def test_out_that_cannot_be_a_folder(capsys, tmp_path):
+def test_out_that_cannot_be_a_folder(capsys, tmp_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("")
     code, _, err = accel(capsys, "generate", "a photo of a star", *SMALL, "--out", blocked / "images")
     assert code == 2
-    assert "cannot be created" in err
+    assert f"{blocked} is a file" in err
+    monkeypatch.setattr("os.access", lambda *args: False)
+    code, _, err = accel(capsys, "generate", "a photo of a star", *SMALL, "--out", tmp_path / "images")
+    assert code == 2
+    assert f"{tmp_path} is not writable" in err
+    assert not (tmp_path / "images").exists()
 
 
 def test_ctrl_c_keeps_the_finished_images(capsys, tmp_path, monkeypatch):

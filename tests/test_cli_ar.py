@@ -111,7 +111,7 @@ def test_what_does_not_fit_an_autoregressive_model(capsys, folder, tmp_path, arg
     )
     assert code == 2
     assert re.search(message, err), err
-    assert not list((tmp_path / "images").iterdir())
+    assert not (tmp_path / "images").exists()
 
 
 @pytest.mark.parametrize(

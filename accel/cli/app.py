@@ -1,4 +1,4 @@
-"""The command line: `accel demo`, `generate`, `evaluate`, `info`.
+"""The command line: `accel demo`, `generate`, `evaluate`, `bench`, `info`.
 
 Errors a user can mend are printed as one line and exit with 2; `--debug` shows the traceback.
 """
@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterable
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-from accel import __version__
 from accel.errors import AccelError, AccelWarning
 
-from . import bench, demo, evaluate, generate, info
+from . import bench, demo, evaluate, generate, info, terminal
 
 app = typer.Typer(
     name="accel",
@@ -31,11 +29,17 @@ app.command()(info.info)
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(bench.app, name="bench")
 
+# Not exported under a name of its own, and another class in every second release.
+_ClickException: type[Exception] = next(
+    cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException"
+)
 _debug = False
 
 
 def _version(value: bool) -> None:
     if value:
+        from accel import __version__
+
         typer.echo(__version__)
         raise typer.Exit
 
@@ -43,25 +47,70 @@ def _version(value: bool) -> None:
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     global _debug
     _debug = debug
 
 
 def _show_warning(message: Warning | str, *details: object, **more: object) -> None:
-    Console(stderr=True).print(f"[yellow]warning:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
+    terminal.complain("warning", message, "yellow")
 
 
-def main() -> None:
-    warnings.simplefilter("once", AccelWarning)
-    warnings.showwarning = _show_warning
+def main(arguments: Iterable[str] | None = None) -> None:
+    """Run a command; always leaves by SystemExit.
+
+    Args:
+        arguments: what follows `accel` on the command line; None: of this process.
+    """
+    terminal.tolerate_narrow_encodings()
+    with warnings.catch_warnings(), terminal.interrupts_end_soon():
+        warnings.simplefilter("once", AccelWarning)
+        warnings.showwarning = _show_warning
+        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+    sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    global _debug
+    _debug = False
     try:
-        app()
+        return app(arguments, prog_name="accel", standalone_mode=False) or 0
+    except typer.Abort:
+        return terminal.INTERRUPTED
+    except _ClickException as error:
+        return _usage(error)
     except (AccelError, OSError) as error:
         if _debug:
             raise
-        Console(stderr=True).print(
-            f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True
-        )
-        sys.exit(2)
+        terminal.complain("error", error, "bold red")
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if _debug or not _is_out_of_memory(error):
+            raise
+        terminal.complain("error", f"out of memory ({error}); {_LESS_MEMORY}", "bold red")
+        return 2
+
+
+_LESS_MEMORY = "make --size or --batch smaller, or take --dtype bfloat16"
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """torch raises a class of its own on GPUs, and a bare RuntimeError where the CPU's allocator fails."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)
+
+
+def _usage(error: Exception) -> int:
+    """One line for what the command line itself refuses. Without arguments, help was printed already."""
+    code = int(getattr(error, "exit_code", 2))
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return code
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context else "accel"
+    message = error.format_message()  # type: ignore[attr-defined]
+    stop = "" if message.endswith((".", "?", "!")) else "."
+    terminal.complain("error", f"{message}{stop} See: {path} --help", "bold red")
+    return code

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from accel.errors import ConfigError
 
 from . import common as c
+from .markdown import show_report
+from .terminal import progress_console as _console
+from .terminal import say, visible
 
 app = typer.Typer(help="Compare with what people use today, on this machine.", no_args_is_help=True)
-_console = Console(stderr=True)
 
 
 @app.command()
@@ -26,17 +27,21 @@ def peers(
         Path, typer.Argument(help="Folder for images, records and report; continued if it exists.")
     ],
     model: Annotated[str, typer.Option(help="builtin, a diffusers folder or a hub id.")] = "builtin",
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of the plain pipeline.")] = 24,
+    steps: Annotated[
+        int, typer.Option(min=1, max=10_000, help="Denoising steps of the plain pipeline.")
+    ] = 24,
     limit: Annotated[int, typer.Option(min=1, help="Number of prompts, tasks in turn.")] = 36,
     only: Annotated[
         str, typer.Option(help="Regular expression: only the settings whose name it finds.")
     ] = "",
-    size: Annotated[int | None, typer.Option(help="Height and width; default: the pipeline's.")] = None,
-    seed: Annotated[int, typer.Option(help="Base seed.")] = 0,
+    size: Annotated[
+        int | None, typer.Option(min=1, max=16_384, help="Height and width; default: the pipeline's.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=c.MAX_SEED, help="Base seed.")] = 0,
     device: c.Device = None,
     dtype: c.Dtype = None,
 ) -> None:
-    """Plain, fewer steps, tomesd's scheme, diffusers' caches, cache-dit and accel, interleaved in one run.
+    """Diffusion: plain, fewer steps, tomesd's scheme, diffusers' caches, cache-dit and accel, in one run.
 
     Writes report/report.md, report/index.html (Pareto plots), report/report.json (environment) and
     problems.json (settings that are missing or fail, with their errors). A stopped run continues; another --only adds
@@ -45,26 +50,29 @@ def peers(
     from accel.evaluation import suites
     from accel.evaluation.bench.compare import compare
     from accel.evaluation.bench.peers import fewer_steps, ours, theirs
-    from accel.generation import load_pipeline
+    from accel.generation import Settings, is_autoregressive
 
     wanted = _pattern(only)
     chosen = [c for c in (*fewer_steps(steps), *theirs(steps), *ours(steps)) if wanted.search(c.name)]
     if not chosen:
         raise ConfigError(f"--only {only!r} matches none of the settings")
-    pipe = load_pipeline(model, device, dtype)
-    if hasattr(pipe, "set_progress_bar_config"):
-        pipe.set_progress_bar_config(disable=True)
-    call = {"num_inference_steps": steps} | ({} if size is None else {"height": size, "width": size})
+    settings = Settings(steps, None if size is None else (size, size))
+    pipe = c.load(model, device, dtype)
+    if is_autoregressive(pipe):
+        raise ConfigError(f"{model} is an autoregressive model: its comparison is accel bench ar")
+    settings.check(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    call = settings.arguments(pipe)
 
     def progress(state: tuple[int, int, str]) -> None:
         done, total, name = state
-        _console.print(f"{done}/{total} {name}", highlight=False)
+        say(f"{done}/{total} {name}", to=_console)
 
     page = compare(
         out, pipe, suites.scenes(), chosen, call=call, model=model, limit=limit, seed=seed, progress=progress
     )
-    typer.echo(page.read_text(encoding="utf-8"))
-    _console.print(f"report: {page.with_name('index.html')}", highlight=False, soft_wrap=True)
+    show_report(page.read_text(encoding="utf-8"))
+    say(f"report: {page.with_name('index.html')}", to=_console)
 
 
 @app.command("ar")
@@ -85,23 +93,25 @@ def autoregressive(
     temperature: c.Temperature = None,
     top_k: c.TopK = None,
     top_p: c.TopP = None,
-    seed: Annotated[int, typer.Option(help="Base seed.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=c.MAX_SEED, help="Base seed.")] = 0,
     device: c.Device = None,
     dtype: c.Dtype = None,
 ) -> None:
-    """transformers' generate, plain decoding, SJD, lossless couplings, GSD, mixtures, windows; one run.
+    """Autoregressive: transformers' generate, plain decoding and ways of speculative decoding, in one run.
 
     Writes report/autoregressive.md, .json, .csv and plots. A stopped run continues.
     """
     from accel.evaluation import suites
     from accel.evaluation.bench.autoregressive import bench, settings
-    from accel.generation import Settings
+    from accel.generation import Settings, is_autoregressive
 
     wanted = _pattern(only)
     chosen = [item for item in settings(window=window) if item.is_plain or wanted.search(item.name)]
     sizes = _sizes(batch_sizes)
-    pipe = c.load(model, device, dtype)
     call = Settings(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+    pipe = c.load(model, device, dtype)
+    if not is_autoregressive(pipe):
+        raise ConfigError(f"{model} is a diffusion model: its comparison is accel bench peers")
     call.check(pipe)
     with _bar() as update:
         page = bench(
@@ -118,17 +128,24 @@ def autoregressive(
             repeats=repeats,
             progress=update,
         )
-    typer.echo(page.read_text(encoding="utf-8"))
-    _console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    show_report(page.read_text(encoding="utf-8"))
+    say(f"report: {page}", to=_console)
 
 
 @contextmanager
 def _bar() -> Iterator[Callable[[tuple[int, int, str]], None]]:
     """A bar for what `accel.evaluation.run` says: (done, total, configuration) of the batch size at hand."""
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
     with Progress(*columns, console=_console, transient=True) as bars:
         task = bars.add_task("", total=None)
-        yield lambda state: bars.update(task, completed=state[0], total=state[1], description=state[2])
+        yield lambda state: bars.update(
+            task, completed=state[0], total=state[1], description=visible(state[2])
+        )
 
 
 def _pattern(text: str) -> re.Pattern[str]:
@@ -139,7 +156,7 @@ def _pattern(text: str) -> re.Pattern[str]:
 
 
 def _sizes(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) >= 1 for part in parts):
-        raise ConfigError(f"--batch-sizes {text!r}: expected whole numbers >= 1, such as 1,4,16")
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch("0*[1-9][0-9]{0,3}", part) for part in parts):
+        raise ConfigError(f"--batch-sizes {text!r}: expected whole numbers from 1 to 9999, such as 1,4,16")
     return [int(part) for part in parts]

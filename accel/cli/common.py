@@ -1,19 +1,17 @@
-"""What `accel demo` and `accel generate` share: options, checks before the work, progress, tables."""
+"""What `accel demo` and `accel generate` share: options, checks before the work, progress, pictures."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
-import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -22,16 +20,18 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
 from accel.errors import ConfigError
 
-if TYPE_CHECKING:
-    from accel.generation import Generated, Job
-    from accel.methods.speculation import SpeculativeDecodingConfig
+from .terminal import progress_console
 
-# Progress goes to stderr, so that stdout is the answer alone: a table for people, JSON for machines.
-console, progress_console = Console(), Console(stderr=True)
+if TYPE_CHECKING:
+    from accel.generation import Generated, Job, Settings
+
+#: Seeds are of 63 bits, so that every library, file format and signed integer holds them.
+MAX_SEED = 2**63 - 1
+#: Images of one command; each has its file name worked out before the first is made.
+MAX_IMAGES = 100_000
 
 #: What --model takes.
 MODELS = "builtin, builtin-ar (autoregressive), a folder of either kind, or a hub id."
@@ -57,10 +57,12 @@ TopP = Annotated[
         help="Autoregressive models: draw from the likeliest tokens that sum to p. Default: the model's."
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of the first image; each further image adds one.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=MAX_SEED, help="Seed of the first image; each further image adds one.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files.")]
-Preset = Annotated[str | None, typer.Option(help="A preset name; `accel info` lists them.")]
+Preset = Annotated[str | None, typer.Option(help="A preset name; accel info lists them.")]
 Config = Annotated[Path | None, typer.Option(help="A YAML file with a configuration, in place of a preset.")]
 
 
@@ -88,30 +90,64 @@ def configuration(preset: str | None, config: Path | None) -> Any:
     return configs.load(preset) if preset is not None else None
 
 
-def prepare(folder: Path, files: list[Path], force: bool) -> None:
-    """Fails before the work, not after it: folder writable, nothing overwritten unasked."""
+def check_out(folder: Path, files: Sequence[Path], force: bool) -> None:
+    """Fails before the work, not after it: folder writable, nothing overwritten unasked. Makes nothing."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {folder}: cannot be created ({error.strerror})") from error
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"--out {folder}: not writable; choose another folder")
-    existing = [file for file in files if file.exists()]
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        existing = [file for file in files if file.exists()]
+    except OSError as error:  # names too long, folders that may not be looked into
+        raise ConfigError(
+            f"--out {folder}: cannot be used ({error.strerror}); choose another folder"
+        ) from error
+    if not there.is_dir():
+        raise ConfigError(f"--out {folder}: {there} is a file, not a folder; choose another folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {folder}: {there} is not writable; choose another folder")
+    if folders := [file for file in existing if file.is_dir()]:
+        raise ConfigError(f"{folders[0]} is a folder, where an image should go; choose another --out")
     if existing and not force:
         more = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
         raise ConfigError(f"{existing[0]}{more} would be overwritten; add --force, or choose another --out")
 
 
-def slug(prompt: str) -> str:
-    """A prompt as part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "image"
+def make_out(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {folder}: cannot be created ({error.strerror})") from error
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Bytes that were no text in the terminal's encoding cannot be tokenised, nor written into a file."""
+    for prompt in prompts:
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise ConfigError(f"prompt {prompt!r} is not valid text: type it in UTF-8")
+
+
+def check_seeds(seed: int, images: int) -> None:
+    """That all images can be counted, and every one has a seed."""
+    if images > MAX_IMAGES:
+        raise ConfigError(f"{images} images in one command; at most {MAX_IMAGES}: make several of it")
+    if seed + images - 1 > MAX_SEED:
+        raise ConfigError(f"--seed {seed} and {images} images: seeds end at {MAX_SEED}; start lower")
+
+
+def slug(text: str, length: int = 48) -> str:
+    """A prompt, or another text, as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:length].strip("-") or "image"
+
+
+def file_name(index: int, job: Job, model: str, label: str) -> str:
+    """Of an image: what it shows, its seed, and what made it, so that two commands seldom want one name."""
+    of = slug(Path(model).name, 32)
+    return f"{index:04d}-{slug(job.prompt)}-{job.seed}-{of}-{slug(label, 32)}.png"
 
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar on stderr; gives what advances it by a number of steps."""
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -124,24 +160,48 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda steps: bar.advance(task, steps)
 
 
-def save(images: Any, jobs: Sequence[Job], files: list[Path], label: str, model: str) -> None:
-    """PNGs with their recipe in the text fields; a file is there whole or not at all."""
-    from PIL.PngImagePlugin import PngInfo
+def recipe(pipe: Any, settings: Settings, model: str, label: str, config: Any) -> dict[str, Any]:
+    """Everything that decides an image but its prompt and seed, defaults written out."""
+    from accel import generation, methods
 
-    from accel.evaluation.pictures import to_pil
+    configuration = None
+    if config is not None:
+        configuration = {"name": label, "method": methods.name_of(config), **dataclasses.asdict(config)}
+    return {
+        "model": model,
+        "pipeline": type(pipe).__name__,
+        "configuration": configuration,
+        **generation.call_in_full(pipe, settings),
+        "dtype": precision(pipe),
+        "device": str(getattr(pipe, "device", "cpu")),
+        "versions": generation.versions(),
+    }
 
+
+def save(images: Any, jobs: Sequence[Job], files: Sequence[Path], made_by: Mapping[str, Any]) -> None:
+    """PNGs with their recipe in the text fields; a file is there whole or not at all.
+
+    Args:
+        made_by: what `recipe` gives.
+    """
+    from accel.evaluation.pictures import save_png, to_pil
+
+    label = (made_by["configuration"] or {"name": "plain"})["name"]
     for image, job, file in zip(images, jobs, files, strict=True):
-        notes = PngInfo()
-        for key, value in (
-            ("prompt", job.prompt),
-            ("seed", str(job.seed)),
-            ("accel", label),
-            ("model", model),
-        ):
-            notes.add_itxt(key, value)
-        part = file.with_suffix(".part")
-        to_pil(image).save(part, format="PNG", pnginfo=notes)
-        part.replace(file)
+        whole = {
+            "prompt": job.prompt,
+            "seed": job.seed,
+            **made_by,
+            "size": [image.shape[-1], image.shape[-2]],
+        }
+        notes = {
+            "prompt": job.prompt,
+            "seed": str(job.seed),
+            "accel": label,
+            "model": made_by["model"],
+            "recipe": json.dumps(whole, ensure_ascii=False, default=str),
+        }
+        save_png(to_pil(image), file, notes)
 
 
 def save_comparisons(
@@ -159,151 +219,17 @@ def save_comparisons(
         side_by_side([job.prompt], columns, file.with_name(f"{file.stem}-compare.png"))
 
 
-def stack(runs: list[Generated]) -> Any:
-    """The images of several calls: (B, 3, H, W)."""
-    import torch
-
-    return torch.cat([run.images for run in runs])
-
-
-def pair_rows(
-    jobs: Sequence[Job], plain: list[Generated], fast: list[Generated], files: list[Path] | None = None
-) -> list[dict[str, Any]]:
-    """One row per image; times are those of its call divided by the images in it."""
-    a, b = stack(plain), stack(fast)
-    share = [run for run in plain for _ in run.images], [run for run in fast for _ in run.images]
-    rows = []
-    for index, job in enumerate(jobs):
-        before, after = share[0][index], share[1][index]
-        row = {
-            "prompt": job.prompt,
-            "seed": job.seed,
-            "plain_seconds": before.seconds / len(before.images),
-            "accelerated_seconds": after.seconds / len(after.images),
-            "speedup": before.seconds / after.seconds,
-        }
-        pick = slice(index, index + 1)
-        if before.decoding and after.decoding:
-            row |= {"plain_forwards": before.decoding.forwards, **decoding_row(after)}
-            row["identical"] = bool((a[pick] == b[pick]).all())
-        else:
-            row |= _fidelity(before, after, a[pick], b[pick])
-        if files:
-            row["file"] = str(files[index])
-        rows.append(row)
-    return rows
-
-
-def _fidelity(before: Generated, after: Generated, a: Any, b: Any) -> dict[str, Any]:
-    """What is compared where both start from the same noise."""
-    from accel.evaluation.metrics.pixel import psnr, ssim
-
-    both = before.denoiser_seconds, after.denoiser_seconds
-    return {
-        "denoiser_speedup": both[0] / both[1] if both[0] and both[1] else None,
-        "psnr": psnr(a, b).item(),
-        "ssim": ssim(a, b).item(),
-        "tokens_computed": after.stats.share if after.stats else 1.0,
-    }
-
-
-def decoding_row(run: Generated) -> dict[str, Any]:
-    """The part of a row that only autoregressive models have."""
-    return {} if run.decoding is None else asdict(run.decoding)
-
-
-_MEDIANS = ("plain_seconds", "accelerated_seconds", "speedup", "denoiser_speedup")
-_MEANS = (
-    "psnr",
-    "ssim",
-    "tokens_computed",
-    "plain_forwards",
-    "forwards",
-    "tokens_per_forward",
-    "tv_per_token",
-)
-
-
-def summarise(rows: list[dict[str, Any]], label: str, config: Any) -> dict[str, Any]:
-    """Medians of times and ratios, means of the rest. An infinite PSNR (identical images) stays infinite."""
-    summary: dict[str, Any] = {"configuration": label, "images": len(rows)}
-    for key in (key for key in _MEDIANS if key in rows[0]):
-        values = [row[key] for row in rows]
-        summary[key] = None if None in values else statistics.median(values)
-    for key in (key for key in _MEANS if key in rows[0]):
-        summary[key] = statistics.fmean(row[key] for row in rows)
-    if "identical" in rows[0]:
-        summary["identical"] = sum(row["identical"] for row in rows)
-        summary["truth"] = _truth(summary, rows, config)
-    return summary
-
-
-def _truth(summary: dict[str, Any], rows: list[dict[str, Any]], config: SpeculativeDecodingConfig) -> str:
-    """What the accelerated images are, in a sentence: the comparison that PSNR makes for denoisers."""
-    same, images = summary["identical"], len(rows)
-    if all(row["window"] == 1 for row in rows):
-        return "Decoded plainly: on this machine windows would be slower for this batch size."
-    if not config.lossless:
-        return (
-            "Not exactly the model's distribution: each token's is, on average, at a total variation of "
-            f"{summary['tv_per_token']:.4f} from it (0 is lossless, 1 the most there can be)."
-        )
-    if same == images:
-        return f"Lossless: all {images} images are the plain ones, pixel for pixel."
-    if config.verifies_by == "noise":
-        return (
-            f"Lossless: {same} of {images} images are the plain ones; the others are other samples from the same "
-            "distribution, because a window's numbers are rounded otherwise than one token's."
-        )
-    return "Lossless: other samples from the same distribution, not the same images as plain."
+def precision(pipe: Any) -> str:
+    """The dtype of what is called at every step, as in "bfloat16"; "" if that is unknown."""
+    part = next((p for name in ("transformer", "unet") if (p := getattr(pipe, name, None)) is not None), pipe)
+    return str(getattr(part, "dtype", "")).removeprefix("torch.")
 
 
 def describe(pipe: Any, steps: int) -> str:
     """What ran: steps or tokens, dtype, device."""
     from accel.generation import is_autoregressive
 
+    where = f"{precision(pipe)} on {getattr(pipe, 'device', 'cpu')}"
     if is_autoregressive(pipe):
-        dtype = str(pipe.dtype).removeprefix("torch.")
-        return f"{pipe.adapter.name}, {steps} tokens per image, {dtype} on {pipe.device}"
-    denoiser = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
-    dtype = str(getattr(denoiser, "dtype", "")).removeprefix("torch.")
-    return f"{steps or 'default'} steps, {dtype} on {getattr(pipe, 'device', 'cpu')}"
-
-
-_COLUMNS = {
-    "plain_seconds": ("plain", "{:.2f} s"),
-    "accelerated_seconds": ("accel", "{:.2f} s"),
-    "seconds": ("time", "{:.2f} s"),
-    "speedup": ("speedup", "{:.2f}x"),
-    "denoiser_speedup": ("denoiser", "{:.2f}x"),
-    "psnr": ("PSNR", "{:.1f} dB"),
-    "ssim": ("SSIM", "{:.3f}"),
-    "tokens_computed": ("tokens", "{:.0%}"),
-    "plain_forwards": ("plain forwards", "{:.0f}"),
-    "forwards": ("forwards", "{:.0f}"),
-    "tokens_per_forward": ("tokens/forward", "{:.2f}"),
-    "tv_per_token": ("TV/token", "{:.4f}"),
-}
-
-
-def show(result: dict[str, Any], as_json: bool, title: str) -> None:
-    """Print a result as a table, or as JSON."""
-    if as_json:
-        typer.echo(json.dumps(result, indent=2))
-        return
-    rows = list(result["images"])
-    if "summary" in result:
-        rows.append({"prompt": "all: median times, means", **result["summary"]})
-    keys = [key for key in _COLUMNS if key in rows[0]]
-    table = Table("prompt", *(_COLUMNS[key][0] for key in keys), title=title, title_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for index, row in enumerate(rows):
-        last = "summary" in result and index == len(rows) - 1
-        cells = [_COLUMNS[key][1].format(row[key]) if row[key] is not None else "–" for key in keys]
-        table.add_row(row["prompt"], *cells, style="bold" if last else None)
-    console.print(table)
-    if truth := result.get("summary", {}).get("truth"):
-        console.print(truth, highlight=False, soft_wrap=True)
-    where = result.get("picture") or ", ".join(row["file"] for row in rows if "file" in row)
-    console.print(f"saved: {where}", highlight=False, soft_wrap=True)
+        return f"{pipe.adapter.name}, {steps} tokens per image, {where}"
+    return f"{steps or 'default'} steps, {where}"

@@ -10,8 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from accel.errors import AccelWarning
+from accel.strict import StrictError, dump_json, read_json
 
 from . import common as c
+from . import results
 
 PROMPTS = (
     "a photo of a red circle left of a blue square",
@@ -20,9 +22,38 @@ PROMPTS = (
     "a photo of a green triangle",
 )
 
+_MARK = "accel demo"
+
+
+def _is_ours(file: Path) -> bool:
+    """An earlier demo's, which this one may take the place of; a file of one's own by the same name is not."""
+    if file.suffix == ".json":
+        try:
+            return read_json(file).get("made_by") == _MARK
+        except (OSError, StrictError):
+            return False
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            return image.info.get("made by") == _MARK
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+    ):  # PIL: not a picture, or a broken one
+        return False
+
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the picture and the table.")] = Path("accel-out/demo"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the picture and the table. Default: accel-out/demo; with --ar: accel-out/demo-ar.",
+            show_default=False,
+        ),
+    ] = None,
     ar: Annotated[
         bool, typer.Option("--ar", help="The autoregressive model and speculative decoding.")
     ] = False,
@@ -41,22 +72,27 @@ def demo(
 ) -> None:
     """Generate the same images plain and accelerated on a built-in model; show time and difference.
 
-    Writes `side-by-side.png` and `demo.json`. Needs no download. A minute or two on two CPU cores.
-    Default preset: balanced; with --ar: lossless.
+    Writes side-by-side.png and demo.json, over those of an earlier demo. Needs no download. A minute or two on
+    two CPU cores. Default preset: balanced; with --ar: lossless.
     """
     from accel import generation as g
     from accel.evaluation.pictures import Column, side_by_side
 
     default = "lossless" if ar else "balanced"
     chosen = c.configuration(preset, config) or c.configuration(default, None)
-    picture, record = out / "side-by-side.png", out / "demo.json"
-    c.prepare(out, [picture, record], force)
-    pipe = c.load(g.BUILTIN_AR if ar else g.BUILTIN, device, dtype)
     settings = g.Settings(steps=steps, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+    c.check_seeds(seed, len(PROMPTS))
+    out = out or Path("accel-out", "demo-ar" if ar else "demo")
+    picture, record = out / "side-by-side.png", out / "demo.json"
+    c.check_out(out, [file for file in (picture, record) if not _is_ours(file)], force)
+    model = g.BUILTIN_AR if ar else g.BUILTIN
+    pipe = c.load(model, device, dtype)
     settings.check(pipe)
     g.check_can_accelerate(pipe, chosen)
     jobs = [g.Job(prompt, seed + index) for index, prompt in enumerate(PROMPTS)]
     label = preset or (config.stem if config else default)
+    made_by = c.recipe(pipe, settings, model, label, chosen)
+    c.make_out(out)
 
     ways = [g.Way.of(pipe, None), g.Way.of(pipe, chosen)]
     plain: list[Any] = []
@@ -73,17 +109,18 @@ def demo(
             for way, runs in zip(ways, (plain, fast), strict=True):
                 runs.append(g.timed(way, [job], settings, on_step=advance))
 
-    rows = c.pair_rows(jobs, plain, fast)
-    summary = c.summarise(rows, label, chosen)
+    rows = results.pair_rows(jobs, plain, fast)
+    summary = results.summarise(rows, label, chosen)
     accelerated = f"{summary['accelerated_seconds']:.2f} s per image, {summary['speedup']:.2f}x sooner"
     side_by_side(
         PROMPTS,
         [
-            Column("plain", f"{summary['plain_seconds']:.2f} s per image", c.stack(plain)),
-            Column(f"accel: {label}", accelerated, c.stack(fast)),
+            Column("plain", f"{summary['plain_seconds']:.2f} s per image", results.stack(plain)),
+            Column(f"accel: {label}", accelerated, results.stack(fast)),
         ],
         picture,
+        {"made by": _MARK, "recipe": json.dumps({**made_by, "seed": seed}, default=str)},
     )
-    result = {"summary": summary, "images": rows, "picture": str(picture)}
-    record.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    c.show(result, as_json, f"The built-in Scenes model, {c.describe(pipe, per_call)}")
+    result = {"made_by": _MARK, "summary": summary, "images": rows, "picture": str(picture)}
+    record.write_text(dump_json(result) + "\n", encoding="utf-8")
+    results.show(result, as_json, f"The built-in Scenes model, {c.describe(pipe, per_call)}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,16 +11,20 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, ParamSpec, TypeVar
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
 from accel.errors import AccelWarning
+from accel.strict import dump_json
+
+from .common import MAX_SEED
+from .markdown import show_report
+from .terminal import progress_console as _console
+from .terminal import say
 
 app = typer.Typer(
     help="Quality against speed: generate with several configurations, score, report.", no_args_is_help=True
 )
-_console = Console(stderr=True)
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _F = TypeVar("_F", bound=Callable[..., None])
@@ -42,7 +45,7 @@ MetadataFile = Annotated[Path | None, typer.Option("--metadata", help="GenEval's
 PerTask = Annotated[int, typer.Option(min=1, help="Scenes suite: prompts per task, six tasks.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only so many prompts, tasks in turn.")]
 Samples = Annotated[int, typer.Option("--samples", min=1, help="Images per prompt (GenEval: 4).")]
-Seed = Annotated[int, typer.Option(help="Base seed.")]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Base seed.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per pipeline call.")]
 ScoreBatch = Annotated[int, typer.Option(min=1, help="Images scored at a time.")]
 Steps = Annotated[
@@ -95,7 +98,7 @@ def _interruptible(command: Callable[_P, _R]) -> Callable[_P, _R]:
                 warnings.simplefilter("once", AccelWarning)
                 return command(*args, **kwargs)
         except KeyboardInterrupt:
-            _say("stopped; everything finished is kept, the same command continues")
+            say("stopped; everything finished is kept, the same command continues", to=_console)
             raise typer.Exit(130) from None
 
     return wrapped
@@ -157,7 +160,7 @@ def run_command(
 
     resolved = configurations.resolve(config or [])
     prompts = suites.load(suite, metadata=metadata, per_task=per_task)
-    settings = Settings(steps, parse_size(size) if size else None, guidance)
+    settings = Settings(steps, parse_size(size) if size is not None else None, guidance)
     diffusers.utils.logging.disable_progress_bar()  # the loaders' bars would write over ours
     transformers.utils.logging.disable_progress_bar()
     pipe = models.load_pipeline(model, device=_device(device), dtype=dtype)
@@ -189,7 +192,8 @@ def run_command(
         )
     if not rank_and_world()[0]:
         images = sum(1 for _ in folder.samples())
-        _say(f"{made} images made, {images} in {out / 'images'}")
+        text = f"{made} images made, {images} in {out / 'images'}"
+        say(text, to=_console)
 
 
 @app.command("score")
@@ -224,7 +228,11 @@ def score_command(
     tools = _load_tools(suite, lpips, clip, extractor, reference, detector, sanity, _device(device))
     if suite == "geneval" and not (detector and clip):
         place = "" if images else f"; the images are in GenEval's own layout under {out / 'images'}"
-        _say(f"no GenEval score without --detector (Mask2Former) and --clip (ViT-L/14){place}", "yellow")
+        say(
+            f"no GenEval score without --detector (Mask2Former) and --clip (ViT-L/14){place}",
+            "yellow",
+            to=_console,
+        )
     if suite == "scenes" and tools.extractors and reference is None:
         reference = judges.write_ground_truth(RunFolder(out))
     with _progress("scoring") as update:
@@ -245,7 +253,6 @@ def report_command(out: Out, worst: Worst = 6, as_json: Json = False) -> None:
     """Write report/index.html (self-contained), report.md, report.json and report.csv."""
     from accel.evaluation.records import rank_and_world
     from accel.evaluation.report import report
-    from accel.evaluation.report.terminal import show
 
     if rank_and_world()[0]:
         return
@@ -255,8 +262,8 @@ def report_command(out: Out, worst: Worst = 6, as_json: Json = False) -> None:
     if as_json:
         typer.echo(text)
     else:
-        show(json.loads(text), Console())
-        _say(f"report: {page}")
+        show_report(page.with_name("report.md").read_text(encoding="utf-8"))
+        say(f"report: {page}", to=_console)
 
 
 @app.command("all")
@@ -291,7 +298,7 @@ def official_command(
     from accel.evaluation.importing import official_results, same_rules
 
     scores = aggregate(official_results(results)).to_dict()
-    typer.echo(json.dumps({**scores, "same_rules": same_rules(results)}, indent=2, allow_nan=False))
+    typer.echo(dump_json({**scores, "same_rules": same_rules(results)}))
 
 
 class _Tools(NamedTuple):
@@ -379,6 +386,7 @@ def _device(name: str | None) -> str:
 
     from accel.evaluation.errors import EvaluationError
     from accel.evaluation.records import rank_and_world
+    from accel.pipelines.loading import check_device
 
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -386,15 +394,10 @@ def _device(name: str | None) -> str:
         raise EvaluationError(
             f"--device {name}: no CUDA here (`accel info` says why); leave it out for the CPU"
         )
+    check_device(name)
     if name == "cuda" and rank_and_world()[1] > 1:
         return f"cuda:{rank_and_world()[2] % torch.cuda.device_count()}"
     return name
-
-
-def _say(text: str, style: str = "") -> None:
-    """A line on stderr. Paths may hold what a terminal or rich would take for a command."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    _console.print(shown, style=style, highlight=False, soft_wrap=True, markup=False)
 
 
 @contextmanager

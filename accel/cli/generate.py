@@ -10,6 +10,8 @@ import typer
 from accel.errors import ConfigError
 
 from . import common as c
+from . import results
+from .terminal import INTERRUPTED, progress_console, say
 
 
 def generate(
@@ -39,28 +41,34 @@ def generate(
 ) -> None:
     """Generate images, accelerated if a preset or config is given.
 
-    Every image is saved as soon as its batch is done, with prompt, seed and configuration in the PNG's
-    text fields; Ctrl-C keeps what is finished.
+    Every image is saved as soon as its batch is done, with all that made it in the PNG's text fields; Ctrl-C
+    keeps what is finished.
     """
     from accel import generation as g
 
     chosen = c.configuration(preset, config)
     if compare and chosen is None:
         raise ConfigError("--compare needs something to compare with: add --preset or --config")
-    settings = g.Settings(steps, g.parse_size(size) if size else None, guidance, temperature, top_k, top_p)
+    settings = g.Settings(
+        steps, g.parse_size(size) if size is not None else None, guidance, temperature, top_k, top_p
+    )
+    c.check_prompts(prompts)
+    c.check_seeds(seed, len(prompts) * num)
     jobs = [
         g.Job(prompt, seed + index * num + copy)
         for index, prompt in enumerate(prompts)
         for copy in range(num)
     ]
-    paths = [out / f"{index:04d}-{c.slug(job.prompt)}-{job.seed}.png" for index, job in enumerate(jobs)]
+    label = preset or (config.stem if config else "plain")
+    paths = [out / c.file_name(index, job, model, label) for index, job in enumerate(jobs)]
     extra = [path.with_name(f"{path.stem}-compare.png") for path in paths] if compare else []
-    c.prepare(out, paths + extra, force)
+    c.check_out(out, paths + extra, force)
     pipe = c.load(model, device, dtype)
     settings.check(pipe)
     if chosen is not None:
         g.check_can_accelerate(pipe, chosen)
-    label = preset or (config.stem if config else "plain")
+    made_by = c.recipe(pipe, settings, model, label, chosen)
+    c.make_out(out)
 
     plain: list[Any] = []
     made: list[Any] = []
@@ -77,22 +85,21 @@ def generate(
                     plain.append(g.timed(ways[0], members, settings, on_step=advance))
                 made.append(g.timed(ways[1], members, settings, on_step=advance))
                 files = [paths[i] for i in group]
-                c.save(made[-1].images, members, files, label, model)
+                c.save(made[-1].images, members, files, made_by)
                 if compare:
                     c.save_comparisons(members, plain[-1], made[-1], files, label)
-                    rows += c.pair_rows(members, plain[-1:], made[-1:], files)
+                    rows += results.pair_rows(members, plain[-1:], made[-1:], files)
                 else:
-                    facts = {"seconds": made[-1].seconds / len(members), **c.decoding_row(made[-1])}
+                    facts = {"seconds": made[-1].seconds / len(members), **results.decoding_row(made[-1])}
                     rows += [
                         {"prompt": job.prompt, "seed": job.seed, **facts, "file": str(file)}
                         for job, file in zip(members, files, strict=True)
                     ]
     except KeyboardInterrupt:
-        c.progress_console.print(
-            f"interrupted: {len(rows)} of {len(jobs)} images are finished and kept in {out}"
-        )
-        raise typer.Exit(130) from None
+        text = f"interrupted: {len(rows)} of {len(jobs)} images are finished and kept in {out}"
+        say(text, to=progress_console)
+        raise typer.Exit(INTERRUPTED) from None
     result: dict[str, Any] = {"images": rows}
     if compare:
-        result["summary"] = c.summarise(rows, label, chosen)
-    c.show(result, as_json, f"{model}, {c.describe(pipe, per_call)}")
+        result["summary"] = results.summarise(rows, label, chosen)
+    results.show(result, as_json, f"{model}, {c.describe(pipe, per_call)}")

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from accel import __version__, backends, configs, methods
-from accel.pipelines import builtin
+from accel.strict import dump_json
+
+from .terminal import console, say, visible
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 
 
 def _versions() -> dict[str, str]:
+    from accel import __version__
+
     found = {"accel": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -29,6 +31,8 @@ def _versions() -> dict[str, str]:
 
 def _builtin() -> dict[str, str]:
     """Folder of each built-in model, or how to make it."""
+    from accel.pipelines import builtin
+
     found = {}
     for name, folder, index, script in (
         ("builtin", builtin.FOLDER, "model_index.json", "train_scenes_diffusion.py"),
@@ -41,6 +45,8 @@ def _builtin() -> dict[str, str]:
 
 def _presets() -> dict[str, list[str]]:
     """Names of presets, by the method they configure."""
+    from accel import configs, methods
+
     found: dict[str, list[str]] = {}
     for name in configs.names():
         method = methods.name_of(configs.load(name))
@@ -50,6 +56,7 @@ def _presets() -> dict[str, list[str]]:
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Versions, device, which backends are active and why the others are not, presets, model families."""
+    from accel import backends, configs
     from accel.pipelines import registry
     from accel.pipelines.autoregressive import registry as autoregressive
 
@@ -65,22 +72,17 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
             "denoisers": registry.known(),
             "autoregressive_models": autoregressive.known(),
         }
-        typer.echo(json.dumps(report, indent=2))
+        typer.echo(dump_json(report))
         return
-    console = Console()
-    console.print("  ".join(f"{name} {number}" for name, number in _versions().items()), highlight=False)
+    say("  ".join(f"{name} {number}" for name, number in _versions().items()))
     table = Table("backend", "active", "version", "", box=None, pad_edge=False)
     for probe in probes:
-        table.add_row(
-            probe.name,
-            "[green]yes[/]" if probe.active else "[yellow]no[/]",
-            probe.version or "–",
-            probe.detail,
-        )
+        active = Text("yes", "green") if probe.active else Text("no", "yellow")
+        table.add_row(probe.name, active, probe.version or "–", Text(visible(probe.detail)))
     console.print(table)
     lines = [f"presets, {method}: {', '.join(names)}" for method, names in presets.items()]
     lines += [f"model {name}: {where}" for name, where in models.items()]
     lines.append(f"denoisers: {', '.join(registry.known())}")
     lines.append(f"autoregressive models: {', '.join(autoregressive.known())}")
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        say(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import fields
 
@@ -24,7 +25,10 @@ def check_used(config: object, names: Sequence[str], used: bool, why: str) -> No
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """A finite one: no setting has a use for infinity, and a nan passes no comparison in either direction."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_whole(value: object) -> bool:

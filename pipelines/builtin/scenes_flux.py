@@ -2,48 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FluxPipeline
 
-from accel.backends import dtype_argument
 from accel.errors import WeightsError
+from accel.pipelines.folders import AGAIN, load_as
 
 from .words import known_prompts
-
-_WEIGHT_FILES = (
-    "transformer/diffusion_pytorch_model.safetensors",
-    "vae/diffusion_pytorch_model.safetensors",
-    "text_encoder/model.safetensors",
-    "text_encoder_2/model.safetensors",
-)
-
-
-def _check_files(folder: Path) -> None:
-    """Names the broken file before a loader fails on it with a message about something else."""
-    from safetensors import SafetensorError, safe_open
-
-    index = folder / "model_index.json"
-    advice = "Reinstall the package, or train the model: examples/train_scenes_diffusion.py"
-    try:
-        json.loads(index.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise WeightsError(f"{index}: cannot be read ({error.strerror}). {advice}") from error
-    except ValueError as error:
-        raise WeightsError(f"{index}: not JSON ({error}). {advice}") from error
-    for name in _WEIGHT_FILES:
-        path = folder / name
-        if not path.is_file():
-            raise WeightsError(f"{path}: weight file is missing. {advice}")
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise WeightsError(f"{path}: corrupt weight file ({error}). {advice}") from error
 
 
 class ScenesFluxPipeline(FluxPipeline):
@@ -58,11 +26,21 @@ class ScenesFluxPipeline(FluxPipeline):
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype) -> ScenesFluxPipeline:
-        _check_files(folder)
-        with warnings.catch_warnings():
-            # transformers builds its tokenizers through SWIG modules that lack __module__ (Python 3.12+).
-            warnings.filterwarnings("ignore", category=DeprecationWarning, message="builtin type .*")
-            pipe = cls.from_pretrained(folder, **dtype_argument(dtype), local_files_only=True)
+        """Load from a folder, onto the CPU.
+
+        Raises:
+            WeightsError: a file is missing or corrupt; names the file.
+        """
+        try:
+            return load_as(cls, folder, dtype)
+        except WeightsError as error:
+            advice = "Reinstall the package, or train the model: examples/train_scenes_diffusion.py"
+            raise WeightsError(f"{str(error).removesuffix(AGAIN).rstrip('. ')}. {advice}") from error
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> ScenesFluxPipeline:
+        """See `FluxPipeline.from_pretrained`."""
+        pipe = super().from_pretrained(*args, **kwargs)
         # FluxPipeline sets 128 in its __init__, whose signature diffusers reads: it cannot be overridden there.
         pipe.default_sample_size = 64  # latent side; times the autoencoder's 4 = 256 px
         return pipe

@@ -100,7 +100,12 @@ class TokenMergingConfig:
         valid = self.refresh_layers == "all" or is_wholes(self.refresh_layers)
         check(valid, "refresh_layers", 'a list of whole numbers >= 0 or "all"', self.refresh_layers)
         check(isinstance(self.proportional, bool), "proportional", "true or false", self.proportional)
-        check(is_whole(self.seed), "seed", "a whole number", self.seed)
+        check(
+            is_whole(self.seed) and 0 <= self.seed < 2**63,
+            "seed",
+            "a whole number from 0 to 2^63 - 1",
+            self.seed,
+        )
         check(is_whole(self.order) and 0 <= self.order <= 2, "order", "0, 1 or 2", self.order)
         if self.cycle is not None:
             valid = isinstance(self.cycle, tuple) and len(self.cycle) > 0
