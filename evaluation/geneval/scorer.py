@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from accel.evaluation.bootstrap import Interval, mean_interval
+from accel.evaluation.errors import MetadataError
 
 from .metadata import TASKS, Metadata, ObjectSpec
 
@@ -141,7 +142,7 @@ def aggregate(verdicts: Iterable[Verdict], *, level: float = 0.95, resamples: in
     """
     rows = [(verdict.tag, verdict.prompt, float(verdict.correct)) for verdict in verdicts]
     if not rows:
-        raise ValueError("no verdicts to aggregate")
+        raise MetadataError("no verdicts to aggregate: the file has no image that was judged")
     options: dict[str, Any] = {"level": level, "resamples": resamples, "bounds": (0, 1)}
     present = [task for task in TASKS if any(row[0] == task for row in rows)]
     tasks = {}

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from PIL import Image
 from test_command_line import invoke
 
 from accel.errors import AccelError
@@ -158,19 +157,3 @@ def test_paths_are_printed_as_they_are(tmp_path, monkeypatch):
     shown = invoke("report", out)
     assert "plain" in shown.stdout
     assert evaluate.app.info.help
-
-
-@pytest.mark.parametrize("width", [80, 300])
-def test_the_report_on_a_terminal_is_whole_and_no_markdown(tmp_path, width, monkeypatch):
-    for name, level in (("a", 10), ("b", 90)):
-        (tmp_path / name).mkdir()
-        for i in range(3):
-            Image.new("RGB", (16, 16), (level + i, 0, 0)).save(tmp_path / name / f"{i}.png")
-    monkeypatch.setenv("COLUMNS", str(width))
-    invoke("score", tmp_path / "r", "--images", f"a={tmp_path / 'a'}", "--images", f"b={tmp_path / 'b'}")
-    shown = invoke("report", tmp_path / "r").stdout
-    assert max(map(len, shown.splitlines())) <= width
-    assert "| ---" not in shown
-    assert "…" not in shown
-    for text in ("configuration", "PSNR (dB)", "SSIM", "reference", "all equal"):
-        assert text in shown.replace("Configurations", "configuration")
