@@ -82,7 +82,7 @@ def _forget_compiled(changed: Any, pipe: Any) -> None:
 def make_room(target: Any, method: type[Method], *, replace: bool) -> None:
     """Refuse a second handle of one method on one model and loop, or remove the first if asked to replace it; refuse
     methods that do not go together."""
-    everywhere = dict(_ATTACHED.get(target.subject) or {})
+    everywhere: dict[_Key, Handle] = dict(_ATTACHED.get(target.subject) or {})
     attached = {other: handle for (other, loop), handle in everywhere.items() if loop == id(target.loop)}
     for other, handle in attached.items():
         if other is not method and (other.alone or method.alone):

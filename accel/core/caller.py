@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
-from functools import cache
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -36,7 +35,7 @@ def here() -> tuple[Place, tuple[CodeType, ...]]:
     Costs a few microseconds. No frame's variables are looked at, but for those of a `__call__` seen for the first
     time: looking would keep the tensors among them alive.
     """
-    path = []
+    path: list[CodeType] = []
     for frame in _frames():
         if _is_loop(frame):
             return Place(threading.get_ident(), id(frame)), tuple(path)
@@ -68,6 +67,5 @@ def _is_loop(frame: FrameType) -> bool:
     return _KNOWN[code]
 
 
-@cache
 def _is_pipeline(cls: type) -> bool:
     return any(base.__name__ in _PIPELINES for base in cls.__mro__)

@@ -94,9 +94,8 @@ class Gate(Around):
         for run in runs:
             run.enters(args, kwargs, traced=compiled(self._module))
         answers = ((run, run.answer_now()) for run in runs)
-        run, answer = next(((r, a) for r, a in answers if a is not None), (None, None))
-        if run is not None:
-            with answered(self._module, run.like_output(answer)):
+        if (found := next(((r, a) for r, a in answers if a is not None), None)) is not None:
+            with answered(self._module, found[0].like_output(found[1])):
                 output = self._module._call_impl(*args, **kwargs)
         else:
             if torch.cuda.is_available() and compiled(self._module):

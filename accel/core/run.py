@@ -152,8 +152,19 @@ class Run(Listener):
         self._gates: list[Gate] = []
         self._form: Callable[[Tensor], Any] | None = None
         self.active = False
+        self.phase: Phase
+        self.phases: tuple[Phase, ...]
+        self.time: float
+        self.answers: Sequence[Tensor] | None
         self.detour: Callable[..., Any] | None
         self.correct: Callable[[Tensor], Tensor] | None
+        self.grid: tuple[int, int] | None
+        self.samples: int | None
+        self.branch_skipped: bool
+        self.changed: bool
+        self.outputs: tuple[Tensor, ...]
+        self._shapes: list[tuple]  # of the calls of the last computed step
+        self._shapes_now: list[tuple]
         self._idle()
 
     def attach(self, stack: ExitStack) -> None:
@@ -347,15 +358,12 @@ class Run(Listener):
 
     def _idle(self) -> None:
         self.phase, self.phases, self.time, self._partial = Phase(1.0), (), 0.0, False
-        self.answers: Sequence[Tensor] | None = None
-        self.correct = self.detour = None
-        self.grid: tuple[int, int] | None = None
-        self.samples: int | None = None
+        self.answers = self.correct = self.detour = None
+        self.grid = self.samples = None
         self.branch_skipped = self.changed = self._foreign = self._gridless = False
-        self.outputs: tuple[Tensor, ...] = ()
+        self.outputs = ()
         self._calls = self._arrived = 0
-        self._shapes: list[tuple] = []  # of the calls of the last computed step
-        self._shapes_now: list[tuple] = []
+        self._shapes, self._shapes_now = [], []
 
     # The denoiser's side, at its gate: eager, around the call of the module.
 

@@ -59,6 +59,7 @@ class TokenMerging(StepMethod):
         self.target, self.config = target, config
         needs = {"tokens"} | ({"key bias"} if config.proportional else set())
         require(self.name, needs, target.adapter, target.denoiser)
+        assert target.adapter.tokens is not None
         self.tokens = target.adapter.tokens
         self.sites = list(self.tokens.sites(target.denoiser))
         first, last = config.dense_blocks_first, len(self.sites) - config.dense_blocks_last

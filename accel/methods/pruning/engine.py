@@ -69,6 +69,7 @@ class TokenPruning(StepMethod):
         self._keeps = config.keys_values == "all" and partial
         needs = {"tokens"} | ({"keys and values"} if self._keeps else set())
         require(self.name, needs, target.adapter, target.denoiser)
+        assert target.adapter.tokens is not None
         self.tokens = target.adapter.tokens
         self.sites = list(self.tokens.sites(target.denoiser))
         self.run = Run(target, config.schedule(), self, stats, span=True)
@@ -76,7 +77,8 @@ class TokenPruning(StepMethod):
         self.guidance = Guidance(self.run, min(config.order, 1), halves=False)
         self.span = Span(self._plan_for, pick=True, tokens=lambda: self.run.image_tokens)
         self.kept = KeyValues(lambda: self.run.active, lambda: len(self.run.outputs))
-        self.attentions = list(target.adapter.attentions(target.denoiser)) if self._keeps else []
+        attentions = target.adapter.attentions if self._keeps else None
+        self.attentions = [] if attentions is None else list(attentions(target.denoiser))
         for attention in self.attentions:
             attention.check(target.denoiser)
         if not config.schedule().reduces:
