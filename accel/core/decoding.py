@@ -33,7 +33,7 @@ class TokenModel(Protocol):
             token may lie outside of 0 ... V - 1: it is only ever fed, not sampled.
         first_BV: float32 logits for slot 0, from the prompt.
 
-    It may say more, which decoders can do without: `codebook_VD`, the code that each token stands for (`Adapter`),
+    It may say more, which decoders can do without: `codebook_VD`, the code that each token stands for (`CheckpointAdapter`),
     and `row`, how many slots after a token the one right below it stands. If it has `at_most`, a decoder that knows
     how far the images are sets it before each forward: no `at_B` is larger, so that nothing behind need be looked at.
     """

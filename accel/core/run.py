@@ -209,7 +209,7 @@ class Run(Listener):
         if self.schedule.reduces and all(phase.dense and phase.guided for phase in self.phases):
             warnings.warn(
                 f"all {clock.total} steps are dense: the schedule's dense first and last steps leave none to "
-                "reduce, so this run is not accelerated.",
+                "reduce, so this run is not accelerated. For models of 4 to 8 steps: the preset few-step.",
                 AccelWarning,
                 stacklevel=2,
             )

@@ -1,4 +1,4 @@
-"""What accel knows about families of autoregressive image models: one `Adapter` class each, in one small file.
+"""What accel knows about families of autoregressive image models: one `CheckpointAdapter` class each, in one small file.
 
 An adapter is a loaded checkpoint behind a few questions: how prompts are embedded, how image tokens are embedded,
 where logits come from, which slots an image has, and how finished tokens become pixels. Caches, masks, guidance,
@@ -103,7 +103,7 @@ class Defaults:
     top_p: float | None = None
 
 
-class Adapter(ABC):
+class CheckpointAdapter(ABC):
     """A loaded checkpoint of one model family. Subclasses name the family and answer the abstract questions.
 
     `embed`, `positions`, `hidden` and `logits` run once per forward and may be traced by torch.compile or
@@ -127,7 +127,7 @@ class Adapter(ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, source: str, dtype: torch.dtype, **options: Any) -> Adapter:
+    def load(cls, source: str, dtype: torch.dtype, **options: Any) -> CheckpointAdapter:
         """Load a checkpoint on the CPU (`loading.load_model` does it for transformers' classes).
 
         Args:

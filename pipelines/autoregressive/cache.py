@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
-class KeyValues(Cache):
+class PlacedCache(Cache):
     """The keys and values of all layers: 2 x layers x R x S x H x D numbers, linear in places.
 
     Attributes:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from accel.errors import ConfigError, UnsupportedError, WeightsError
 
-from .adapter import Adapter, Defaults, Layout, Prefix
+from .adapter import CheckpointAdapter, Defaults, Layout, Prefix
 from .loading import load_model, quiet_imports
 
 #: What guidance leads away from, as in the authors' own example (github.com/baaivision/Emu3).
@@ -36,7 +36,7 @@ NEGATIVE_PROMPT = (
 _AREA = 720 * 720
 
 
-class Emu3(Adapter):
+class Emu3(CheckpointAdapter):
     """Emu3's image generation.
 
     Attributes:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from accel.errors import ConfigError, UnsupportedError
 
-from .adapter import Adapter, Layout, Prefix
+from .adapter import CheckpointAdapter, Layout, Prefix
 from .loading import load_model, load_tokenizer
 
 #: Pixels along an edge per token.
@@ -37,7 +37,7 @@ SCALE = 32
 SIZE = 1152, 768
 
 
-class GlmImage(Adapter):
+class GlmImage(CheckpointAdapter):
     """GlmImageForConditionalGeneration with its processor's tokenizer and chat template."""
 
     name = "GLM-Image"

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from accel.errors import UnsupportedError
 
-from .adapter import Adapter, Layout, Prefix, only_size
+from .adapter import CheckpointAdapter, Layout, Prefix, only_size
 from .loading import load_model, load_tokenizer, read_json
 
 #: Where processors say how pixels were normalised: transformers 5 nests it, older checkpoints have it apart.
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
-class Janus(Adapter):
+class Janus(CheckpointAdapter):
     """JanusForConditionalGeneration with its own tokenizer; images have one size, set by the checkpoint."""
 
     name = "Janus"

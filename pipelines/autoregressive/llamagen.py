@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from accel.errors import AccelWarning, ConfigError, UnsupportedError, WeightsError
 
-from .adapter import Adapter, Defaults, Layout, Prefix
+from .adapter import CheckpointAdapter, Defaults, Layout, Prefix
 from .llamagen_model import Gpt, load_gpt, read, rotary
 from .llamagen_vq import VqDecoder, load_vq
 from .loading import load_model, load_tokenizer, read_json
@@ -35,7 +35,7 @@ from .loading import load_model, load_tokenizer, read_json
 _KEYS = {"architectures", "gpt", "vq", "image_size", "heads", "text_encoder"}
 
 
-class LlamaGen(Adapter):
+class LlamaGen(CheckpointAdapter):
     """Both kinds of LlamaGen; `load` returns the one that the checkpoint is.
 
     Attributes:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from accel.errors import NumericsError, UnsupportedError
 
-from .adapter import Adapter, Layout, Prefix
-from .cache import KeyValues
+from .adapter import CheckpointAdapter, Layout, Prefix
+from .cache import PlacedCache
 
 #: Cached places come in these steps, so that few shapes are compiled and rows of the mask stay aligned.
 _STEP = 64
@@ -42,7 +42,7 @@ class PromptedModel:
 
     def __init__(
         self,
-        adapter: Adapter,
+        adapter: CheckpointAdapter,
         layout: Layout,
         prompts: Sequence[Any],
         guidance: float = 1.0,
@@ -63,7 +63,7 @@ class PromptedModel:
         self._longest = max(prefix.lengths)
         # One place more than there are slots: tokens of windows that reach beyond the end go there.
         self.places = -(-(self._longest + layout.slots + 1) // _STEP) * _STEP
-        self.key_values = KeyValues(adapter.layers, len(prefix.lengths), self.places)
+        self.key_values = PlacedCache(adapter.layers, len(prefix.lengths), self.places)
         self._forward, self._grow, self._fed = forward or forward_once, grow, 0
         self.first_BV = self._prefill(prefix)
         #: The furthest slot that the next forward can begin at, if a decoder knows.
@@ -144,7 +144,7 @@ def guide(model: PromptedModel, logits_RWV: Tensor) -> Tensor:
     return unconditional_BWV + (conditional_BWV - unconditional_BWV) * model.guidance
 
 
-def _check_fits(prefix: Prefix, adapter: Adapter, layout: Layout, images: int) -> None:
+def _check_fits(prefix: Prefix, adapter: CheckpointAdapter, layout: Layout, images: int) -> None:
     context, longest = adapter.context, max(prefix.lengths)
     if context is None or longest + layout.slots <= context:
         return

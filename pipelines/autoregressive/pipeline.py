@@ -16,7 +16,7 @@ from accel.core.checks import check, is_number, is_whole
 from accel.core.decoding import Decoder, Sampling, decode
 from accel.errors import ConfigError, UnsupportedError
 
-from .adapter import Adapter
+from .adapter import CheckpointAdapter
 from .loading import class_name
 from .model import PromptedModel, forward_once
 from .registry import find
@@ -52,7 +52,7 @@ class AutoregressivePipeline:
     >>> image = pipe("a red circle left of a blue square").images[0]             # doctest: +SKIP
     """
 
-    def __init__(self, adapter: Adapter) -> None:
+    def __init__(self, adapter: CheckpointAdapter) -> None:
         self.adapter = adapter
         self.decoder: Decoder = decode
         self._forward: Callable[..., Tensor] = forward_once

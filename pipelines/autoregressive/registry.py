@@ -6,7 +6,7 @@ import importlib
 
 from accel.errors import UnknownNameError
 
-from .adapter import Adapter
+from .adapter import CheckpointAdapter
 
 #: Class name of the model (config.json's "architectures") -> module whose `ADAPTER` is its adapter class.
 _BUILTIN = {
@@ -15,10 +15,10 @@ _BUILTIN = {
     "JanusForConditionalGeneration": "accel.pipelines.autoregressive.janus",
     "LlamaGen": "accel.pipelines.autoregressive.llamagen",
 }
-_REGISTERED: dict[str, type[Adapter]] = {}
+_REGISTERED: dict[str, type[CheckpointAdapter]] = {}
 
 
-def register(class_name: str, adapter: type[Adapter]) -> None:
+def register(class_name: str, adapter: type[CheckpointAdapter]) -> None:
     """Make models of this class known, for the process; takes precedence over the built-in adapters."""
     _REGISTERED[class_name] = adapter
 
@@ -28,7 +28,7 @@ def known() -> list[str]:
     return sorted({*_BUILTIN, *_REGISTERED})
 
 
-def find(class_name: str) -> type[Adapter]:
+def find(class_name: str) -> type[CheckpointAdapter]:
     """The adapter class for a model class.
 
     Raises:
@@ -42,7 +42,7 @@ def find(class_name: str) -> type[Adapter]:
         "autoregressive image model class",
         class_name,
         known(),
-        "To support another model, write a subclass of accel.pipelines.autoregressive.adapter.Adapter "
+        "To support another model, write a subclass of accel.pipelines.autoregressive.adapter.CheckpointAdapter "
         "(accel/pipelines/autoregressive/janus.py is a complete example) and call "
         "accel.pipelines.autoregressive.registry.register(class_name, adapter).",
     )

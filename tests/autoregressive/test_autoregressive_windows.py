@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from accel.core.decoding import Sampling, decode
 from accel.pipelines.autoregressive import AutoregressivePipeline
 from accel.pipelines.autoregressive import model as model_module
-from accel.pipelines.autoregressive.cache import KeyValues
+from accel.pipelines.autoregressive.cache import PlacedCache
 from accel.pipelines.autoregressive.janus import Janus
 from accel.pipelines.autoregressive.model import PromptedModel, forward_once
 
@@ -125,13 +125,13 @@ def test_a_decoder_that_knows_how_far_the_images_are_need_not_look_behind(janus,
 def test_a_mask_that_sees_rejected_tokens_fails(janus, token_BN, monkeypatch):
     """The negative control: everything written counts, also what lies after the query."""
     expected = one_by_one(prompted(janus), token_BN)
-    own = KeyValues.aim
+    own = PlacedCache.aim
 
     def sees_all_written(self, place_RW, seen):
         mask = own(self, place_RW, seen)
         return mask | (torch.arange(seen) <= place_RW.amax(1)[:, None, None])[:, None]
 
-    monkeypatch.setattr(KeyValues, "aim", sees_all_written)
+    monkeypatch.setattr(PlacedCache, "aim", sees_all_written)
     model = prompted(janus)
     logits = model.forward(token_BN[:, :5], torch.zeros(len(PROMPTS), dtype=torch.int64))
     assert (logits[:, 0] - expected[:, 1]).abs().max() > 1e-2
