@@ -69,19 +69,18 @@ class Gate(Around):
         where = caller.here()
         with self._lock:
             runs = [run for run in self._runs if run.clock.calls(*where)]
-            if not runs:
-                return self.call(*args, **kwargs)
-            for run in runs:
-                run.active = True
+            before = [(run, run.active) for run in self._runs]  # true only for a call within a call
+            for run, _ in before:
+                run.active = run in runs
             try:
-                return self._ours(runs, args, kwargs)
+                return self._ours(runs, args, kwargs) if runs else self.call(*args, **kwargs)
             except BaseException:
                 for run in runs:
                     run.clock.abort()
                 raise
             finally:
-                for run in runs:
-                    run.active = False
+                for run, active in before:
+                    run.active = active
 
     def _ours(self, runs: list[Follower], args: tuple, kwargs: dict[str, Any]) -> Any:
         for run in runs:

@@ -428,6 +428,7 @@ class Run(Listener):
         self._form = like(output)
         if self.keep_outputs and any(gate.keeps_outputs for gate in self._gates):
             prediction = prediction.clone()
+            output = self._form(prediction)  # guidance in two calls keeps the first one's, too
         if self.correct is not None and not self.changed:
             prediction = self.correct(prediction)
             output = self._form(prediction)
