@@ -49,6 +49,10 @@ class Handle:
         subject, method = self._subject(), self._method()
         return subject is not None and method is not None and _ATTACHED[subject].get(self._key) is self
 
+    def of(self, pipe: Any) -> bool:
+        """Whether it is this pipeline's."""
+        return pipe is not None and self._pipe() is pipe
+
     def remove(self) -> None:
         """Detach. The pipeline is bit-exactly what it was. Calling it twice is fine."""
         subject, method = self._subject(), self._method()
@@ -83,7 +87,12 @@ def make_room(target: Any, method: type[Method], *, replace: bool) -> None:
     """Refuse a second handle of one method on one model and loop, or remove the first if asked to replace it; refuse
     methods that do not go together."""
     everywhere: dict[_Key, Handle] = dict(_ATTACHED.get(target.subject) or {})
-    attached = {other: handle for (other, loop), handle in everywhere.items() if loop == id(target.loop)}
+    pipe = target.pipe()
+    attached = {
+        other: handle
+        for (other, loop), handle in everywhere.items()
+        if loop == id(target.loop) or handle.of(pipe)  # whose scheduler may have been replaced since
+    }
     for other, handle in attached.items():
         if other is not method and (other.alone or method.alone):
             raise ConfigError(

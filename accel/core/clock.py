@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 import weakref
 from collections.abc import Callable, Mapping
-from types import CodeType
 from typing import Any
 
 from torch import Tensor
@@ -32,6 +32,9 @@ class Listener:
     def before(self, clock: Clock) -> None: ...
 
     def after(self, clock: Clock) -> None: ...
+
+    def shortened(self, clock: Clock) -> None:
+        """At the end of its first step it shows that the loop has started in the middle."""
 
     def end(self, clock: Clock) -> None: ...
 
@@ -69,7 +72,7 @@ class Clock:
         self.noise: str | None = None
         self.pipe: weakref.ref | None = None
         self._place: caller.Place | None = None
-        self._paths: set[tuple[CodeType, ...]] = set()  # by which the loop's first step called its denoisers
+        self._paths: set[caller.Path] = set()  # by which the loop's first step called its denoisers
         self._step_names: list[str] = []
         self._step_defaults: dict[str, Any] = {}
         self._dice: samplers.Dice | None = None
@@ -98,7 +101,7 @@ class Clock:
         self._listeners.append(listener)
         return functools.partial(self._leave, listener)
 
-    def calls(self, place: caller.Place, path: tuple[CodeType, ...]) -> bool:
+    def calls(self, place: caller.Place, path: caller.Path) -> bool:
         """Whether a call made there is the running loop's: in its thread, by its pipeline and no other that is
         nested in it, and through the functions by which its first step called."""
         if not self.running or place != self._place:
@@ -142,22 +145,28 @@ class Clock:
 
     def _watch(self, pipe: Any) -> None:
         own = {name: value for name, value in vars(pipe).items() if name == "progress_bar"}
-        if hasattr(pipe, "progress_bar") and not hasattr(own.get("progress_bar"), "accel_clock"):
+        if (
+            hasattr(pipe, "progress_bar")
+            and getattr(own.get("progress_bar"), "accel_clock", None) is not self
+        ):
             self._bars.append((weakref.ref(pipe), own))
-            pipe.progress_bar = _watched(self, pipe.progress_bar)
+            pipe.progress_bar = _Watched(self, pipe.progress_bar)
 
     def _unwrap(self) -> None:
         for reference, own in self._bars:
-            if (pipe := reference()) is not None:
-                vars(pipe).pop("progress_bar", None)
+            pipe = reference()
+            if pipe is not None and getattr(vars(pipe).get("progress_bar"), "accel_clock", None) is self:
+                del vars(pipe)["progress_bar"]
                 vars(pipe).update(own)
         self._bars.clear()
         scheduler = self._scheduler()
         if scheduler is None:
             return
-        for name in _WRAPPED:
-            vars(scheduler).pop(name, None)
-        vars(scheduler).update(self._own)
+        del vars(scheduler)["__getstate__"]
+        for name in _HANDLERS:  # what the user has put there since stays
+            if getattr(vars(scheduler).get(name), "accel_clock", None) is self:
+                del vars(scheduler)[name]
+                vars(scheduler).update({name: self._own[name]} if name in self._own else {})
 
     def _plain_state(self) -> dict[str, Any]:
         """The scheduler's attributes without anything of ours."""
@@ -175,10 +184,15 @@ class Clock:
         if self.running and self.step == 0 and self.total != self._whole - begin_index:
             self._start(self._whole - begin_index)
 
+    def _steps_here(self) -> bool:
+        """Whether a step is the running loop's: of a run we saw the start of, in the same thread and pipeline. Two that
+        use one scheduler at once are told apart; the one that started last is followed."""
+        return self.running and caller.here()[0] == self._place
+
     def before_step(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """The scheduler is about to step. What adds noise by its class or its settings is known by now; what does
         by the arguments, or is nobody's we know, shows here."""
-        if not self.running:
+        if not self._steps_here():
             return
         scheduler = self._scheduler()
         given = {**self._step_defaults, **dict(zip(self._step_names, args, strict=False)), **kwargs}
@@ -186,12 +200,26 @@ class Clock:
         self.samples = sample.shape[0] if isinstance(sample, Tensor) else None
         self.model_output = given.get("model_output")
         self.noise = self.noise or samplers.adds_noise(scheduler, given)
+        if self.step == 0 and not hasattr(scheduler, "set_begin_index"):
+            self._begins_at(given.get("timestep"))
         self._dice = None
         if not samplers.is_known(scheduler) and isinstance(sample, Tensor):
             self._dice = samplers.Dice(given.get("generator"), sample.device)
 
+    def _begins_at(self, timestep: Any) -> None:
+        """The first step of a loop that may start in the middle (image-to-image): only some schedulers are told by
+        `set_begin_index`, the others' steps show it. Waits for the device once a run."""
+        if timestep is None:
+            return
+        first = next((i for i, t in enumerate(self.timesteps) if t == float(timestep)), 0)
+        if first:
+            self.total -= first
+            self.timesteps, self.times = self.timesteps[first:], self.times[first:]
+            self.lengths = None if self.lengths is None else self.lengths[first:]
+            self._tell("shortened")
+
     def _on_step(self, result: Any, *args: Any, **kwargs: Any) -> None:
-        if not self.running:  # a step outside of a run we saw the start of: nothing is ours to count
+        if not self._steps_here():
             return
         if self._dice is not None and self._dice.fell:
             self.noise = self.noise or "drew random numbers in its step"
@@ -216,6 +244,8 @@ class Clock:
         self._place, self._paths = caller.here()[0], set()
         pipe = caller.pipeline()
         self.pipe = None if pipe is None else weakref.ref(pipe)
+        if pipe is not None:  # maybe another one that shares the scheduler
+            self._watch(pipe)
         self.runs += 1
         self._tell("begin")
         self._tell("before")
@@ -247,13 +277,18 @@ def _wrapped(clock: Clock, method: Callable, handler: Callable[..., None]) -> Ca
     return call
 
 
-def _watched(clock: Clock, method: Callable) -> Callable:
+class _Watched:
     """`pipe.progress_bar`: diffusers' pipelines run their loop inside of it, and it closes however they leave."""
 
-    @functools.wraps(method)
-    def progress_bar(*args: Any, **kwargs: Any) -> Any:
-        bar = method(*args, **kwargs)
-        run, close = clock.runs, bar.close
+    def __init__(self, clock: Clock, method: Callable) -> None:
+        functools.update_wrapper(self, method)
+        self.accel_clock, self._method = clock, method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bar = self._method(*args, **kwargs)
+        clock, run, close = self.accel_clock, self.accel_clock.runs, getattr(bar, "close", None)
+        if close is None:  # a bar of the user's own
+            return bar
 
         def closed() -> None:
             # A bar closes again when it is collected, maybe while another loop is running.
@@ -264,5 +299,7 @@ def _watched(clock: Clock, method: Callable) -> Callable:
         bar.close = closed
         return bar
 
-    progress_bar.accel_clock = clock  # type: ignore[attr-defined]
-    return progress_bar
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """In a copy of the pipeline: the copy's own, unwatched."""
+        owner = getattr(self._method, "__self__", None)
+        return types.MethodType(self._method.__func__, memo.get(id(owner), owner)) if owner else self._method

@@ -21,6 +21,7 @@ class Follower(Protocol):
     active: bool
     clock: Clock
     detour: Callable[..., Any] | None
+    seen: int
 
     def arrives(self, args: tuple, kwargs: dict[str, Any]) -> None: ...
 
@@ -68,7 +69,8 @@ class Gate(Around):
     def around(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         where = caller.here()
         with self._lock:
-            runs = [run for run in self._runs if run.clock.calls(*where)]
+            nested = any(run.active for run in self._runs)
+            runs = [] if nested else [run for run in self._runs if run.clock.calls(*where)]
             before = [(run, run.active) for run in self._runs]  # true only for a call within a call
             for run, _ in before:
                 run.active = run in runs
@@ -97,8 +99,7 @@ class Gate(Around):
             with answered(self._module, found[0].like_output(found[1])):
                 output = self._module._call_impl(*args, **kwargs)
         else:
-            if torch.cuda.is_available() and compiled(self._module):
-                # The outputs of the call before have been read, or cloned.
+            if self.overwrites and runs[0].seen == 1:
                 torch.compiler.cudagraph_mark_step_begin()
             output = self.call(*args, **kwargs)
         for run in runs:
@@ -106,6 +107,6 @@ class Gate(Around):
         return output
 
     @property
-    def keeps_outputs(self) -> bool:
-        """What the module returns is overwritten by its next call (CUDA graphs) unless it is cloned."""
+    def overwrites(self) -> bool:
+        """What the module makes may be overwritten at the next step (CUDA graphs), unless it is cloned."""
         return torch.cuda.is_available() and compiled(self._module)

@@ -102,6 +102,11 @@ class KeyValues:
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.kept.values())
 
+    def clone(self) -> None:
+        """What was stored in the last call must outlive it."""
+        if self.storing:
+            self.kept = {key: tensor.clone() for key, tensor in self.kept.items()}
+
     def check(self, calls: int) -> None:
         """After a step that stored in this many calls: every attention must have passed through the hooks.
 

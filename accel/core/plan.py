@@ -73,6 +73,9 @@ class TokenPlan:
             row_B1 = torch.arange(x_BN.shape[0], device=x_BN.device)[:, None]
             x_BN.index_put_((row_B1, self.dst), y_BK)
 
+    def clone(self) -> TokenPlan:
+        return TokenPlan(self.dst.clone(), self.owner.clone(), self.size.clone(), self.complete)
+
     def repeat(self, times: int) -> TokenPlan:
         """The plan for `times` copies of the batch laid one after the other (the halves of guidance)."""
         if times == 1:

@@ -44,6 +44,17 @@ def _tensor(inner: Any, output: Any) -> Tensor:
     )
 
 
+def put(output: Any, prediction: Tensor) -> Any:
+    """The output of a call with another prediction in it, and whatever else it holds."""
+    inner = _inner(output)
+    value = list(prediction.unbind(0)) if isinstance(inner, (list, tuple)) else prediction
+    if isinstance(output, Tensor):
+        return value
+    if isinstance(output, tuple):
+        return (value, *output[1:])
+    return type(output)(**{**vars(output), "sample": value})
+
+
 def like(output: Any) -> Callable[[Tensor], Any]:
     """What puts a prediction into the form of `output`, keeping nothing of its tensors alive."""
     cls: Any = type(output)

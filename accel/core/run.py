@@ -8,6 +8,7 @@ between two steps, or at the gate around the denoiser (`accel.core.gate`).
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
 import weakref
 from abc import abstractmethod
@@ -28,7 +29,7 @@ from .clock import Clock, Listener
 from .copies import copies_plain
 from .gate import Gate
 from .method import Method
-from .prediction import like, prediction_of
+from .prediction import like, prediction_of, put
 from .schedule import Phase, Schedule
 
 
@@ -106,6 +107,16 @@ class StepMethod(Method):
             UnsupportedError: the settings do not go with it.
         """
 
+    def calls_changed(self, run: Run) -> None:
+        """The calls of the running step have other shapes, or are others, than before: guidance came or went.
+
+        Raises:
+            UnsupportedError: the method cannot do with it.
+        """
+
+    def keep(self, run: Run) -> None:
+        """A call is over that ran as a CUDA graph: what it made and is to be read at a later step must be cloned."""
+
     def noisy(self, run: Run, reason: str) -> None:
         """The sampler turned out to add noise, for the reason given.
 
@@ -152,6 +163,8 @@ class Run(Listener):
         self._gates: list[Gate] = []
         self._form: Callable[[Tensor], Any] | None = None
         self.active = False
+        self._thread = 0
+        self.prepared = -1  # the step that was prepared last
         self.phase: Phase
         self.phases: tuple[Phase, ...]
         self.time: float
@@ -244,6 +257,7 @@ class Run(Listener):
         self.samples = clock.samples
         self.branch_skipped = self.changed = False
         self.answers = self.detour = None
+        self.prepared = clock.step
         self.method.prepare(self)
         self.outputs = ()
         self._calls, self._arrived, self._shapes_now = 0, 0, []
@@ -254,7 +268,7 @@ class Run(Listener):
         if calls == expected:
             return
         if self.target.adapter.branches.calls is not None:
-            self.changed = True
+            self._change()
             return
         raise UnsupportedError(
             f"the model was called {calls} times at step {self.clock.step}, but {expected} times at the steps "
@@ -262,6 +276,11 @@ class Run(Listener):
             "of times), and which of them are left is not known of "
             f"{type(self.target.denoiser).__name__}. Forecasts need the same number at every step."
         )
+
+    def _change(self) -> None:
+        """The calls of this step are others than those of the steps before."""
+        self.changed = True
+        self.method.calls_changed(self)
 
     def check_sampler(self) -> None:
         """Refuse a sampler that cannot be forecast under (see `accel.core.samplers`).
@@ -291,7 +310,8 @@ class Run(Listener):
         self.detour = detour
 
     def _refuse_second(self) -> None:
-        if any(run.answers is not None or run.detour is not None for run in self.alongside()):
+        prepared = [run for run in self.alongside() if run.prepared == self.clock.step]
+        if any(run.answers is not None or run.detour is not None for run in prepared):
             raise UnsupportedError(
                 f"two methods forecast step {self.clock.step} of the same model. Put both into one schedule: "
                 "TokenPruningConfig takes forecast steps (0 in cycle=...), partial steps and guidance_every."
@@ -305,7 +325,7 @@ class Run(Listener):
     def after(self, clock: Clock) -> None:
         if self._foreign:
             return
-        if clock.step == 0 and self._arrived == 0:
+        if self._arrived == 0:
             self._not_called()
             return
         if clock.step == 0:  # not in `begin`, which image-to-image brings about twice
@@ -336,18 +356,24 @@ class Run(Listener):
         return self.answers is None or self.changed
 
     def _not_called(self) -> None:
-        """A loop whose first step never called the denoiser is not ours; silently so if it is another pipeline's."""
+        """A loop that does not call the denoiser at its first step is not ours; silently so if it is another
+        pipeline's. One that calls it in another way later on (from another thread, or another function) is not any
+        more."""
         pipe = None if self.clock.pipe is None else self.clock.pipe()
-        if pipe is None or pipe is self.target.pipe():
+        if self.clock.step or pipe is None or pipe is self.target.pipe():
             warnings.warn(
-                f"the loop of {self.clock.total} steps never called the accelerated {type(self.target.denoiser).__name__} "
-                "in its own thread (a copy, another wrapper of torch.compile, or a worker thread): it is not "
-                "accelerated.",
+                f"step {self.clock.step} of a loop of {self.clock.total} did not call the accelerated "
+                f"{type(self.target.denoiser).__name__} from where its first step does (a copy, another wrapper of "
+                "torch.compile, another thread or function): from here on it is not accelerated.",
                 AccelWarning,
                 stacklevel=2,
             )
         self._drop()
         self._foreign = True
+
+    def shortened(self, clock: Clock) -> None:
+        if not self._foreign:
+            self.phases, self.time = self.schedule.phases(clock.total), clock.times[0]
 
     def end(self, clock: Clock) -> None:
         self._drop()
@@ -367,6 +393,11 @@ class Run(Listener):
 
     # The denoiser's side, at its gate: eager, around the call of the module.
 
+    def serves(self) -> bool:
+        """Whether the running call is this loop's. Asked by hooks, possibly traced: compiled code runs behind the gate
+        alone, eager code may be another thread's that goes by a module nobody told us of."""
+        return self.active and (torch.compiler.is_compiling() or threading.get_ident() == self._thread)
+
     @property
     def seen(self) -> int:
         return self._arrived
@@ -383,9 +414,11 @@ class Run(Listener):
 
     def arrives(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """One of this loop's calls has come."""
+        self._thread = threading.get_ident()
         shapes = _shapes(args, kwargs)
         known = self._shapes[self._arrived : self._arrived + 1]
-        self.changed = self.changed or (known != [shapes] and bool(known))
+        if known not in ([], [shapes]):
+            self._change()
         self._shapes_now.append(shapes)
         self._arrived += 1
 
@@ -393,7 +426,8 @@ class Run(Listener):
         """It is about to go into the module, whose hooks are `traced` along if it is compiled."""
         if traced:
             self._read(args, kwargs)
-        self.stats.call_starts(next(a.device for a in _tensors((*args, *kwargs.values()))))
+        device = next((t.device for t in _tensors((*args, *kwargs.values()))), torch.device("cpu"))
+        self.stats.call_starts(device)
 
     def _read(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """The arguments: what cannot be followed, and at the first call the grid."""
@@ -426,12 +460,13 @@ class Run(Listener):
         """It came out with this; what the pipeline gets."""
         prediction = prediction_of(output)
         self._form = like(output)
-        if self.keep_outputs and any(gate.keeps_outputs for gate in self._gates):
+        if self.answers is None and any(gate.overwrites for gate in self._gates):
+            self.method.keep(self)
             prediction = prediction.clone()
-            output = self._form(prediction)  # guidance in two calls keeps the first one's, too
+            output = put(output, prediction)  # guidance in two calls keeps the first one's, too
         if self.correct is not None and not self.changed:
             prediction = self.correct(prediction)
-            output = self._form(prediction)
+            output = put(output, prediction)
         if self.keep_outputs:
             self.outputs = (*self.outputs, prediction)
         self._calls += 1

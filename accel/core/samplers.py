@@ -16,9 +16,16 @@ from torch import Tensor
 
 OTHER = "Use a first-order or multistep scheduler without noise (Euler, DDIM, DPM-Solver++ 2M, UniPC)."
 
-#: Schedulers whose `step` draws noise whatever it is told; `tests/core/test_samplers.py` finds them by results.
+#: Schedulers whose `step` draws noise, or tokens, whatever it is told; `tests/core/test_samplers.py` finds them by
+#: results where they run.
 ADD_NOISE = frozenset(
     {
+        "AmusedScheduler",
+        "BlockRefinementScheduler",
+        "CosineDPMSolverMultistepScheduler",
+        "DiscreteDDIMScheduler",
+        "EntropyBoundScheduler",
+        "VQDiffusionScheduler",
         "CMStochasticIterativeScheduler",
         "CogVideoXDPMScheduler",
         "DDPMParallelScheduler",
@@ -58,8 +65,8 @@ def adds_noise(scheduler: Any, arguments: Mapping[str, Any] | None = None) -> st
             return f"adds noise ({setting}={value!r})"
     for argument in _ARGUMENTS:
         value = (arguments or {}).get(argument)
-        if isinstance(value, (int, float)) and value > 0:
-            return f"adds noise ({argument}={value:g} was given to its step)"
+        if hasattr(value, "__float__") and float(value) > 0:
+            return f"adds noise ({argument}={float(value):g} was given to its step)"
     return None
 
 

@@ -35,6 +35,7 @@ class Span:
         plan_for: (B, N, C) tokens at the entry -> the plan for this call, or None to run dense.
         pick: reduce by taking each slot's own token instead of the mean of its tokens.
         tokens: how many image tokens there are, for modules that take text in the same tensor; None: not known yet.
+        serves: whether the running call is one to reduce; others go through untouched, and touch nothing.
         observe: called with (x, reduced x, plan) at the entry; used to measure how well a cached plan fits.
     """
 
@@ -45,8 +46,10 @@ class Span:
         pick: bool = False,
         observe: Callable[[Tensor, Tensor, TokenPlan], None] | None = None,
         tokens: Callable[[], int | None] = lambda: None,
+        serves: Callable[[], bool] = lambda: True,
     ) -> None:
-        self.plan_for, self.pick, self.observe, self.tokens = plan_for, pick, observe, tokens
+        self.plan_for, self.pick, self.observe = plan_for, pick, observe
+        self.tokens, self.serves = tokens, serves
         self.plan: TokenPlan | None = None
         self.full: Tensor | None = None
         self.reduced: Tensor | None = None
@@ -72,6 +75,8 @@ class Span:
 
     def _enter(self, port: Port) -> Callable:
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            if not self.serves():
+                return None
             x, tokens = port.get(port.site.tokens, args, kwargs), self.tokens()
             if port.site.image != "all" and tokens is None:
                 return None
@@ -91,14 +96,16 @@ class Span:
 
     def _carry(self, port: Port) -> Callable:
         def carry(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            return None if self.plan is None else port.follow(self.plan, args, kwargs)
+            if self.plan is None or not self.serves():
+                return None
+            return port.follow(self.plan, args, kwargs)
 
         return carry
 
     def _leave(self, port: Port) -> Callable:
         def leave(module: nn.Module, args: tuple, output: Any) -> Any:
             plan, full, reduced = self.plan, self.full, self.reduced
-            if plan is None:
+            if plan is None or not self.serves():
                 return None
             assert full is not None
             assert reduced is not None

@@ -144,3 +144,64 @@ def test_an_attention_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setitem(registry._REGISTERED, "PixArtTransformer2DModel", wrong)
     with pytest.raises(ConfigError, match="attn7"):
         accel.accelerate(pipe, accel.TokenPruningConfig())
+
+
+def test_replacing_after_another_scheduler_was_set():
+    """As the message about it advises."""
+    pipe = make_flux()
+    first = accel.accelerate(pipe, "balanced")
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    with pytest.raises(UnsupportedError, match=r"replace=True"):
+        FLUX.latents(pipe, steps=10)
+    with accel.accelerate(pipe, "balanced", replace=True) as handle:
+        FLUX.latents(pipe, steps=10)
+        assert handle.stats.share < 1
+    assert not first.attached
+
+
+def test_a_bar_of_the_users_own_is_left_alone():
+    from contextlib import nullcontext
+
+    pipe = make_flux()
+    own = SimpleNamespace(update=lambda *_: None)
+    pipe.progress_bar = lambda *args, **kwargs: nullcontext(own)
+    plain = FLUX.latents(pipe, steps=10)
+    with accel.accelerate(pipe, "balanced"):
+        assert not torch.equal(FLUX.latents(pipe, steps=10), plain)
+    assert torch.equal(FLUX.latents(pipe, steps=10), plain)
+
+
+def test_forecasts_that_never_coincide_go_together():
+    pipe = make_flux()
+    merging = accel.TokenMergingConfig(cycle=(1, 0, 1, 1), dense_steps_first=2, dense_steps_last=0, order=1)
+    forecast = accel.ForecastConfig(cycle=(1, 1, 0, 1), dense_steps_first=2, dense_steps_last=0)
+    with accel.accelerate(pipe, merging), accel.accelerate(pipe, forecast) as handle:
+        FLUX.latents(pipe, steps=10)
+        assert [int(s.computed > 0) for s in handle.stats.steps] == [1, 1, 1, 0, 0, 1, 1, 0, 0, 1]
+
+
+@pytest.mark.parametrize("config", ["balanced", "merging", accel.TokenPruningConfig(cycle=(0.5, 1))])
+def test_what_cuda_graphs_would_overwrite_is_cloned(config, monkeypatch):
+    """Poisoned after every call, as the next replay would: the pictures stay the same."""
+    from accel.core import gate as gates
+
+    def run(poison):
+        pipe = make_flux()
+        monkeypatch.setattr(gates.Gate, "overwrites", property(lambda self: poison))
+        made = []
+        with accel.accelerate(pipe, config):
+            pipe.transformer.register_forward_hook(lambda m, a, out: made.append(out[0]))
+            if poison:
+                step = pipe.scheduler.step
+
+                def overwriting(*args, **kwargs):
+                    out = step(*args, **kwargs)
+                    for tensor in made:
+                        tensor.fill_(float("nan"))
+                    made.clear()
+                    return out
+
+                monkeypatch.setattr(pipe.scheduler, "step", overwriting)
+            return FLUX.latents(pipe, steps=10, guidance=3.0)
+
+    assert torch.equal(run(True), run(False))

@@ -48,15 +48,28 @@ def own_loop(pipe, calls_at, steps=8):
     return x
 
 
+class Loop(FluxPipeline):
+    """The same loop as a pipeline's."""
+
+    def __call__(self, calls_at, steps=8):
+        return own_loop(self, calls_at, steps)
+
+
+def make_loop():
+    pipe = Loop(**make_flux().components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def test_a_varying_number_of_calls_is_refused_where_it_is_not_known_which_they_are(monkeypatch):
-    pipe = make_flux()
+    pipe = make_loop()
     undeclared = dataclasses.replace(registry.find(pipe.transformer), branches=Branches())
     monkeypatch.setitem(registry._REGISTERED, "FluxTransformer2DModel", undeclared)
     with (
         accel.accelerate(pipe, Config(**CYCLE)),
         pytest.raises(UnsupportedError, match="called 2 times at step 3"),
     ):
-        own_loop(pipe, lambda step: 2 if step >= 3 else 1)
+        pipe(lambda step: 2 if step >= 3 else 1)
 
 
 @pytest.mark.parametrize(
@@ -66,18 +79,112 @@ def test_guidance_that_comes_or_goes_starts_the_history_anew(calls_at):
     """FLUX says that the first call is the conditional one, so that calls may come and go: where they do, as many
     steps are computed as a forecast needs. On a denoiser that sees the same image at every step forecasts are then
     exact; one that continued a line from one branch to the other would be far off."""
-    pipe = make_flux()
+    pipe = make_loop()
     freeze(pipe)
-    plain, constant = own_loop(pipe, calls_at, 12), own_loop(pipe, lambda step: calls_at(0), 12)
+    plain, constant = pipe(calls_at, 12), pipe(lambda step: calls_at(0), 12)
     with accel.accelerate(pipe, Config(cycle=(0, 1), dense_steps_first=3)) as handle:
-        got = own_loop(pipe, calls_at, 12)
+        got = pipe(calls_at, 12)
         computed = [int(step.computed > 0) for step in handle.stats.steps]
     # Changed at 4 (a computed step: one more is) or at 5 (one to be forecast: two more).
-    assert computed == (
-        [1, 1, 1, 0, 1, 1, 1, 0, 1, 0, 1, 1] if calls_at(0) == 1 else [1, 1, 1, 0, 1, 0, 1, 1, 1, 0, 1, 1]
-    )
+    on, off = [1, 1, 1, 0, 1, 1, 1, 0, 1, 0, 1, 1], [1, 1, 1, 0, 1, 0, 1, 1, 1, 0, 1, 1]
+    assert computed == (on if calls_at(0) == 1 else off)
     assert relative(constant, plain) > 1e-2
     assert relative(got, plain) < 1e-5
+    with (
+        accel.accelerate(
+            pipe, accel.TokenPruningConfig(cycle=(0.5, 1), keys_values="none", dense_steps_first=3)
+        ),
+        pytest.raises(UnsupportedError, match="Token pruning needs the same calls at every step"),
+    ):
+        pipe(calls_at, 12)
+
+
+def test_in_a_loop_of_ones_own_a_line_that_its_first_step_does_not_have_is_nobodys():
+    """So that two loops side by side in one function are two: guidance that comes later is computed plainly."""
+    pipe = make_flux()
+    freeze(pipe)
+    calls_at = lambda s: 2 if s >= 4 else 1  # noqa: E731
+    plain = own_loop(pipe, calls_at, 12)
+    with accel.accelerate(pipe, Config(cycle=(0, 1), dense_steps_first=3)) as handle:
+        assert relative(own_loop(pipe, calls_at, 12), plain) < 1e-5
+        assert handle.stats.calls == 12  # the conditional branch's
+
+
+def test_two_loops_in_lockstep_in_one_function():
+    """Plain and accelerated beside each other, with a scheduler each."""
+    pipe = make_flux()
+    call, other = first_call(), copy.deepcopy(pipe.scheduler)
+
+    def lockstep():
+        x = y = call["hidden_states"]
+        pipe.scheduler.set_timesteps(10, mu=0.5)
+        other.set_timesteps(10, mu=0.5)
+        for t in other.timesteps:
+            fast = pipe.transformer(**{**call, "hidden_states": x, "timestep": t.expand(1) / 1000})[0]
+            x = pipe.scheduler.step(fast, t, x, return_dict=False)[0]
+            plain = pipe.transformer(**{**call, "hidden_states": y, "timestep": t.expand(1) / 1000})[0]
+            y = other.step(plain, t, y, return_dict=False)[0]
+        return x, y
+
+    expected = lockstep()[1]
+    with (
+        accel.accelerate(pipe, Config(cycle=(0, 1), dense_steps_first=3)),
+        pytest.warns(accel.AccelWarning, match="outside of a denoising loop"),  # the last plain call
+    ):
+        fast, plain = lockstep()
+    assert torch.equal(plain, expected)
+    assert not torch.equal(fast, expected)
+
+
+@pytest.mark.filterwarnings("ignore:step 5 of a loop of 10 did not call")
+def test_a_loop_whose_later_calls_come_another_way_goes_on_plainly():
+    pipe = make_flux()
+    call = first_call()
+
+    def first(x, t):
+        return pipe.transformer(**{**call, "hidden_states": x, "timestep": t.expand(1) / 1000})[0]
+
+    def later(x, t):
+        return pipe.transformer(**{**call, "hidden_states": x, "timestep": t.expand(1) / 1000})[0]
+
+    def loop(change):
+        x = call["hidden_states"]
+        pipe.scheduler.set_timesteps(10, mu=0.5)
+        for i, t in enumerate(pipe.scheduler.timesteps):
+            x = pipe.scheduler.step((later if i >= change else first)(x, t), t, x, return_dict=False)[0]
+        return x
+
+    with accel.accelerate(pipe, Config(cycle=(0, 1), dense_steps_first=5)):
+        changed, whole = loop(5), loop(10)
+    assert torch.equal(changed, loop(10))  # five computed steps, then the plain loop
+    assert not torch.equal(whole, changed)
+
+
+def test_a_pipeline_that_shares_the_scheduler_and_fails_leaves_nothing_to_the_next():
+    """The frame of its `__call__` is gone; the next pipeline's may have the same address."""
+    pipe = make_flux()
+    twin = FluxPipeline(**pipe.components)
+    other = FluxPipeline(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)})
+    for each in (twin, other):
+        each.set_progress_bar_config(disable=True)
+    plain = make(other, 11)
+
+    class Stop(Exception):
+        pass
+
+    def stop(_, step, timestep, tensors):
+        if step == 6:
+            raise Stop
+        return tensors
+
+    with accel.accelerate(pipe, "balanced"):
+        clock = pipe.scheduler.step.accel_clock
+        for _ in range(3):
+            with pytest.raises(Stop):
+                make(twin, 3, callback_on_step_end=stop)
+            assert not clock.running
+            with pytest.warns(accel.AccelWarning, match="by another FluxPipeline"):
+                assert torch.equal(make(other, 11), plain)
 
 
 def test_a_call_by_somebody_else_is_computed_and_changes_nothing():
@@ -243,5 +350,6 @@ def test_a_copy_taken_while_accelerated_is_plain():
         other.set_progress_bar_config(disable=True)
         assert torch.equal(make(other, 3), plain)
         whole = copy.deepcopy(pipe)
+        assert whole.progress_bar.__self__ is whole
         assert torch.equal(make(whole, 3), plain)
         assert not torch.equal(make(pipe, 3), plain)

@@ -48,7 +48,7 @@ class Correction:
         # On the device: compiled code would be made again for every other number.
         self._missed = [m / length for m in self._missed]
         slope = self._moment / age if age else 0.0  # all at one time: no line to follow
-        self._share = torch.tensor(slope / length, device=self._missed[0].device)
+        self._share = torch.full((), slope / length, device=self._missed[0].device)
 
     def apply(self, call: int, prediction: Tensor, latest: Tensor) -> Tensor:
         """What the sampler gets in place of this call's prediction."""

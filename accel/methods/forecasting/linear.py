@@ -9,9 +9,11 @@ Shapes: n branches, L numbers of an image batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,46 +27,56 @@ class Fit:
     """The mix of the first steps, read from the device when it is first asked for."""
 
     def __init__(self) -> None:
-        self._found: list[Readback | None] = []
+        self._seen: list[Readback | None] = []
         self._judged = False
 
     def observe(self, outputs: Sequence[Tensor], model_output: Any) -> None:
         """A step's predictions, and what the sampler was given."""
-        if len(self._found) < _STEPS:
-            fit = mix(outputs, model_output) if isinstance(model_output, Tensor) else None
-            self._found.append(None if fit is None else Readback(fit))
+        if len(self._seen) < _STEPS:
+            seen = products(outputs, model_output) if isinstance(model_output, Tensor) else None
+            self._seen.append(None if seen is None else Readback(seen))
 
     def wrong(self) -> str | None:
         """Why it is no fixed mix, as a clause; None: it is. Once per run; later None."""
         if self._judged:
             return None
         self._judged = True
-        if not self._found or any(found is None for found in self._found):
+        if not self._seen or any(seen is None for seen in self._seen):
             return "how the sampler's input follows from the predictions cannot be told"
-        rows = [found.read().tolist() for found in self._found if found is not None]
-        if not all(row[0] <= _RESIDUAL for row in rows):
+        left, weights = zip(*(mix(seen.read()) for seen in self._seen if seen is not None), strict=True)
+        if not max(left) <= _RESIDUAL:
             return (
                 "the pipeline does not give its sampler a mix of the predictions (rescaled by norms, or preconditioned "
-                f"by the noise level): {max(row[0] for row in rows):.0%} of it is something else"
+                f"by the noise level): {max(left):.0%} of it is something else"
             )
-        size = max(abs(weight) for weight in rows[0][1:])
-        drift = max(abs(a - b) for row in rows for a, b in zip(row[1:], rows[0][1:], strict=True))
-        if drift > _DRIFT * size:
+        if len({len(row) for row in weights}) > 1:
+            return "the number of branches of guidance changes"
+        first = weights[0]
+        drift = max(abs(a - b) for row in weights for a, b in zip(row, first, strict=True))
+        if drift > _DRIFT * max(map(abs, first)):
             return "the strength of guidance changes from step to step"
         return None
 
 
-def mix(outputs: Sequence[Tensor], model_output: Tensor) -> Tensor | None:
-    """(1 + n,) float32: relative size of what is left over, and the weights of the branches; by least squares, on
-    the device. None: shapes that do not go together."""
+def products(outputs: Sequence[Tensor], model_output: Tensor) -> Tensor | None:
+    """(n + 1, n + 1) float32 inner products of the branches and, last, the sampler's input; made on the device without
+    waiting for it. None: shapes that do not go together."""
     branches = [part for output in outputs for part in _branches(output, model_output)]
     if not branches:
         return None
-    m_L = model_output.flatten().float()
-    b_nL = torch.stack([branch.flatten().float() for branch in branches])
-    weight_n = torch.linalg.pinv(b_nL @ b_nL.T, hermitian=True) @ (b_nL @ m_L)
-    left = (m_L - weight_n @ b_nL).norm() / m_L.norm().clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.cat([left[None], weight_n])
+    x_nL = torch.stack([part.flatten().float() for part in (*branches, model_output)])
+    return x_nL @ x_nL.T
+
+
+def mix(product_nn: Tensor) -> tuple[float, list[float]]:
+    """(relative size of what no mix of the branches explains, the weights of the best one), by least squares."""
+    gram = product_nn.double().numpy()
+    branches, given = gram[:-1, :-1], gram[:-1, -1]
+    if not np.isfinite(gram).all():
+        return math.inf, []
+    weights = np.linalg.pinv(branches, rcond=1e-6, hermitian=True) @ given
+    left = gram[-1, -1] - 2 * weights @ given + weights @ branches @ weights
+    return math.sqrt(max(left, 0.0) / max(gram[-1, -1], 1e-30)), weights.tolist()
 
 
 def _branches(output: Tensor, model_output: Tensor) -> list[Tensor]:

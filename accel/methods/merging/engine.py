@@ -133,6 +133,14 @@ class TokenMerging(StepMethod):
                 f"unmerge='carry' became 'copy': {type(self.target.scheduler).__name__} {reason}"
             )
 
+    def keep(self, run: Run) -> None:
+        self.state.draw = self.state.draw.clone()
+        for group in self.groups:
+            if group.built and group.plan is not None:
+                group.plan = group.plan.clone()
+            if group.growth is not None and group.baseline is not None:
+                group.growth, group.baseline = group.growth.clone(), group.baseline.clone()
+
     def _drifted(self) -> bool:
         limit = 1 + (self.config.drift or 0)
         drifted = any(growth.read() > limit for growth in self.state.growths)
@@ -241,6 +249,7 @@ class _Group:
                     pick=config.merge == "pick",
                     observe=None if i else observe,
                     tokens=lambda: method.run.image_tokens,
+                    serves=lambda: method.run.serves(),
                 ),
                 stretch,
             )
@@ -258,7 +267,7 @@ class _Group:
 
     def plan_for(self, x_BNC: Tensor) -> TokenPlan | None:
         run = self.method.run
-        if not run.active or run.phase.dense or run.grid is None:
+        if not run.serves() or run.phase.dense or run.grid is None:
             return None
         if self.stale:
             with torch.no_grad():

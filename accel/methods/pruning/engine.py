@@ -75,8 +75,10 @@ class TokenPruning(StepMethod):
         self.run = Run(target, config.schedule(), self, stats, span=True)
         self.run.keep_outputs = True
         self.guidance = Guidance(self.run, min(config.order, 1), halves=False)
-        self.span = Span(self._plan_for, pick=True, tokens=lambda: self.run.image_tokens)
-        self.kept = KeyValues(lambda: self.run.active, lambda: len(self.run.outputs))
+        self.span = Span(
+            self._plan_for, pick=True, tokens=lambda: self.run.image_tokens, serves=self.run.serves
+        )
+        self.kept = KeyValues(self.run.serves, lambda: len(self.run.outputs))
         attentions = target.adapter.attentions if self._keeps else None
         self.attentions = [] if attentions is None else list(attentions(target.denoiser))
         for attention in self.attentions:
@@ -297,6 +299,16 @@ class TokenPruning(StepMethod):
         x_BN = x_GN if self.state.rows == 1 else x_GN.repeat(batch // self.state.rows, 1)
         return self.tokens.spread(self.target.denoiser, x_BN, self.run.grid)
 
+    def calls_changed(self, run: Run) -> None:
+        raise UnsupportedError(
+            f"step {run.clock.step} calls the model in another way than the steps before it (guidance over a part of the "
+            "steps): what is kept for each token belongs to other calls. Token pruning needs the same calls at every "
+            "step; forecasts (the presets quality, balanced, fast and draft) and merging follow."
+        )
+
+    def keep(self, run: Run) -> None:
+        self.kept.clone()
+
     def check_grid(self, grid: tuple[int, int]) -> None:
         tokens = grid[0] * grid[1]
         if self.config.clusters > tokens:
@@ -308,7 +320,7 @@ class TokenPruning(StepMethod):
     # Inside the denoiser, possibly traced.
 
     def _plan_for(self, x_BNC: Tensor) -> TokenPlan | None:
-        return self.state.plan if self.run.active else None
+        return self.state.plan if self.run.serves() else None
 
     def _correct(self, prediction: Tensor) -> Tensor:
         call = len(self.run.outputs)
