@@ -10,6 +10,7 @@ from accel.core.capability import Adapter
 
 #: Class name -> module whose `ADAPTER` describes it.
 _BUILTIN = {
+    "ErnieImageTransformer2DModel": "accel.pipelines.diffusion.ernie",
     "FluxTransformer2DModel": "accel.pipelines.diffusion.flux",
     "PixArtTransformer2DModel": "accel.pipelines.diffusion.pixart",
 }
