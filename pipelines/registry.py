@@ -10,8 +10,14 @@ from accel.core.capability import Adapter
 
 #: Class name -> module whose `ADAPTER` describes it.
 _BUILTIN = {
+    "CogView3PlusTransformer2DModel": "accel.pipelines.diffusion.cogview3",
+    "CogView4Transformer2DModel": "accel.pipelines.diffusion.cogview4",
+    "DiTTransformer2DModel": "accel.pipelines.diffusion.dit",
     "ErnieImageTransformer2DModel": "accel.pipelines.diffusion.ernie",
     "FluxTransformer2DModel": "accel.pipelines.diffusion.flux",
+    "HunyuanDiT2DModel": "accel.pipelines.diffusion.hunyuan_dit",
+    "Lumina2Transformer2DModel": "accel.pipelines.diffusion.lumina2",
+    "LuminaNextDiT2DModel": "accel.pipelines.diffusion.lumina_next",
     "PixArtTransformer2DModel": "accel.pipelines.diffusion.pixart",
 }
 _REGISTERED: dict[str, Adapter] = {}

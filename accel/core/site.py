@@ -43,6 +43,7 @@ class Site:
         residual: the output contains the input (a whole block), so that the *change* is what is expanded.
         sides: the inputs that travel along.
         bias: how to add a bias per key (proportional attention); None when the module's attention takes none.
+        read_by: path of a later module that takes this one's output, too (a skip connection).
     """
 
     path: str
@@ -53,6 +54,7 @@ class Site:
     residual: bool = True
     sides: tuple[Side, ...] = ()
     bias: Side | None = None
+    read_by: str | None = None
 
     def check(self, family: str, denoiser: nn.Module) -> None:
         """Whether the denoiser has this site.

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from accel.errors import UnsupportedError
+
 from .plan import TokenPlan
 from .site import Port, Site
 
@@ -45,7 +47,20 @@ class Span:
         self.plan = self.full = self.reduced = None
 
     def attach(self, denoiser: nn.Module, sites: Sequence[Site], stack: ExitStack, *, bias: bool) -> None:
-        """Hook the modules of `sites`, in order; the undo actions go onto `stack`."""
+        """Hook the modules of `sites`, in order; the undo actions go onto `stack`.
+
+        Raises:
+            UnsupportedError: reduced tokens would leave the span through a skip connection.
+        """
+        paths = {site.path for site in sites}
+        # The last module's output is whole again.
+        for site in sites[:-1]:
+            if site.read_by is not None and site.read_by not in paths:
+                raise UnsupportedError(
+                    f"{site.path} feeds {site.read_by} through a skip connection, so that both must be among the "
+                    "blocks that share a plan: keep dense_blocks_last <= dense_blocks_first and refresh_layers empty, "
+                    "or use scope='block'."
+                )
         # Blocks of one class share one hook object: with regional compilation every block is guarded on its
         # hooks, and one object per block would recompile the same graph once per block.
         ports: dict[tuple, Port] = {}

@@ -1,0 +1,32 @@
+"""CogView3+: text and image apart at every block's border, positions added at the entry, nothing travels along."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from accel.core.capability import Adapter, Branches, Tokens
+from accel.core.site import Site
+
+from .common import blocks, latent_grid, patches
+
+
+def _sites(denoiser: nn.Module) -> list[Site]:
+    return blocks(denoiser, "transformer_blocks", Site("", output=0))
+
+
+def _patch(denoiser: Any) -> int:
+    return denoiser.config.patch_size
+
+
+ADAPTER = Adapter(
+    name="CogView3+",
+    branches=Branches(batched="second"),
+    tokens=Tokens(
+        sites=_sites,
+        **latent_grid("hidden_states", _patch),
+        **patches(_patch),
+        shared_plan=False,
+    ),
+)
