@@ -44,6 +44,8 @@ class Site:
         sides: the inputs that travel along.
         bias: how to add a bias per key (proportional attention); None when the module's attention takes none.
         read_by: path of a later module that takes this one's output, too (a skip connection).
+        padded: between the blocks of a span the model cuts sequences at lengths that it took before: they keep their
+            length there, with zeros in place of the image tokens that are not computed.
     """
 
     path: str
@@ -55,6 +57,7 @@ class Site:
     sides: tuple[Side, ...] = ()
     bias: Side | None = None
     read_by: str | None = None
+    padded: bool = False
 
     def check(self, family: str, denoiser: nn.Module) -> None:
         """Whether the denoiser has this site.
@@ -85,7 +88,7 @@ def rows(
     *,
     image: Literal["all", "first", "last"] = "all",
     dims: tuple[int, ...] = (1,),
-    item: int | None = None,
+    item: int | str | None = None,
 ) -> Side:
     """An argument with a row per token (rotary tables of any kind, modulation, masks): text rows stay, of the image's
     those of the slots' own positions are taken.
@@ -94,7 +97,7 @@ def rows(
         name: of the argument; a tensor, or a tuple or list of tensors, each of which follows. None stays None.
         image: where the image's rows are, as in `Site`.
         dims: the dimensions that count tokens; both of a square mask.
-        item: follow only this element of a tuple.
+        item: follow only this element of a tuple or of a dict, which need not have it.
     """
     return Side(name, _Rows(name, image, dims, item))
 
@@ -104,10 +107,13 @@ class _Rows:
     name: str
     image: str
     dims: tuple[int, ...]
-    item: int | None
+    item: int | str | None
 
     def __call__(self, get: Get, plan: TokenPlan) -> Any:
         value = get(self.name)
+        if isinstance(self.item, str):
+            inner = (value or {}).get(self.item)
+            return value if inner is None else {**value, self.item: self._follow(inner, plan)}
         if self.item is not None and value is not None:
             new = self._follow(value[self.item], plan)
             return (*value[: self.item], new, *value[self.item + 1 :])

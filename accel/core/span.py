@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accel.errors import UnsupportedError
@@ -65,14 +67,17 @@ class Span:
         # hooks, and one object per block would recompile the same graph once per block.
         ports: dict[tuple, Port] = {}
         carry: dict[tuple, Callable] = {}
+        pad: dict[tuple, Callable] = {}
         modules = [denoiser.get_submodule(site.path) for site in sites]
         for i, (site, module) in enumerate(zip(sites, modules, strict=True)):
-            key = (type(module), site.tokens, site.image, site.axis, site.output, site.sides, site.bias)
+            key = (type(module), replace(site, path="", read_by=None))
             port = ports.setdefault(key, Port(site, module, bias=bias))
             hook = self._enter(port) if i == 0 else carry.setdefault(key, self._carry(port))
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             if i == len(sites) - 1:
                 stack.callback(module.register_forward_hook(self._leave(port)).remove)
+            elif site.padded:
+                stack.callback(module.register_forward_hook(pad.setdefault(key, self._pad(port))).remove)
 
     def _enter(self, port: Port) -> Callable:
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -95,9 +100,27 @@ class Span:
 
     def _carry(self, port: Port) -> Callable:
         def carry(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            return None if self.plan is None else port.follow(self.plan, args, kwargs)
+            plan = self.plan
+            if plan is None:
+                return None
+            new_args, new_kwargs = port.follow(plan, args, kwargs)
+            if not port.site.padded:
+                return new_args, new_kwargs
+            others, x_BNC = port.split(port.get(port.site.tokens, args, kwargs), plan.tokens)
+            return port.put(port.site.tokens, port.join(others, x_BNC[:, : plan.slots]), new_args, new_kwargs)
 
         return carry
+
+    def _pad(self, port: Port) -> Callable:
+        def pad(module: nn.Module, args: tuple, output: Any) -> Any:
+            plan = self.plan
+            if plan is None:
+                return None
+            others, y_BKC = port.split(port.read(output), plan.slots)
+            y_BNC = F.pad(y_BKC, (0, 0, 0, plan.tokens - plan.slots))
+            return port.write(output, port.join(others, y_BNC))
+
+        return pad
 
     def _leave(self, port: Port) -> Callable:
         def leave(module: nn.Module, args: tuple, output: Any) -> Any:
