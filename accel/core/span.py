@@ -43,10 +43,11 @@ class Span:
         self.plan: TokenPlan | None = None
         self.full: Tensor | None = None
         self.reduced: Tensor | None = None
+        self.order: Tensor | None = None  # see Port.order
 
     def clear(self) -> None:
         """Forget the tokens of a call that did not reach the end of the span."""
-        self.plan = self.full = self.reduced = None
+        self.plan = self.full = self.reduced = self.order = None
 
     def attach(self, denoiser: nn.Module, sites: Sequence[Site], stack: ExitStack, *, bias: bool) -> None:
         """Hook the modules of `sites`, in order; the undo actions go onto `stack`.
@@ -84,13 +85,14 @@ class Span:
             x, tokens = port.get(port.site.tokens, args, kwargs), self.tokens()
             if port.site.image != "all" and tokens is None:
                 return None
-            others, x_BNC = port.split(x, tokens or 0)
+            order_BL = port.order(tokens or 0, args, kwargs)
+            others, x_BNC = port.split(x, tokens or 0, order_BL)
             plan = self.plan_for(x_BNC)
             self.plan = plan
             if plan is None:
                 return None
             reduced_BKC = plan.take(x_BNC) if self.pick else plan.reduce(x_BNC)
-            self.full, self.reduced = x_BNC, reduced_BKC
+            self.full, self.reduced, self.order = x_BNC, reduced_BKC, order_BL
             if self.observe is not None:
                 self.observe(x_BNC, reduced_BKC, plan)
             args, kwargs = port.follow(plan, args, kwargs)
@@ -124,7 +126,7 @@ class Span:
 
     def _leave(self, port: Port) -> Callable:
         def leave(module: nn.Module, args: tuple, output: Any) -> Any:
-            plan, full, reduced = self.plan, self.full, self.reduced
+            plan, full, reduced, order_BL = self.plan, self.full, self.reduced, self.order
             if plan is None:
                 return None
             assert full is not None
@@ -132,6 +134,6 @@ class Span:
             self.clear()
             others, y_BKC = port.split(port.read(output), plan.slots)
             y_BNC = plan.expand(y_BKC) if not port.site.residual else full + plan.expand(y_BKC - reduced)
-            return port.write(output, port.join(others, y_BNC))
+            return port.write(output, port.join(others, y_BNC, order_BL))
 
         return leave

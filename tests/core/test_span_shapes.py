@@ -113,3 +113,50 @@ def test_rows_inside_a_dict():
     torch.testing.assert_close(followed["mask"], expected)
     assert side.follow(lambda name: {"scale": 2.0}, plan) == {"scale": 2.0}
     assert side.follow(lambda name: None, plan) is None
+
+
+class Masked(Block):
+    def forward(self, x, valid=None):
+        scores = x @ self.weight @ x.transpose(1, 2)
+        if valid is not None:
+            scores = scores.masked_fill(~valid[:, None], float("-inf"))
+        return x + torch.softmax(scores, -1) @ x
+
+
+class Padding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Masked(seed) for seed in range(3))
+
+    def forward(self, x, valid=None):
+        for block in self.blocks:
+            x = block(x, valid)
+        return x
+
+
+def test_padded_samples_are_what_each_is_alone():
+    """[text, image, padding]: the image begins at another place in every sample."""
+    model, plan = Padding().double(), merged()
+    samples = [sequence(1)[:1], sequence(2)[:1, 2:]]
+    alone = [run(model, x, last(), plan) for x in samples]
+    x = torch.zeros(2, N + TEXT, WIDTH, dtype=torch.float64)
+    valid = torch.zeros(2, N + TEXT, dtype=torch.bool)
+    for i, sample in enumerate(samples):
+        x[i, : sample.shape[1]], valid[i, : sample.shape[1]] = sample[0], True
+
+    def padded(sites):
+        with ExitStack() as stack:
+            Span(lambda x: plan, tokens=lambda: N).attach(model, sites, stack, bias=False)
+            return model(x, valid)
+
+    both = padded(last(valid="valid", sides=(rows("valid", image="last", valid="valid"),)))
+    for i, expected in enumerate(alone):
+        torch.testing.assert_close(both[i : i + 1, : expected.shape[1]], expected)
+    # The negative control: the last rows of all are not the image of the shorter sample.
+    wrong = padded(last(sides=(rows("valid", image="last"),)))
+    torch.testing.assert_close(wrong[:1], alone[0])
+    assert not torch.allclose(wrong[1:, : alone[1].shape[1]], alone[1])
+
+
+def last(**options):
+    return [Site(f"blocks.{i}", tokens="x", image="last", **options) for i in range(3)]

@@ -21,20 +21,6 @@ def refuse(name, arguments, span=True):
     find(denoiser).tokens.refuse(arguments, span)
 
 
-def test_lumina2_texts_of_different_lengths():
-    case = OTHERS["Lumina 2"]
-    pipe = case.make()
-    call = case.call(steps=4, wide=False, dtype=torch.float32)
-    lengths = torch.tensor([6, 4])
-    call["prompt_attention_mask"] = (torch.arange(7) < lengths[:, None]).long()
-    plain = pipe(**call).images
-    with accel.accelerate(pipe, MERGING), pytest.raises(UnsupportedError, match="one by one"):
-        pipe(**{**call, "generator": torch.Generator().manual_seed(5)})
-    # Forecasts know nothing of tokens.
-    with accel.accelerate(pipe, accel.ForecastConfig(cycle=(0, 1))):
-        assert pipe(**{**call, "generator": torch.Generator().manual_seed(5)}).images.shape == plain.shape
-
-
 def test_hunyuan_dit_controlnet_in_a_span_only():
     residuals = {"controlnet_block_samples": [torch.zeros(1)]}
     with pytest.raises(UnsupportedError, match="scope='block'"):

@@ -255,6 +255,12 @@ def call_lumina2(steps, wide, dtype):
     return {**texts(dtype), **masks, **common(steps, 128, 384 if wide else 192)}
 
 
+def call_lumina2_padded(steps, wide, dtype):
+    """So do the texts of one batch."""
+    uneven = (torch.arange(7) < torch.tensor([[6], [3]])).long()
+    return {**call_lumina2(steps, wide, dtype), "prompt_attention_mask": uneven}
+
+
 def make_lumina_next():
     transformer = LuminaNextDiT2DModel(
         sample_size=16,
@@ -284,5 +290,6 @@ CASES = {
     "ERNIE": Case(make_ernie, call_ernie, tokens=96),
     "Hunyuan-DiT": Case(make_hunyuan_dit, call_hunyuan_dit, tokens=96),
     "Lumina 2": Case(make_lumina2, call_lumina2, tokens=96),
+    "Lumina 2, padded": Case(make_lumina2, call_lumina2_padded, tokens=96),
     "Lumina-Next": Case(make_lumina_next, call_lumina2, tokens=96),
 }
