@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from accel.core.capability import Adapter, Branches, Tokens
+from accel.core.keyvalues import Attention
 from accel.core.site import Site
 
 from .common import blocks, latent_grid, patches
@@ -20,6 +21,10 @@ def _patch(denoiser: Any) -> int:
     return denoiser.config.patch_size
 
 
+def _attentions(denoiser: nn.Module) -> list[Attention]:
+    return [Attention(f"{site.path}.attn1", "to_k", "to_v") for site in _sites(denoiser)]
+
+
 ADAPTER = Adapter(
     name="CogView3+",
     branches=Branches(batched="second"),
@@ -29,4 +34,5 @@ ADAPTER = Adapter(
         **patches(_patch),
         shared_plan=False,
     ),
+    attentions=_attentions,
 )
