@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import DDPMWuerstchenScheduler, StableCascadeDecoderPipeline, StableCascadeUNet
+from tiny_convolutions import CASES as CONVOLUTIONS
 from tiny_more import CASES as MORE
 from tiny_others import BATCH, DIM, noise, quiet, randomise
 from tiny_others import CASES as OTHERS
@@ -61,9 +62,9 @@ def test_video_is_no_image(name, video, image):
     assert grid(denoiser, image) == (8, 12)
 
 
-@pytest.mark.parametrize("name", ["Sana", "U-Net"])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_token_methods_without_tokens(name):
-    pipe = MORE[name].make()
+    pipe = CONVOLUTIONS[name].make()
     with pytest.raises(UnsupportedError, match=r"tokens: where its image tokens are.*balanced"):
         accel.accelerate(pipe, MERGING)
 

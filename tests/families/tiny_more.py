@@ -1,16 +1,14 @@
-"""More families: text appended between the blocks, channels last, experts, language-model blocks, convolutions."""
+"""More families: text appended between the blocks, channels last, experts, language-model blocks, references."""
 
 from __future__ import annotations
 
 import torch
 from case import Case
-from conftest import randomise, tiny_vae
+from conftest import randomise
 from diffusers import (
     Cosmos2TextToImagePipeline,
     CosmosTransformer3DModel,
-    DDIMScheduler,
     DiffusionPipeline,
-    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     GlmImagePipeline,
     GlmImageTransformer2DModel,
@@ -24,10 +22,6 @@ from diffusers import (
     NucleusMoEImageTransformer2DModel,
     OmniGenPipeline,
     OmniGenTransformer2DModel,
-    SanaPipeline,
-    SanaTransformer2DModel,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
 )
 from diffusers.pipelines.joyimage.image_processor import JoyImageEditImageProcessor
 from diffusers.pipelines.omnigen.processor_omnigen import OmniGenCollator
@@ -227,40 +221,6 @@ def call_omnigen(steps, wide, dtype):
     return {"prompt": ["a circle", "star"], **common(steps, 128, 384 if wide else 192)}
 
 
-def make_sana():
-    transformer = SanaTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=2,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=16,
-        cross_attention_dim=32,
-        caption_channels=DIM,
-    )
-    return quiet(
-        SanaPipeline(
-            tokenizer=None,
-            text_encoder=None,
-            vae=None,
-            transformer=randomise(transformer, 0),
-            scheduler=DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
-        )
-    )
-
-
-def call_sana(steps, wide, dtype):
-    masks = {"prompt_attention_mask": mask(6), "negative_prompt_attention_mask": mask(4)}
-    return {
-        **texts(dtype),
-        **masks,
-        "negative_prompt": None,
-        "use_resolution_binning": False,
-        **common(steps, 256, 768 if wide else 384),
-    }
-
-
 def make_cosmos():
     transformer = CosmosTransformer3DModel(
         in_channels=4,
@@ -333,35 +293,6 @@ def call_joyimage(steps, wide, dtype):
     }
 
 
-def make_unet():
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=DIM,
-        attention_head_dim=2,
-    )
-    return quiet(
-        StableDiffusionPipeline(
-            vae=tiny_vae(),
-            text_encoder=None,
-            tokenizer=None,
-            unet=randomise(unet, 0),
-            scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-    )
-
-
-def call_unet(steps, wide, dtype):
-    return {**texts(dtype), **common(steps, 32, 96 if wide else 48)}
-
-
 CASES = {
     "Cosmos 2": Case(make_cosmos, call_cosmos, tokens=96),
     "GLM-Image": Case(make_glm_image, call_glm_image, tokens=96),
@@ -371,6 +302,4 @@ CASES = {
     "Kandinsky 5": Case(make_kandinsky5, call_kandinsky5, tokens=96),
     "Nucleus": Case(make_nucleus, call_nucleus, tokens=96),
     "OmniGen": Case(make_omnigen, call_omnigen, tokens=96),
-    "Sana": Case(make_sana, call_sana, tokens=96),
-    "U-Net": Case(make_unet, call_unet, tokens=384),
 }
