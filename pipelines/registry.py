@@ -10,8 +10,26 @@ from accel.core.capability import Adapter
 
 #: Class name -> module whose `ADAPTER` describes it.
 _BUILTIN = {
+    "CogView3PlusTransformer2DModel": "accel.pipelines.diffusion.cogview3",
+    "CogView4Transformer2DModel": "accel.pipelines.diffusion.cogview4",
+    "CosmosTransformer3DModel": "accel.pipelines.diffusion.cosmos",
+    "DiTTransformer2DModel": "accel.pipelines.diffusion.dit",
+    "ErnieImageTransformer2DModel": "accel.pipelines.diffusion.ernie",
     "FluxTransformer2DModel": "accel.pipelines.diffusion.flux",
+    "GlmImageTransformer2DModel": "accel.pipelines.diffusion.glm_image",
+    "HiDreamImageTransformer2DModel": "accel.pipelines.diffusion.hidream",
+    "HunyuanDiT2DModel": "accel.pipelines.diffusion.hunyuan_dit",
+    "JoyImageEditPlusTransformer3DModel": "accel.pipelines.diffusion.joyimage_plus",
+    "JoyImageEditTransformer3DModel": "accel.pipelines.diffusion.joyimage",
+    "Kandinsky5Transformer3DModel": "accel.pipelines.diffusion.kandinsky5",
+    "Lumina2Transformer2DModel": "accel.pipelines.diffusion.lumina2",
+    "LuminaNextDiT2DModel": "accel.pipelines.diffusion.lumina_next",
+    "NucleusMoEImageTransformer2DModel": "accel.pipelines.diffusion.nucleus",
+    "OmniGenTransformer2DModel": "accel.pipelines.diffusion.omnigen",
     "PixArtTransformer2DModel": "accel.pipelines.diffusion.pixart",
+    "SanaTransformer2DModel": "accel.pipelines.diffusion.sana",
+    "StableCascadeUNet": "accel.pipelines.diffusion.stable_cascade",
+    "UNet2DConditionModel": "accel.pipelines.diffusion.unet",
 }
 _REGISTERED: dict[str, Adapter] = {}
 

@@ -43,6 +43,12 @@ class Site:
         residual: the output contains the input (a whole block), so that the *change* is what is expanded.
         sides: the inputs that travel along.
         bias: how to add a bias per key (proportional attention); None when the module's attention takes none.
+        read_by: path of a later module that takes this one's output, too (a skip connection).
+        valid: where samples are padded to one length, the name of the argument (B, L) that says which rows are not
+            padding: the image is the last of those ("last"), at another place in every sample. If it is None in a
+            call, there is no padding.
+        padded: between the blocks of a span the model cuts sequences at lengths that it took before: they keep their
+            length there, with zeros in place of the image tokens that are not computed.
     """
 
     path: str
@@ -53,6 +59,9 @@ class Site:
     residual: bool = True
     sides: tuple[Side, ...] = ()
     bias: Side | None = None
+    read_by: str | None = None
+    padded: bool = False
+    valid: str | None = None
 
     def check(self, family: str, denoiser: nn.Module) -> None:
         """Whether the denoiser has this site.
@@ -83,7 +92,8 @@ def rows(
     *,
     image: Literal["all", "first", "last"] = "all",
     dims: tuple[int, ...] = (1,),
-    item: int | None = None,
+    item: int | str | None = None,
+    valid: str | None = None,
 ) -> Side:
     """An argument with a row per token (rotary tables of any kind, modulation, masks): text rows stay, of the image's
     those of the slots' own positions are taken.
@@ -92,9 +102,25 @@ def rows(
         name: of the argument; a tensor, or a tuple or list of tensors, each of which follows. None stays None.
         image: where the image's rows are, as in `Site`.
         dims: the dimensions that count tokens; both of a square mask.
-        item: follow only this element of a tuple.
+        item: follow only this element of a tuple or of a dict, which need not have it.
+        valid: as in `Site`.
     """
-    return Side(name, _Rows(name, image, dims, item))
+    return Side(name, _Rows(name, image, dims, item, valid))
+
+
+def padding_first(valid_BL: Tensor, tokens: int) -> Tensor:
+    """Where the rows of samples [text, image, padding] are in the order [text, padding, image], (B, L)."""
+    first_B1 = valid_BL.sum(1, keepdim=True) - tokens
+    others = torch.arange(valid_BL.shape[1] - tokens, device=valid_BL.device)
+    image = torch.arange(tokens, device=valid_BL.device)
+    return torch.cat([others + tokens * (others >= first_B1), first_B1 + image], 1)
+
+
+def _gather(x: Tensor, index_BL: Tensor, dim: int) -> Tensor:
+    """Rows of a tensor whose first dimension is the batch."""
+    x = x.expand(index_BL.shape[0], *x.shape[1:])
+    index = index_BL.view(-1, *(index_BL.shape[1] if d == dim else 1 for d in range(1, x.ndim)))
+    return x.gather(dim, index.expand(*(s if d != dim else index_BL.shape[1] for d, s in enumerate(x.shape))))
 
 
 @dataclass(frozen=True)
@@ -102,10 +128,19 @@ class _Rows:
     name: str
     image: str
     dims: tuple[int, ...]
-    item: int | None
+    item: int | str | None
+    valid: str | None = None
 
     def __call__(self, get: Get, plan: TokenPlan) -> Any:
         value = get(self.name)
+        valid_BL = None if self.valid is None else get(self.valid)
+        if valid_BL is not None and value is not None:
+            order_BL = padding_first(valid_BL, plan.tokens)
+            for dim in self.dims:
+                value = _gather(value, order_BL, dim % value.ndim)
+        if isinstance(self.item, str):
+            inner = (value or {}).get(self.item)
+            return value if inner is None else {**value, self.item: self._follow(inner, plan)}
         if self.item is not None and value is not None:
             new = self._follow(value[self.item], plan)
             return (*value[: self.item], new, *value[self.item + 1 :])
@@ -129,12 +164,7 @@ class _Rows:
         if plan.dst.shape[0] == 1 or dim == 0:  # one table for the batch goes with one plan for it
             image = image.index_select(dim, plan.dst[0])
         else:
-            if image.shape[0] == 1:
-                image = image.expand(plan.dst.shape[0], *image.shape[1:])
-            index = plan.dst.view(-1, *(plan.slots if d == dim else 1 for d in range(1, x.ndim)))
-            image = image.gather(
-                dim, index.expand(*(s if d != dim else plan.slots for d, s in enumerate(image.shape)))
-            )
+            image = _gather(image, plan.dst, dim)
         if not others:
             return image
         rest = x.narrow(dim, 0 if first else plan.tokens, others)
@@ -182,9 +212,20 @@ class Port:
             new_args, new_kwargs = self.put(side.name, side.follow(get, plan), new_args, new_kwargs)
         return new_args, new_kwargs
 
-    def split(self, x: Tensor, tokens: int) -> tuple[Tensor | None, Tensor]:
-        """(the rows that are no image (B, T, C), or None; the `tokens` image rows (B, N, C))."""
+    def order(self, tokens: int, args: tuple, kwargs: dict) -> Tensor | None:
+        """Of padded samples, where the rows of a sequence with the image at its end are in the model's, (B, L)."""
+        valid_BL = None if self.site.valid is None else self.get(self.site.valid, args, kwargs)
+        return None if valid_BL is None else padding_first(valid_BL, tokens)
+
+    def split(self, x: Tensor, tokens: int, order_BL: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
+        """(the rows that are no image (B, T, C), or None; the `tokens` image rows (B, N, C)).
+
+        Args:
+            order_BL: of a sequence as the model has it; None: the image is where the site says.
+        """
         x_BLC = x if self.site.axis == 1 else x.transpose(0, 1)
+        if order_BL is not None:
+            x_BLC = _gather(x_BLC, order_BL, 1)
         if self.site.image == "all":
             return None, x_BLC
         others = x_BLC.shape[1] - tokens
@@ -192,12 +233,14 @@ class Port:
             return x_BLC[:, :others], x_BLC[:, others:]
         return x_BLC[:, tokens:], x_BLC[:, :tokens]
 
-    def join(self, others: Tensor | None, image_BNC: Tensor) -> Tensor:
+    def join(self, others: Tensor | None, image_BNC: Tensor, order_BL: Tensor | None = None) -> Tensor:
         """The inverse of `split`."""
         x_BLC = image_BNC
         if others is not None:
             parts = [others, image_BNC] if self.site.image == "last" else [image_BNC, others]
             x_BLC = torch.cat(parts, 1)
+        if order_BL is not None:
+            x_BLC = _gather(x_BLC, order_BL.argsort(1), 1)
         return x_BLC if self.site.axis == 1 else x_BLC.transpose(0, 1)
 
     def read(self, output: Any) -> Tensor:

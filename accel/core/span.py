@@ -20,9 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from accel.errors import UnsupportedError
 
 from .plan import TokenPlan
 from .site import Port, Site
@@ -53,25 +57,42 @@ class Span:
         self.plan: TokenPlan | None = None
         self.full: Tensor | None = None
         self.reduced: Tensor | None = None
+        self.order: Tensor | None = None  # see Port.order
 
     def clear(self) -> None:
         """Forget the tokens of a call that did not reach the end of the span."""
-        self.plan = self.full = self.reduced = None
+        self.plan = self.full = self.reduced = self.order = None
 
     def attach(self, denoiser: nn.Module, sites: Sequence[Site], stack: ExitStack, *, bias: bool) -> None:
-        """Hook the modules of `sites`, in order; the undo actions go onto `stack`."""
+        """Hook the modules of `sites`, in order; the undo actions go onto `stack`.
+
+        Raises:
+            UnsupportedError: reduced tokens would leave the span through a skip connection.
+        """
+        paths = {site.path for site in sites}
+        # The last module's output is whole again.
+        for site in sites[:-1]:
+            if site.read_by is not None and site.read_by not in paths:
+                raise UnsupportedError(
+                    f"{site.path} feeds {site.read_by} through a skip connection, so that both must be among the "
+                    "blocks that share a plan: keep dense_blocks_last <= dense_blocks_first and refresh_layers empty, "
+                    "or use scope='block'."
+                )
         # Blocks of one class share one hook object: with regional compilation every block is guarded on its
         # hooks, and one object per block would recompile the same graph once per block.
         ports: dict[tuple, Port] = {}
         carry: dict[tuple, Callable] = {}
+        pad: dict[tuple, Callable] = {}
         modules = [denoiser.get_submodule(site.path) for site in sites]
         for i, (site, module) in enumerate(zip(sites, modules, strict=True)):
-            key = (type(module), site.tokens, site.image, site.axis, site.output, site.sides, site.bias)
+            key = (type(module), replace(site, path="", read_by=None))
             port = ports.setdefault(key, Port(site, module, bias=bias))
             hook = self._enter(port) if i == 0 else carry.setdefault(key, self._carry(port))
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             if i == len(sites) - 1:
                 stack.callback(module.register_forward_hook(self._leave(port)).remove)
+            elif site.padded:
+                stack.callback(module.register_forward_hook(pad.setdefault(key, self._pad(port))).remove)
 
     def _enter(self, port: Port) -> Callable:
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -80,13 +101,14 @@ class Span:
             x, tokens = port.get(port.site.tokens, args, kwargs), self.tokens()
             if port.site.image != "all" and tokens is None:
                 return None
-            others, x_BNC = port.split(x, tokens or 0)
+            order_BL = port.order(tokens or 0, args, kwargs)
+            others, x_BNC = port.split(x, tokens or 0, order_BL)
             plan = self.plan_for(x_BNC)
             self.plan = plan
             if plan is None:
                 return None
             reduced_BKC = plan.take(x_BNC) if self.pick else plan.reduce(x_BNC)
-            self.full, self.reduced = x_BNC, reduced_BKC
+            self.full, self.reduced, self.order = x_BNC, reduced_BKC, order_BL
             if self.observe is not None:
                 self.observe(x_BNC, reduced_BKC, plan)
             args, kwargs = port.follow(plan, args, kwargs)
@@ -96,15 +118,31 @@ class Span:
 
     def _carry(self, port: Port) -> Callable:
         def carry(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            if self.plan is None or not self.serves():
+            plan = self.plan
+            if plan is None or not self.serves():
                 return None
-            return port.follow(self.plan, args, kwargs)
+            new_args, new_kwargs = port.follow(plan, args, kwargs)
+            if not port.site.padded:
+                return new_args, new_kwargs
+            others, x_BNC = port.split(port.get(port.site.tokens, args, kwargs), plan.tokens)
+            return port.put(port.site.tokens, port.join(others, x_BNC[:, : plan.slots]), new_args, new_kwargs)
 
         return carry
 
+    def _pad(self, port: Port) -> Callable:
+        def pad(module: nn.Module, args: tuple, output: Any) -> Any:
+            plan = self.plan
+            if plan is None or not self.serves():
+                return None
+            others, y_BKC = port.split(port.read(output), plan.slots)
+            y_BNC = F.pad(y_BKC, (0, 0, 0, plan.tokens - plan.slots))
+            return port.write(output, port.join(others, y_BNC))
+
+        return pad
+
     def _leave(self, port: Port) -> Callable:
         def leave(module: nn.Module, args: tuple, output: Any) -> Any:
-            plan, full, reduced = self.plan, self.full, self.reduced
+            plan, full, reduced, order_BL = self.plan, self.full, self.reduced, self.order
             if plan is None or not self.serves():
                 return None
             assert full is not None
@@ -112,6 +150,6 @@ class Span:
             self.clear()
             others, y_BKC = port.split(port.read(output), plan.slots)
             y_BNC = plan.expand(y_BKC) if not port.site.residual else full + plan.expand(y_BKC - reduced)
-            return port.write(output, port.join(others, y_BNC))
+            return port.write(output, port.join(others, y_BNC, order_BL))
 
         return leave

@@ -109,3 +109,35 @@ def row_major(ids: Sequence[Sequence[int]] | Tensor, what: str) -> Grid:
             f"the {len(ids_N2)} image tokens are not one row-major grid ({what}); token reduction needs one"
         )
     return height, width
+
+
+def image_of(
+    form: Form, image: Callable[[Tensor], Tensor], back: Callable[[Tensor, Tensor | None], Tensor]
+) -> Form:
+    """A form for predictions of more dimensions, of which a part is the image.
+
+    Args:
+        form: of the image (B, C, H, W).
+        image: prediction -> the image.
+        back: (image, prediction or None) -> that prediction with this image in it; with None, the image in a shape
+            that broadcasts to predictions.
+    """
+
+    def put(denoiser: Any, prediction: Tensor, x_BNc: Tensor, grid: Grid) -> Tensor:
+        return back(form["put"](denoiser, image(prediction), x_BNc, grid), prediction)
+
+    return Form(
+        of=lambda denoiser, prediction: form["of"](denoiser, image(prediction)),
+        put=put,
+        spread=lambda denoiser, x_BN, grid: back(form["spread"](denoiser, x_BN, grid), None),
+    )
+
+
+def one_frame(frames: int) -> None:
+    """Refuses video.
+
+    Raises:
+        UnsupportedError: more than one frame.
+    """
+    if frames != 1:
+        raise UnsupportedError(f"{frames} frames: token reduction is for images, not for video")

@@ -32,5 +32,6 @@ class Case:
     def latents(
         self, pipe: Any, steps: int, wide: bool = False, dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
-        out = pipe(**self.call(steps=steps, wide=wide, dtype=dtype)).images
+        output = pipe(**self.call(steps=steps, wide=wide, dtype=dtype))
+        out = output.images if hasattr(output, "images") else output.image  # Kandinsky 5's name
         return out if isinstance(out, torch.Tensor) else torch.as_tensor(out)

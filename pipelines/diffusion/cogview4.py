@@ -1,0 +1,34 @@
+"""CogView4: text and image apart at every block's border; one rotary table for the image, broadcast over the batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from accel.core.capability import Adapter, Branches, Tokens
+from accel.core.site import Site, rows
+
+from .common import blocks, latent_grid, patches
+
+_SITE = Site("", output=0, sides=(rows("image_rotary_emb", dims=(0,)),))
+
+
+def _sites(denoiser: nn.Module) -> list[Site]:
+    return blocks(denoiser, "transformer_blocks", _SITE)
+
+
+def _patch(denoiser: Any) -> int:
+    return denoiser.config.patch_size
+
+
+ADAPTER = Adapter(
+    name="CogView4",
+    branches=Branches(calls="first"),
+    tokens=Tokens(
+        sites=_sites,
+        **latent_grid("hidden_states", _patch),
+        **patches(_patch),
+        shared_plan=True,
+    ),
+)
