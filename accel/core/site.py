@@ -83,7 +83,7 @@ def rows(
     *,
     image: Literal["all", "first", "last"] = "all",
     dims: tuple[int, ...] = (1,),
-    item: int | None = None,
+    item: int | str | None = None,
 ) -> Side:
     """An argument with a row per token (rotary tables of any kind, modulation, masks): text rows stay, of the image's
     those of the slots' own positions are taken.
@@ -92,7 +92,7 @@ def rows(
         name: of the argument; a tensor, or a tuple or list of tensors, each of which follows. None stays None.
         image: where the image's rows are, as in `Site`.
         dims: the dimensions that count tokens; both of a square mask.
-        item: follow only this element of a tuple.
+        item: follow only this element of a tuple, or this key of a dict (which need not be there).
     """
     return Side(name, _Rows(name, image, dims, item))
 
@@ -102,10 +102,13 @@ class _Rows:
     name: str
     image: str
     dims: tuple[int, ...]
-    item: int | None
+    item: int | str | None
 
     def __call__(self, get: Get, plan: TokenPlan) -> Any:
         value = get(self.name)
+        if isinstance(self.item, str):
+            found = (value or {}).get(self.item)
+            return value if found is None else {**value, self.item: self._follow(found, plan)}
         if self.item is not None and value is not None:
             new = self._follow(value[self.item], plan)
             return (*value[: self.item], new, *value[self.item + 1 :])
