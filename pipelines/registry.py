@@ -10,8 +10,21 @@ from accel.core.capability import Adapter
 
 #: Class name -> module whose `ADAPTER` describes it.
 _BUILTIN = {
+    "AuraFlowTransformer2DModel": "accel.pipelines.diffusion.auraflow",
+    "BriaFiboTransformer2DModel": "accel.pipelines.diffusion.bria",
+    "BriaTransformer2DModel": "accel.pipelines.diffusion.bria",
+    "ChromaTransformer2DModel": "accel.pipelines.diffusion.chroma",
+    "Flux2Transformer2DModel": "accel.pipelines.diffusion.flux2",
     "FluxTransformer2DModel": "accel.pipelines.diffusion.flux",
+    "HunyuanImageTransformer2DModel": "accel.pipelines.diffusion.hunyuanimage",
+    "Krea2Transformer2DModel": "accel.pipelines.diffusion.krea2",
+    "LongCatImageTransformer2DModel": "accel.pipelines.diffusion.longcat",
+    "OvisImageTransformer2DModel": "accel.pipelines.diffusion.longcat",
     "PixArtTransformer2DModel": "accel.pipelines.diffusion.pixart",
+    "PRXTransformer2DModel": "accel.pipelines.diffusion.prx",
+    "QwenImageTransformer2DModel": "accel.pipelines.diffusion.qwenimage",
+    "SD3Transformer2DModel": "accel.pipelines.diffusion.sd3",
+    "ZImageTransformer2DModel": "accel.pipelines.diffusion.zimage",
 }
 _REGISTERED: dict[str, Adapter] = {}
 

@@ -1,0 +1,36 @@
+"""Krea 2: text, then image tokens, in one tensor; one rotary table for the batch, and a mask if text is padded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from accel.core.capability import Adapter, Branches, Tokens
+from accel.core.site import Site, rows
+
+from .common import PACKED, Grid, blocks, row_major
+
+
+def _sites(denoiser: nn.Module) -> list[Site]:
+    sides = (
+        rows("image_rotary_emb", image="last", dims=(0,)),
+        rows("attention_mask", image="last", dims=(3,)),
+    )
+    return blocks(denoiser, "transformer_blocks", Site("", image="last", sides=sides))
+
+
+def _ids(arguments: Mapping[str, Any]) -> Tensor:
+    return arguments["position_ids"][-arguments["hidden_states"].shape[1] :]
+
+
+def _grid(denoiser: nn.Module, ids: Tensor) -> Grid:
+    return row_major(ids[:, 1:3], "reference images, or custom position_ids")
+
+
+ADAPTER = Adapter(
+    name="Krea 2",
+    branches=Branches(calls="first"),
+    tokens=Tokens(sites=_sites, grid_source=_ids, grid=_grid, **PACKED, shared_plan=True),
+)
