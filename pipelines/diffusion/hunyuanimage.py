@@ -1,0 +1,44 @@
+"""HunyuanImage 2.1 and its refiner: image tokens before text in attention; the rotary table is the image's alone.
+
+The mask covers image columns, too. A guider makes the calls, the conditional one first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from accel.core.capability import Adapter, Branches, Tokens
+from accel.core.site import Site, rows
+
+from .common import blocks, latent_grid, one_frame, patches
+
+
+def _sites(denoiser: nn.Module) -> list[Site]:
+    sides = (rows("image_rotary_emb", dims=(0,)), rows("attention_mask", image="first", dims=(3,)))
+    site = Site("", output=0, sides=sides)
+    return [
+        *blocks(denoiser, "transformer_blocks", site),
+        *blocks(denoiser, "single_transformer_blocks", site),
+    ]
+
+
+def _patch(denoiser: Any) -> int:
+    return denoiser.config.patch_size[-1]
+
+
+def _has_frames(denoiser: Any) -> bool:
+    return len(denoiser.config.patch_size) == 3  # the refiner
+
+
+ADAPTER = Adapter(
+    name="HunyuanImage",
+    branches=Branches(calls="first"),
+    tokens=Tokens(
+        sites=_sites,
+        **latent_grid("hidden_states", _patch),
+        **one_frame(patches(_patch), when=_has_frames),
+        shared_plan=True,
+    ),
+)
