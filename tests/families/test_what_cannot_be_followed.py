@@ -1,0 +1,141 @@
+"""Branches of guidance are where the families say, and what tokens cannot follow is refused by its name."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_flux_like
+import tiny_latents
+import torch
+from conftest import Watch, flux_call, make_flux
+from diffusers import FluxKontextPipeline
+from PIL import Image
+from test_conformance import CASES
+
+import accel
+from accel.core.prediction import prediction_of
+from accel.errors import UnsupportedError
+from accel.pipelines.registry import find
+
+NEGATIVE = "negative_prompt_embeds"
+F32 = torch.float32
+GUIDED = [name for name, case in CASES.items() if NEGATIVE in case.call(steps=1, wide=False, dtype=F32)]
+
+
+def predictions(pipe, call) -> torch.Tensor:
+    """Of the calls of the first step, in the order of the images: both branches."""
+    seen = []
+    with Watch(pipe.transformer, lambda args, kwargs, output: seen.append(prediction_of(output).clone())):
+        pipe(**call)
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_the_conditional_branch_is_where_it_is_declared(name):
+    """Another negative prompt changes the unconditional half, and only that."""
+    case = CASES[name]
+    pipe = case.make()
+    branches = find(pipe.transformer).branches
+    call = case.call(steps=1, wide=False, dtype=F32)
+    halves = predictions(pipe, call).chunk(2)
+    call = case.call(steps=1, wide=False, dtype=F32)
+    negative = call[NEGATIVE]
+    call[NEGATIVE] = [x + 1 for x in negative] if isinstance(negative, list) else negative + 1
+    others = predictions(pipe, call).chunk(2)
+    changed = [not torch.allclose(a, b, atol=1e-5) for a, b in zip(halves, others, strict=True)]
+    first = (branches.calls or branches.batched) == "first"
+    assert changed == ([False, True] if first else [True, False])
+
+
+def kontext():
+    """A FLUX Kontext pipeline and a call with a reference image, as latents of the image's size."""
+    parts = {
+        k: v for k, v in make_flux().components.items() if k not in ("image_encoder", "feature_extractor")
+    }
+    pipe = FluxKontextPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    reference = torch.randn(1, 4, 16, 24, generator=torch.Generator().manual_seed(8))
+    return pipe, lambda: {**flux_call(steps=10, guidance=3.0), "image": reference, "max_area": 32 * 48}
+
+
+def klein_edit():
+    image = Image.new("RGB", (64, 64), (200, 30, 90))
+    return tiny_flux_like.make_klein(), lambda: {
+        **tiny_flux_like.klein_call(10, False, F32, batch=1),
+        "image": image,
+    }
+
+
+@pytest.mark.parametrize("make", [kontext, klein_edit])
+def test_reference_images_take_forecasts_and_no_token_method(make):
+    pipe, call = make()
+    plain = pipe(**call()).images
+    with accel.accelerate(pipe, "balanced") as handle:
+        forecast = pipe(**call()).images
+        assert handle.stats.share < 0.95
+        assert torch.equal(pipe(**call()).images, forecast)
+    assert not torch.equal(forecast, plain)
+    with (
+        accel.accelerate(pipe, "merging"),
+        pytest.raises(UnsupportedError, match=r"not one row-major grid \(reference"),
+    ):
+        pipe(**call())
+    assert torch.equal(pipe(**call()).images, plain)
+
+
+def test_more_grids_than_one():
+    qwen = tiny_flux_like.make_qwen().transformer
+    tokens = find(qwen).tokens
+    one = tokens.grid_source({"img_shapes": [[(1, 8, 12)]] * 2})
+    assert tokens.grid(qwen, one) == (8, 12)
+    two = tokens.grid_source({"img_shapes": [[(1, 8, 12), (1, 8, 12)]] * 2})
+    with pytest.raises(UnsupportedError, match="2 grids"):
+        tokens.grid(qwen, two)
+
+    zimage = tiny_latents.make_zimage().transformer
+    tokens = find(zimage).tokens
+    image = torch.zeros(4, 1, 16, 20)
+    assert tokens.grid(zimage, tokens.grid_source({"x": [image, image]})) == (8, 10)
+    with pytest.raises(UnsupportedError, match="Omni"):
+        tokens.grid(zimage, tokens.grid_source({"x": [[image, image]]}))
+
+
+REFUSED = [
+    # family, argument, its value, refused in span scope only
+    ("Qwen-Image", "controlnet_block_samples", (0,), True),
+    ("Chroma", "controlnet_single_block_samples", (0,), True),
+    ("Chroma", "joint_attention_kwargs", {"ip_adapter_masks": 0}, False),
+    ("Bria", "controlnet_block_samples", (0,), True),
+    ("Z-Image", "controlnet_block_samples", {0: 0}, True),
+    ("Stable Diffusion 3", "block_controlnet_hidden_states", (0,), True),
+    ("Stable Diffusion 3", "skip_layers", [1], False),
+    ("FLUX.2 klein", "kv_cache_mode", "extract", False),
+]
+
+
+@pytest.mark.parametrize(("family", "argument", "value", "span_only"), REFUSED)
+def test_refused_by_name(family, argument, value, span_only):
+    tokens = find(CASES[family].make().transformer).tokens
+    tokens.refuse({argument: None}, True)
+    for span in (True, False):
+        if span or not span_only:
+            with pytest.raises(UnsupportedError, match=argument):
+                tokens.refuse({argument: value}, span)
+        else:
+            tokens.refuse({argument: value}, span)
+
+
+def test_skip_layer_guidance_is_refused_in_a_run():
+    case = CASES["Stable Diffusion 3"]
+    pipe = case.make()
+    call = case.call(steps=10, wide=False, dtype=F32)
+    with (
+        accel.accelerate(pipe, "merging"),
+        pytest.raises(UnsupportedError, match="skip_guidance_layers=None"),
+    ):
+        pipe(**call, skip_guidance_layers=[1], skip_layer_guidance_start=0.01, skip_layer_guidance_stop=0.9)
+
+
+def test_a_token_method_on_ideogram_says_what_works():
+    pipe = CASES["Ideogram 4"].make()
+    with pytest.raises(UnsupportedError, match="balanced"):
+        accel.accelerate(pipe, "merging")
