@@ -11,7 +11,7 @@ from accel.core.capability import Adapter
 #: Class name -> module whose `ADAPTER` describes it.
 _BUILTIN = {
     "AuraFlowTransformer2DModel": "accel.pipelines.diffusion.auraflow",
-    "BriaFiboTransformer2DModel": "accel.pipelines.diffusion.bria",
+    "BriaFiboTransformer2DModel": "accel.pipelines.diffusion.fibo",
     "BriaTransformer2DModel": "accel.pipelines.diffusion.bria",
     "ChromaTransformer2DModel": "accel.pipelines.diffusion.chroma",
     "Flux2Transformer2DModel": "accel.pipelines.diffusion.flux2",

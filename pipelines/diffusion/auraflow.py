@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from accel.core.capability import Adapter, Branches, Tokens
+from accel.core.keyvalues import Attention
 from accel.core.site import Site
 
 from .common import blocks, latent_grid, patches
@@ -26,6 +27,14 @@ def _patch(denoiser: Any) -> int:
     return denoiser.config.patch_size
 
 
+def _attentions(denoiser: nn.Module) -> list[Attention]:
+    return [
+        Attention(f"{group}.{name}.attn", "to_k", "to_v")
+        for group in ("joint_transformer_blocks", "single_transformer_blocks")
+        for name, _ in denoiser.get_submodule(group).named_children()
+    ]
+
+
 ADAPTER = Adapter(
     name="AuraFlow",
     branches=Branches(batched="second"),
@@ -35,4 +44,5 @@ ADAPTER = Adapter(
         **patches(_patch),
         shared_plan=False,
     ),
+    attentions=_attentions,
 )

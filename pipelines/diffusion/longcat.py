@@ -1,30 +1,22 @@
-"""LongCat-Image and Ovis-Image: FLUX's blocks without pooled text and guidance; one rotary table for the batch."""
+"""LongCat-Image and Ovis-Image: FLUX's blocks and attention, without pooled text and guidance at the entry."""
 
 from __future__ import annotations
 
-from torch import nn
+from dataclasses import replace
 
-from accel.core.capability import Adapter, Branches, Tokens
-from accel.core.site import Site, rows
+from accel.core.capability import Adapter, Branches
 
-from .common import PACKED, blocks, id_grid
+from .common import id_grid
+from .flux import ADAPTER as FLUX
 
-
-def _sites(denoiser: nn.Module) -> list[Site]:
-    site = Site("", output=1, sides=(rows("image_rotary_emb", image="last", dims=(0,)),))
-    return [
-        *blocks(denoiser, "transformer_blocks", site),
-        *blocks(denoiser, "single_transformer_blocks", site),
-    ]
-
+assert FLUX.tokens is not None
 
 ADAPTER = Adapter(
     name="LongCat-Image, Ovis-Image",
     branches=Branches(calls="first"),
-    tokens=Tokens(
-        sites=_sites,
+    tokens=replace(
+        FLUX.tokens,
         **id_grid("img_ids", "reference images, as in LongCat-Image-Edit, or custom img_ids"),
-        **PACKED,
-        shared_plan=True,
     ),
+    attentions=FLUX.attentions,
 )

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from accel.core.capability import Adapter, Branches, Tokens
+from accel.core.keyvalues import Attention
 from accel.core.site import Site
 
 from .common import blocks, latent_grid, patches, refuse_arguments, refuse_each, refuse_residuals
@@ -21,6 +22,15 @@ def _sites(denoiser: nn.Module) -> list[Site]:
 
 def _patch(denoiser: Any) -> int:
     return denoiser.config.patch_size
+
+
+def _attentions(denoiser: nn.Module) -> list[Attention]:
+    return [
+        Attention(f"transformer_blocks.{name}.{attention}", "to_k", "to_v")
+        for name, block in denoiser.get_submodule("transformer_blocks").named_children()
+        for attention in ("attn", "attn2")
+        if getattr(block, attention, None) is not None
+    ]
 
 
 ADAPTER = Adapter(
@@ -42,4 +52,5 @@ ADAPTER = Adapter(
             ),
         ),
     ),
+    attentions=_attentions,
 )

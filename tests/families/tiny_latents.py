@@ -11,6 +11,7 @@ from diffusers import (
     AuraFlowTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     HunyuanImagePipeline,
+    HunyuanImageRefinerPipeline,
     HunyuanImageTransformer2DModel,
     Ideogram4Pipeline,
     Ideogram4Transformer2DModel,
@@ -116,6 +117,33 @@ def hunyuan_call(steps, wide, dtype):
     return {**common(steps, wide, token=32), **call, **second}
 
 
+def make_refiner():
+    transformer = HunyuanImageTransformer2DModel(
+        in_channels=8,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        num_single_layers=2,
+        num_refiner_layers=1,
+        patch_size=(1, 2, 2),
+        text_embed_dim=DIM,
+        guidance_embeds=True,
+        rope_axes_dim=(4, 6, 6),
+    )
+    return make(HunyuanImageRefinerPipeline, transformer)
+
+
+def refiner_call(steps, wide, dtype):
+    """The image to refine as latents; guidance is distilled into the model."""
+    size = common(steps, wide, token=32)
+    image = numbers(2, 4, 1, size["height"] // 16, size["width"] // 16, seed=8, dtype=dtype)
+    mask = torch.ones(2, 7)
+    mask[1, -2:] = 0
+    embeds = texts(2, DIM, dtype)["prompt_embeds"]
+    return {**size, "prompt_embeds": embeds, "prompt_embeds_mask": mask, "image": image}
+
+
 def make_auraflow():
     transformer = AuraFlowTransformer2DModel(
         sample_size=16,
@@ -214,6 +242,7 @@ CASES = {
     "Z-Image": Case(make_zimage, zimage_call, tokens=80),
     "Stable Diffusion 3": Case(make_sd3, sd3_call, tokens=96, positions="added"),
     "HunyuanImage": Case(make_hunyuan, hunyuan_call, tokens=96),
+    "HunyuanImage refiner": Case(make_refiner, refiner_call, tokens=96),
     "AuraFlow": Case(make_auraflow, auraflow_call, tokens=96, positions="added"),
     "PRX": Case(make_prx, prx_call, tokens=96, batch=1),
     "Ideogram 4": Case(make_ideogram, ideogram_call, tokens=96),

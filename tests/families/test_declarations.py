@@ -1,18 +1,24 @@
-"""Branches of guidance are where the families say, and what tokens cannot follow is refused by its name."""
+"""What families declare beside their tokens is true: branches of guidance, keys and values, biases; and what tokens
+cannot follow is refused by its name."""
 
 from __future__ import annotations
+
+from contextlib import ExitStack
 
 import pytest
 import tiny_flux_like
 import tiny_latents
 import torch
-from conftest import Watch, flux_call, make_flux
+from case import numbers
+from conftest import Watch, flux_call, freeze, make_flux
 from diffusers import FluxKontextPipeline
 from PIL import Image
-from test_conformance import CASES
+from test_conformance import CASES, relative
 
 import accel
+from accel.core.plan import TokenPlan
 from accel.core.prediction import prediction_of
+from accel.core.span import Span
 from accel.errors import UnsupportedError
 from accel.pipelines.registry import find
 
@@ -139,3 +145,47 @@ def test_a_token_method_on_ideogram_says_what_works():
     pipe = CASES["Ideogram 4"].make()
     with pytest.raises(UnsupportedError, match="balanced"):
         accel.accelerate(pipe, "merging")
+
+
+KEPT = ["LongCat-Image", "Ovis-Image", "Bria", "Stable Diffusion 3", "AuraFlow"]
+
+
+@pytest.mark.parametrize("keys_values", ["all", "none"])
+@pytest.mark.parametrize("name", KEPT)
+def test_kept_keys_and_values_are_the_right_ones(name, keys_values):
+    """The same input at every step is answered as by the plain pipeline; but not if nothing is kept."""
+    case = CASES[name]
+    pipe = case.make()
+    freeze(pipe)
+    plain = case.latents(pipe, steps=8)
+    with accel.accelerate(pipe, accel.TokenPruningConfig(cycle=(0.3,), keys_values=keys_values)) as handle:
+        error = relative(case.latents(pipe, steps=8), plain)
+        assert handle.stats.share < 0.8
+    assert error < 1e-5 if keys_values == "all" else error > 1e-3
+
+
+@pytest.mark.parametrize("group", ["transformer_blocks", "single_transformer_blocks"])
+@pytest.mark.parametrize("name", ["LongCat-Image", "Ovis-Image"])
+def test_a_key_counts_for_as_many_as_it_stands_for(name, group):
+    """Merging tokens that are equal in content and position loses nothing with the bias, and does without."""
+    transformer = CASES[name].make().transformer
+    sizes = torch.arange(1, 9)
+    owner = torch.repeat_interleave(torch.arange(8), sizes)[None]
+    first = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)[:-1]])[None]
+    plan = TokenPlan.build(first, owner)
+    angles = torch.cat([numbers(7, 16, seed=3), plan.expand(numbers(1, 8, 16, seed=4))[0]])
+    inputs = {
+        "hidden_states": plan.expand(numbers(1, 8, 32, seed=5)),
+        "encoder_hidden_states": numbers(1, 7, 32, seed=6),
+        "temb": numbers(1, 32, seed=7),
+        "image_rotary_emb": (angles.cos(), angles.sin()),
+    }
+    site = next(s for s in find(transformer).tokens.sites(transformer) if s.path == f"{group}.0")
+    block = transformer.get_submodule(site.path)
+    exact, errors = block(**inputs)[1], {}
+    for bias in (True, False):
+        with ExitStack() as stack:
+            Span(lambda x: plan).attach(transformer, [site], stack, bias=bias)
+            errors[bias] = (block(**inputs)[1] - exact).abs().max().item()
+    assert errors[True] < 1e-5
+    assert errors[False] > 1e-2
