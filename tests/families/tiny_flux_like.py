@@ -223,7 +223,7 @@ class FiboWithText(BriaFiboPipeline):
 
     def encode_prompt(self, prompt, **kwargs):
         dtype, batch = self.transformer.dtype, len(prompt)
-        layers = [[numbers(batch, 7, DIM, seed=s + i, dtype=dtype) for i in range(4)] for s in (20, 30)]
+        layers = [[numbers(batch, 7, DIM, seed=s + i, dtype=dtype) for i in range(5)] for s in (20, 30)]
         embeds = texts(batch, 2 * DIM, dtype)
         mask = masks(batch).to(dtype)
         ids = torch.zeros(batch, 7, 3)
@@ -232,7 +232,11 @@ class FiboWithText(BriaFiboPipeline):
 
 def make_fibo():
     transformer = BriaFiboTransformer2DModel(
-        in_channels=8, joint_attention_dim=2 * DIM, text_encoder_dim=DIM, axes_dims_rope=ROTARY, **BLOCKS
+        in_channels=8,
+        joint_attention_dim=2 * DIM,
+        text_encoder_dim=DIM,
+        axes_dims_rope=ROTARY,
+        **{**BLOCKS, "num_single_layers": 3},  # 5 layers of text: not as many as a call has images
     )
     return make(FiboWithText, transformer)
 
