@@ -108,6 +108,15 @@ class KeyValues:
         Raises:
             UnsupportedError: an attention processor that makes its keys or values another way.
         """
+        for attention in self._attentions:
+            processor = type(
+                getattr(self._denoiser.get_submodule(attention.path), "processor", None)
+            ).__name__
+            if "PAG" in processor:  # makes keys and values twice a call, for parts of the batch
+                raise UnsupportedError(
+                    f"{attention.path} has a {processor}: perturbed-attention guidance makes keys and values of its "
+                    "branches apart. Use keys_values='none', or pag_scale=0."
+                )
         seen = sum(call < calls for call, _ in self.kept)
         if seen != 2 * self.layers * calls:
             raise UnsupportedError(

@@ -12,7 +12,7 @@ import tiny_latents
 import torch
 from case import numbers
 from conftest import Watch, flux_call, freeze, make_flux
-from diffusers import FluxKontextPipeline
+from diffusers import FluxKontextPipeline, StableDiffusion3PAGPipeline
 from PIL import Image
 from test_conformance import CASES, relative
 
@@ -210,3 +210,24 @@ def test_a_key_counts_for_as_many_as_it_stands_for(name, group):
             errors[bias] = (block(**inputs)[1] - exact).abs().max().item()
     assert errors[True] < 1e-5
     assert errors[False] > 1e-2
+
+
+def test_perturbed_attention_keeps_no_keys_and_says_so():
+    case = CASES["Stable Diffusion 3"]
+    parts = case.make().components
+    unused = ("image_encoder", "feature_extractor")
+    pipe = StableDiffusion3PAGPipeline(
+        **{name: part for name, part in parts.items() if name not in unused},
+        pag_applied_layers=["transformer_blocks.2"],
+    )
+    pipe.set_progress_bar_config(disable=True)
+    plain = case.latents(pipe, steps=6)
+    with (
+        accel.accelerate(pipe, accel.TokenPruningConfig(cycle=(0.5,))),
+        pytest.raises(UnsupportedError, match=r"transformer_blocks\.2\.attn has a PAG.*keys_values='none'"),
+    ):
+        case.latents(pipe, steps=6)
+    with accel.accelerate(pipe, accel.TokenPruningConfig(cycle=(0.5,), keys_values="none")) as handle:
+        assert torch.isfinite(case.latents(pipe, steps=6)).all()
+        assert handle.stats.share < 0.9
+    assert torch.equal(case.latents(pipe, steps=6), plain)
