@@ -9,10 +9,16 @@ from accel.core.site import Site, rows
 
 from .common import PACKED, blocks, id_grid, refuse_residuals
 from .flux import ADAPTER as FLUX
+from .key_bias import key_bias
 
 
 def _sites(denoiser: nn.Module) -> list[Site]:
-    site = Site("", output=1, sides=(rows("image_rotary_emb", image="last", dims=(0,)),))
+    site = Site(
+        "",
+        output=1,
+        sides=(rows("image_rotary_emb", image="last", dims=(0,)),),
+        bias=key_bias("attention_kwargs", key="attention_mask", table="image_rotary_emb", image="last"),
+    )
     return [
         *blocks(denoiser, "transformer_blocks", site),
         *blocks(denoiser, "single_transformer_blocks", site),

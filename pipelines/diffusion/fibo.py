@@ -13,6 +13,7 @@ from accel.core.capability import Adapter, Branches, Tokens
 from accel.core.site import Site, rows
 
 from .common import PACKED, blocks, id_grid
+from .key_bias import key_bias
 
 
 def _sites(denoiser: nn.Module) -> list[Site]:
@@ -20,9 +21,10 @@ def _sites(denoiser: nn.Module) -> list[Site]:
         rows("image_rotary_emb", image="last", dims=(0,)),
         rows("joint_attention_kwargs", image="last", dims=(2, 3), item="attention_mask"),
     )
+    bias = key_bias("joint_attention_kwargs", key="attention_mask", table="image_rotary_emb", image="last")
     return [
-        *blocks(denoiser, "transformer_blocks", Site("", output=1, sides=sides)),
-        *blocks(denoiser, "single_transformer_blocks", Site("", image="last", sides=sides)),
+        *blocks(denoiser, "transformer_blocks", Site("", output=1, sides=sides, bias=bias)),
+        *blocks(denoiser, "single_transformer_blocks", Site("", image="last", sides=sides, bias=bias)),
     ]
 
 

@@ -12,13 +12,15 @@ from accel.core.capability import Adapter, Branches, Tokens
 from accel.core.site import Site, rows
 
 from .common import PACKED, blocks, id_grid, refuse_arguments
+from .key_bias import key_bias
 
 
 def _sites(denoiser: nn.Module) -> list[Site]:
     table = (rows("image_rotary_emb", image="last", dims=(0,)),)
+    bias = key_bias("joint_attention_kwargs", key="attention_mask", table="image_rotary_emb", image="last")
     return [
-        *blocks(denoiser, "transformer_blocks", Site("", output=1, sides=table)),
-        *blocks(denoiser, "single_transformer_blocks", Site("", image="last", sides=table)),
+        *blocks(denoiser, "transformer_blocks", Site("", output=1, sides=table, bias=bias)),
+        *blocks(denoiser, "single_transformer_blocks", Site("", image="last", sides=table, bias=bias)),
     ]
 
 

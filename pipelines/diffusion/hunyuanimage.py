@@ -13,11 +13,13 @@ from accel.core.capability import Adapter, Branches, Tokens
 from accel.core.site import Site, rows
 
 from .common import blocks, latent_grid, one_frame, patches
+from .key_bias import key_bias
 
 
 def _sites(denoiser: nn.Module) -> list[Site]:
     sides = (rows("image_rotary_emb", dims=(0,)), rows("attention_mask", image="first", dims=(3,)))
-    site = Site("", output=0, sides=sides)
+    bias = key_bias("attention_mask", table="attention_mask", dim=3, image="first")
+    site = Site("", output=0, sides=sides, bias=bias)
     return [
         *blocks(denoiser, "transformer_blocks", site),
         *blocks(denoiser, "single_transformer_blocks", site),

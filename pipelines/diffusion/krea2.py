@@ -11,6 +11,7 @@ from accel.core.capability import Adapter, Branches, Tokens
 from accel.core.site import Site, rows
 
 from .common import PACKED, Grid, blocks, row_major
+from .key_bias import key_bias
 
 
 def _sites(denoiser: nn.Module) -> list[Site]:
@@ -18,7 +19,8 @@ def _sites(denoiser: nn.Module) -> list[Site]:
         rows("image_rotary_emb", image="last", dims=(0,)),
         rows("attention_mask", image="last", dims=(3,)),
     )
-    return blocks(denoiser, "transformer_blocks", Site("", image="last", sides=sides))
+    bias = key_bias("attention_mask", table="image_rotary_emb", image="last")
+    return blocks(denoiser, "transformer_blocks", Site("", image="last", sides=sides, bias=bias))
 
 
 def _ids(arguments: Mapping[str, Any]) -> Tensor:

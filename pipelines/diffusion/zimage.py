@@ -16,11 +16,13 @@ from accel.core.site import Site, rows
 from accel.errors import UnsupportedError
 
 from .common import Grid, blocks, one_frame, patches, refuse_residuals
+from .key_bias import key_bias
 
 
 def _sites(denoiser: nn.Module) -> list[Site]:
     sides = (rows("freqs_cis", image="first"), rows("attn_mask", image="first"))
-    return blocks(denoiser, "layers", Site("", tokens="x", image="first", sides=sides))
+    bias = key_bias("attn_mask", table="freqs_cis", dim=1, image="first", flat=True, tokens="x")
+    return blocks(denoiser, "layers", Site("", tokens="x", image="first", sides=sides, bias=bias))
 
 
 def _patch(denoiser: Any) -> int:

@@ -10,7 +10,6 @@ import pytest
 import tiny_flux_like
 import tiny_latents
 import torch
-from case import numbers
 from conftest import Watch, flux_call, freeze, make_flux
 from diffusers import FluxKontextPipeline, StableDiffusion3PAGPipeline
 from PIL import Image
@@ -20,6 +19,7 @@ import accel
 from accel.core.capability import Branches
 from accel.core.plan import TokenPlan
 from accel.core.prediction import prediction_of
+from accel.core.site import Port
 from accel.core.span import Span
 from accel.errors import UnsupportedError
 from accel.pipelines import registry
@@ -185,31 +185,47 @@ def test_kept_keys_and_values_are_the_right_ones(name, keys_values):
     assert error < 1e-5 if keys_values == "all" else error > 1e-3
 
 
-@pytest.mark.parametrize("group", ["transformer_blocks", "single_transformer_blocks"])
-@pytest.mark.parametrize("name", ["LongCat-Image", "Ovis-Image"])
-def test_a_key_counts_for_as_many_as_it_stands_for(name, group):
+BIASED = ["FLUX.2 klein", "Krea 2", "LongCat-Image", "Bria", "FIBO", "Z-Image", "HunyuanImage"]
+
+
+def caught(pipe, path, call):
+    """What a block is given in the first call of a run."""
+    seen = []
+    module = pipe.transformer.get_submodule(path)
+    hook = module.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
+    )
+    pipe(**call)
+    hook.remove()
+    return module, *seen[0]
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_a_key_counts_for_as_many_as_it_stands_for(name):
     """Merging tokens that are equal in content and position loses nothing with the bias, and does without."""
-    transformer = CASES[name].make().transformer
-    sizes = torch.arange(1, 9)
-    owner = torch.repeat_interleave(torch.arange(8), sizes)[None]
-    first = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)[:-1]])[None]
-    plan = TokenPlan.build(first, owner)
-    angles = torch.cat([numbers(7, 16, seed=3), plan.expand(numbers(1, 8, 16, seed=4))[0]])
-    inputs = {
-        "hidden_states": plan.expand(numbers(1, 8, 32, seed=5)),
-        "encoder_hidden_states": numbers(1, 7, 32, seed=6),
-        "temb": numbers(1, 32, seed=7),
-        "image_rotary_emb": (angles.cos(), angles.sin()),
-    }
-    site = next(s for s in find(transformer).tokens.sites(transformer) if s.path == f"{group}.0")
-    block = transformer.get_submodule(site.path)
-    exact, errors = block(**inputs)[1], {}
-    for bias in (True, False):
-        with ExitStack() as stack:
-            Span(lambda x: plan).attach(transformer, [site], stack, bias=bias)
-            errors[bias] = (block(**inputs)[1] - exact).abs().max().item()
-    assert errors[True] < 1e-5
-    assert errors[False] > 1e-2
+    case = CASES[name]
+    pipe, N = case.make(), case.tokens
+    sizes = torch.tensor([1, 2, 5, 8]).repeat(N // 16)
+    owner = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+    first = sizes.cumsum(0) - sizes
+    plan = TokenPlan.build(first[None], owner[None])
+    equal = TokenPlan.build(
+        first[owner][None], torch.arange(N)[None]
+    )  # as many tokens, with those of their slots
+    sites = find(pipe.transformer).tokens.sites(pipe.transformer)
+    for site in (sites[0], sites[-1]):
+        block, args, kwargs = caught(pipe, site.path, case.call(steps=1, wide=False, dtype=F32))
+        port = Port(site, block)
+        args, kwargs = port.follow(equal, args, kwargs)
+        others, image = port.split(port.get(site.tokens, args, kwargs), N)
+        args, kwargs = port.put(site.tokens, port.join(others, equal.take(image)), args, kwargs)
+        exact, errors = port.read(block(*args, **kwargs)), {}
+        for bias in (True, False):
+            with ExitStack() as stack:
+                Span(lambda x: plan, tokens=lambda: N).attach(pipe.transformer, [site], stack, bias=bias)
+                errors[bias] = relative(port.read(block(*args, **kwargs)), exact)
+        assert errors[True] < 1e-5
+        assert errors[False] > 1e-3
 
 
 def test_perturbed_attention_keeps_no_keys_and_says_so():
