@@ -54,7 +54,9 @@ class _KeyBias:
         rest = log_PK.new_zeros(log_PK.shape[0], table.shape[self.dim] - plan.tokens)
         bias = torch.cat([log_PK, rest] if self.image == "first" else [rest, log_PK], 1)
         bias = bias if self.flat else bias[:, None, None]
-        value = rows(self.name, image=self.image, dims=(-1,), item=self.key).follow(get, plan)
+        # Square masks have rows of queries, too.
+        dims = (-1,) if self.flat else (-2, -1)
+        value = rows(self.name, image=self.image, dims=dims, item=self.key).follow(get, plan)
         mask = value if self.key is None else (value or {}).get(self.key)
         if mask is not None:
             bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
