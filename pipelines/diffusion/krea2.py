@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from accel.core.capability import Adapter, Branches, Tokens
+from accel.core.keyvalues import Attention
 from accel.core.site import Site, rows
 
 from .common import PACKED, Grid, blocks, row_major
@@ -23,6 +24,27 @@ def _sites(denoiser: nn.Module) -> list[Site]:
     return blocks(denoiser, "transformer_blocks", Site("", image="last", sides=sides, bias=bias))
 
 
+def _rotate(x_BLHd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    return apply_rotary_emb(x_BLHd, table, sequence_dim=1)  # what the attention processor calls
+
+
+def _attentions(denoiser: nn.Module) -> list[Attention]:
+    return [
+        Attention(
+            path=f"transformer_blocks.{name}.attn",
+            keys="norm_k",
+            values="to_v",
+            table="image_rotary_emb",
+            rotated={"norm_q": "all", "norm_k": "all"},
+            rotate=_rotate,
+            masks=("attention_mask",),
+        )
+        for name, _ in denoiser.get_submodule("transformer_blocks").named_children()
+    ]
+
+
 def _ids(arguments: Mapping[str, Any]) -> Tensor:
     return arguments["position_ids"][-arguments["hidden_states"].shape[1] :]
 
@@ -35,4 +57,5 @@ ADAPTER = Adapter(
     name="Krea 2",
     branches=Branches(calls="first"),
     tokens=Tokens(sites=_sites, grid_source=_ids, grid=_grid, **PACKED, shared_plan=True),
+    attentions=_attentions,
 )

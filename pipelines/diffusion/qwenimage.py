@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from accel.core.capability import Adapter, Branches, Tokens
+from accel.core.keyvalues import Attention
 from accel.core.site import Site, rows
 from accel.errors import UnsupportedError
 
@@ -40,6 +41,35 @@ def _grid(denoiser: nn.Module, shapes: list[Any]) -> Grid:
     return int(height), int(width)
 
 
+def _rotate(x_BLHd: Tensor, table: Tensor) -> Tensor:
+    from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
+
+    return apply_rotary_emb_qwen(x_BLHd, table, use_real=False)  # what the attention processor calls
+
+
+#: The processor makes the mask itself, of as many image columns as it gets queries.
+_PADDED = (
+    "prompts of different lengths in one batch need a mask over keys, which keys_values='all' keeps for all tokens. "
+    "Use keys_values='none', or one prompt a call."
+)
+
+
+def _attentions(denoiser: nn.Module) -> list[Attention]:
+    image, text = 0, 1  # of the pair of tables
+    return [
+        Attention(
+            path=f"transformer_blocks.{name}.attn",
+            keys="norm_k",
+            values="to_v",
+            table="image_rotary_emb",
+            rotated={"norm_q": image, "norm_k": image, "norm_added_q": text, "norm_added_k": text},
+            rotate=_rotate,
+            refused={"encoder_hidden_states_mask": _PADDED},
+        )
+        for name, _ in denoiser.get_submodule("transformer_blocks").named_children()
+    ]
+
+
 ADAPTER = Adapter(
     name="Qwen-Image",
     branches=Branches(calls="first"),
@@ -51,4 +81,5 @@ ADAPTER = Adapter(
         shared_plan=True,
         refuse=refuse_residuals("controlnet_block_samples"),
     ),
+    attentions=_attentions,
 )

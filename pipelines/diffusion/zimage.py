@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from accel.core.capability import Adapter, Branches, Tokens
+from accel.core.keyvalues import Attention
 from accel.core.site import Site, rows
 from accel.errors import UnsupportedError
 
@@ -23,6 +25,28 @@ def _sites(denoiser: nn.Module) -> list[Site]:
     sides = (rows("freqs_cis", image="first"), rows("attn_mask", image="first"))
     bias = key_bias("attn_mask", table="freqs_cis", dim=1, image="first", flat=True, tokens="x")
     return blocks(denoiser, "layers", Site("", tokens="x", image="first", sides=sides, bias=bias))
+
+
+def _rotate(x_BLHd: Tensor, table_BLd: Tensor) -> Tensor:
+    """Pairs of channels as complex numbers times the table's, in float32 as the attention processor does it."""
+    pairs = torch.view_as_complex(x_BLHd.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * table_BLd[:, :, None]).flatten(-2).to(x_BLHd.dtype)
+
+
+def _attentions(denoiser: nn.Module) -> list[Attention]:
+    return [
+        Attention(
+            path=f"layers.{name}.attention",
+            keys="norm_k",
+            values="to_v",
+            table="freqs_cis",
+            rotated={"norm_q": "all", "norm_k": "all"},
+            rotate=_rotate,
+            image="first",
+            masks=("attn_mask",),
+        )
+        for name, _ in denoiser.get_submodule("layers").named_children()
+    ]
 
 
 def _patch(denoiser: Any) -> int:
@@ -54,4 +78,5 @@ ADAPTER = Adapter(
         shared_plan=False,
         refuse=refuse_residuals("controlnet_block_samples"),
     ),
+    attentions=_attentions,
 )
