@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from accel.core.capability import Adapter, Branches, Tokens
+from accel.core.keyvalues import Attention
 from accel.core.site import Site, rows
 
 from .common import blocks, latent_grid, one_frame, patches
@@ -23,6 +25,31 @@ def _sites(denoiser: nn.Module) -> list[Site]:
     return [
         *blocks(denoiser, "transformer_blocks", site),
         *blocks(denoiser, "single_transformer_blocks", site),
+    ]
+
+
+def _rotate(x_BLHd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    image = table[0].shape[0]  # rows; text after them stays
+    rotated = apply_rotary_emb(x_BLHd[:, :image], table, sequence_dim=1)  # what the attention processor calls
+    return torch.cat([rotated, x_BLHd[:, image:]], 1)
+
+
+def _attentions(denoiser: nn.Module) -> list[Attention]:
+    return [
+        Attention(
+            path=f"{group}.{name}.attn",
+            keys="norm_k",
+            values="to_v",
+            table="image_rotary_emb",
+            rotated={"norm_q": "all", "norm_k": "all"},
+            rotate=_rotate,
+            image="first",
+            masks=("attention_mask",),
+        )
+        for group in ("transformer_blocks", "single_transformer_blocks")
+        for name, _ in denoiser.get_submodule(group).named_children()
     ]
 
 
@@ -43,4 +70,5 @@ ADAPTER = Adapter(
         **one_frame(patches(_patch), when=_has_frames),
         shared_plan=True,
     ),
+    attentions=_attentions,
 )

@@ -173,6 +173,8 @@ KEPT = [
     "Qwen-Image",
     "Krea 2",
     "Z-Image",
+    "HunyuanImage",
+    "HunyuanImage refiner",
     "LongCat-Image",
     "Ovis-Image",
     "Bria",
