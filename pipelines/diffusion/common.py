@@ -126,7 +126,7 @@ def id_grid(name: str, what: str) -> dict[str, Any]:
     return {"grid_source": lambda arguments: arguments[name], "grid": grid}
 
 
-def one_frame(form: Form, when: Callable[[Any], bool] = lambda denoiser: True) -> Form:
+def framed(form: Form, when: Callable[[Any], bool] = lambda denoiser: True) -> Form:
     """A form whose predictions have a dimension for frames, of which there is one: (B, C, 1, H, W).
 
     Args:

@@ -14,7 +14,7 @@ from accel.core.capability import Adapter, Branches, Tokens
 from accel.core.keyvalues import Attention
 from accel.core.site import Site, rows
 
-from .common import blocks, latent_grid, one_frame, patches
+from .common import blocks, framed, latent_grid, patches
 from .key_bias import key_bias
 
 
@@ -67,7 +67,7 @@ ADAPTER = Adapter(
     tokens=Tokens(
         sites=_sites,
         **latent_grid("hidden_states", _patch),
-        **one_frame(patches(_patch), when=_has_frames),
+        **framed(patches(_patch), when=_has_frames),
         shared_plan=True,
     ),
     attentions=_attentions,

@@ -17,7 +17,7 @@ from accel.core.keyvalues import Attention
 from accel.core.site import Site, rows
 from accel.errors import UnsupportedError
 
-from .common import Grid, blocks, one_frame, patches, refuse_residuals
+from .common import Grid, blocks, framed, patches, refuse_residuals
 from .key_bias import key_bias
 
 
@@ -74,7 +74,7 @@ ADAPTER = Adapter(
         sites=_sites,
         grid_source=_images,
         grid=_grid,
-        **one_frame(patches(_patch)),
+        **framed(patches(_patch)),
         shared_plan=False,
         refuse=refuse_residuals("controlnet_block_samples"),
     ),
