@@ -28,7 +28,8 @@ from accel.pipelines.registry import find
 
 NEGATIVE = "negative_prompt_embeds"
 F32 = torch.float32
-GUIDED = [name for name, case in CASES.items() if NEGATIVE in case.call(steps=1, wide=False, dtype=F32)]
+OURS = {**tiny_flux_like.CASES, **tiny_latents.CASES}
+GUIDED = [name for name, case in OURS.items() if NEGATIVE in case.call(steps=1, wide=False, dtype=F32)]
 
 
 def predictions(pipe, call) -> torch.Tensor:
@@ -42,7 +43,7 @@ def predictions(pipe, call) -> torch.Tensor:
 @pytest.mark.parametrize("name", GUIDED)
 def test_the_conditional_branch_is_where_it_is_declared(name):
     """Another negative prompt changes the unconditional half, and only that."""
-    case = CASES[name]
+    case = OURS[name]
     pipe = case.make()
     branches = find(pipe.transformer).branches
     call = case.call(steps=1, wide=False, dtype=F32)
