@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,10 @@ from accel.errors import UnsupportedError
 from .around import compiled
 from .plan import TokenPlan
 
-Table = tuple[Tensor, Tensor]
-Rows = Literal["first", "last"]
+#: The rotary table that belongs to some rows, in the family's own form.
+Table = Any
+#: Of a table (cos, sin) the first or the last rows; "all" of a table of any form; the element of a tuple of tables.
+Rows = Literal["first", "last", "all"] | int
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,15 @@ class Attention:
 
     Attributes:
         path: the attention module's path inside the denoiser.
-        keys, values: its submodules whose outputs are all keys and all values of the image tokens, (B, L, ...),
-            after them text tokens only if they come first in the same tensor.
-        table: the argument that holds the rotary table, (L, d) each; None without one.
-        rotated: the submodules whose outputs the table applies to, and which of its rows: the "first" or the
-            "last" L.
+        keys, values: its submodules whose outputs are all keys and all values of the image tokens, (B, L, ...);
+            there may be text in the same tensors.
+        image: whether the image's rows come first or last in those.
+        table: the argument that holds the rotary table; None without one.
+        rotated: the submodules whose outputs the table applies to, and which part of it is theirs: the "first" or
+            the "last" L rows of (cos, sin), (L, d) each; "all"; or an element of a tuple.
         rotate: (x (B, L, H, d), table rows) -> the rotated x, exactly as the attention processor does it.
-        refused: arguments of the module with which its processor takes rotated for unrotated rows -> what to say.
+        refused: arguments of the module with which its processor goes wrong on kept keys -> what to say.
+        masks: sides of the block with a column per key: they stay as they are while all keys are kept.
     """
 
     path: str
@@ -49,6 +53,8 @@ class Attention:
     rotated: Mapping[str, Rows] = field(default_factory=dict)
     rotate: Callable[[Tensor, Table], Tensor] | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
+    image: Literal["first", "last"] = "last"
+    masks: tuple[str, ...] = ()
 
     @property
     def modules(self) -> frozenset[str]:
@@ -113,6 +119,15 @@ class KeyValues:
         Raises:
             UnsupportedError: an attention processor that makes its keys or values another way.
         """
+        for attention in self._attentions:
+            processor = type(
+                getattr(self._denoiser.get_submodule(attention.path), "processor", None)
+            ).__name__
+            if "PAG" in processor:  # makes keys and values twice a call, for parts of the batch
+                raise UnsupportedError(
+                    f"{attention.path} has a {processor}: perturbed-attention guidance makes keys and values of its "
+                    "branches apart. Use keys_values='none', or pag_scale=0."
+                )
         seen = sum(call < calls for call, _ in self.kept)
         if seen != 2 * self.layers * calls:
             raise UnsupportedError(
@@ -176,21 +191,34 @@ class KeyValues:
                 return None
             if rows is not None:
                 assert rotate is not None
-                L, (cos, sin) = output.shape[1], self.tables[path]
-                part = slice(L) if rows == "first" else slice(cos.shape[0] - L, None)
-                output = rotate(output, (cos[part], sin[part]))
-            return output if kept is None else self._keep((self.call(), kept), output)
+                output = rotate(output, _part(self.tables[path], rows, output.shape[1]))
+            return output if kept is None else self._keep((self.call(), kept), output, attention.image)
 
         return made
 
-    def _keep(self, key: tuple[int, str], new_BL: Tensor) -> Tensor:
+    def _keep(self, key: tuple[int, str], new_BL: Tensor, image: str) -> Tensor:
         plan = self.plan
         if plan is None:
             self.kept[key] = new_BL
             return new_BL
         kept_BL = self.kept[key]
         text = new_BL.shape[1] - plan.slots
+        if image == "first":
+            kept_BL[:, plan.tokens :].copy_(new_BL[:, plan.slots :])
+            plan.write(kept_BL[:, : plan.tokens], new_BL[:, : plan.slots])
+            return kept_BL
         if text:
             kept_BL[:, :text].copy_(new_BL[:, :text])
         plan.write(kept_BL[:, text:], new_BL[:, text:])
         return kept_BL
+
+
+def _part(table: Table, rows: Rows, L: int) -> Table:
+    """What of a table belongs to the L rows of a submodule's output."""
+    if rows == "all":
+        return table
+    if isinstance(rows, int):
+        return table[rows]
+    cos, sin = table
+    part = slice(L) if rows == "first" else slice(cos.shape[0] - L, None)
+    return cos[part], sin[part]

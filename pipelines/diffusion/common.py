@@ -141,3 +141,80 @@ def one_frame(frames: int) -> None:
     """
     if frames != 1:
         raise UnsupportedError(f"{frames} frames: token reduction is for images, not for video")
+
+
+def id_grid(name: str, what: str) -> dict[str, Any]:
+    """`grid_source` and `grid` of a denoiser whose argument `name` holds an id per image token, (N, axes) or
+    (B, N, axes), of which the second and third are its row and its column.
+
+    Args:
+        what: makes more than one grid of them, for the message.
+    """
+
+    def grid(denoiser: Any, ids: Tensor) -> Grid:
+        one = ids[0] if ids.ndim == 3 else ids
+        return row_major(one[:, 1:3], what)
+
+    return {"grid_source": lambda arguments: arguments[name], "grid": grid}
+
+
+def framed(form: Form, when: Callable[[Any], bool] = lambda denoiser: True) -> Form:
+    """A form whose predictions have a dimension for frames, of which there is one: (B, C, 1, H, W).
+
+    Args:
+        when: denoiser -> whether it has that dimension.
+    """
+
+    def of(denoiser: Any, prediction: Tensor) -> Tensor:
+        return form["of"](denoiser, prediction.squeeze(2) if when(denoiser) else prediction)
+
+    def put(denoiser: Any, prediction: Tensor, x_BNc: Tensor, grid: Grid) -> Tensor:
+        if not when(denoiser):
+            return form["put"](denoiser, prediction, x_BNc, grid)
+        return form["put"](denoiser, prediction.squeeze(2), x_BNc, grid).unsqueeze(2)
+
+    def spread(denoiser: Any, x_BN: Tensor, grid: Grid) -> Tensor:
+        values = form["spread"](denoiser, x_BN, grid)
+        return values.unsqueeze(2) if when(denoiser) else values
+
+    return Form(of=of, put=put, spread=spread)
+
+
+def refuse_residuals(*names: str) -> Callable[[Mapping[str, Any], bool], None]:
+    """Refuses ControlNet's residuals, the arguments `names`, where tokens stay reduced between blocks."""
+
+    def refuse(arguments: Mapping[str, Any], span: bool) -> None:
+        for name in names:
+            if span and arguments.get(name) is not None:
+                raise UnsupportedError(
+                    f"{name}: ControlNet adds full-size residuals between blocks, where span scope has fewer "
+                    "tokens. Use scope='block', or run without ControlNet."
+                )
+
+    return refuse
+
+
+def refuse_inside(name: str, keys: Sequence[str]) -> Callable[[Mapping[str, Any], bool], None]:
+    """Refuses calls whose argument `name`, a dict, has any of these keys: they say something about positions."""
+
+    def refuse(arguments: Mapping[str, Any], span: bool) -> None:
+        for key in keys:
+            if key in (arguments.get(name) or {}):
+                raise UnsupportedError(
+                    f"{name}[{key!r}]: what it says about positions does not follow reduced tokens. Run without "
+                    "it, or without acceleration."
+                )
+
+    return refuse
+
+
+def refuse_each(
+    *refusals: Callable[[Mapping[str, Any], bool], None],
+) -> Callable[[Mapping[str, Any], bool], None]:
+    """All of these."""
+
+    def refuse(arguments: Mapping[str, Any], span: bool) -> None:
+        for one in refusals:
+            one(arguments, span)
+
+    return refuse

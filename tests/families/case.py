@@ -35,3 +35,33 @@ class Case:
         output = pipe(**self.call(steps=steps, wide=wide, dtype=dtype))
         out = output.images if hasattr(output, "images") else output.image  # Kandinsky 5's name
         return out if isinstance(out, torch.Tensor) else torch.as_tensor(out)
+
+
+def numbers(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Normal random numbers, the same for the same seed: text embeddings of tiny pipelines."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def texts(batch: int, dim: int, dtype: torch.dtype, length: int = 7) -> dict[str, torch.Tensor]:
+    """Embeddings of prompts and negative prompts, as most pipelines call them."""
+    return {
+        "prompt_embeds": numbers(batch, length, dim, seed=2, dtype=dtype),
+        "negative_prompt_embeds": numbers(batch, length, dim, seed=4, dtype=dtype),
+    }
+
+
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def common(steps: int, wide: bool, token: int, grid: tuple[int, int] = (8, 12)) -> dict[str, Any]:
+    """What all calls have: a size of 8 x 12 tokens, or 8 x 24, with tokens of `token` pixels; latents as output."""
+    rows, columns = grid
+    return {
+        "height": rows * token,
+        "width": (2 if wide else 1) * columns * token,
+        "num_inference_steps": steps,
+        "output_type": "latent",
+        "generator": torch.Generator().manual_seed(5),
+    }

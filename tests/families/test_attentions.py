@@ -10,7 +10,11 @@ import accel
 from accel.pipelines.registry import find
 
 
-@pytest.mark.parametrize("name", CASES)
+#: Their latents are lists, their texts padded: see `test_declarations`.
+OTHERWISE = {"Qwen-Image", "Z-Image"}
+
+
+@pytest.mark.parametrize("name", sorted(set(CASES) - OTHERWISE))
 def test_a_frozen_denoiser_is_reproduced(name):
     """Same input at every step: kept keys and values are those of the step before, and so is every forecast."""
     case = CASES[name]

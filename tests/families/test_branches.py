@@ -30,7 +30,11 @@ def first_step(pipe, case):
     return predictions, *steps[0]
 
 
-@pytest.mark.parametrize("name", CASES)
+#: No two branches to tell apart: guidance is distilled, or each branch is a module and a shape of its own.
+OTHERWISE = {"FLUX.2", "HunyuanImage refiner", "Ideogram 4"}
+
+
+@pytest.mark.parametrize("name", sorted(set(CASES) - OTHERWISE))
 def test_the_declared_branch_is_the_conditional_one(name):
     """Guidance of scale 3 takes 3 times the conditional and -2 times the unconditional prediction, whatever it adds of
     the sample and however it scales the result: the larger share is the conditional one's."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -92,7 +92,10 @@ class TokenPruning(StepMethod):
         if self._keeps:
             self.kept.attach(denoiser, self.attentions, stack)
         # After the hooks on the attentions: those are inside.
-        self.span.attach(denoiser, self.sites, stack, bias=False)
+        masks = {name for attention in self.attentions for name in attention.masks}
+        sides = [tuple(side for side in site.sides if side.name not in masks) for site in self.sites]
+        sites = [replace(site, sides=kept) for site, kept in zip(self.sites, sides, strict=True)]
+        self.span.attach(denoiser, sites, stack, bias=False)
         self.run.attach(stack)
 
     # Between steps (see StepMethod).

@@ -1,0 +1,85 @@
+"""Qwen-Image: dual-stream blocks; the image's rotary table comes apart from the text's and is shared by the batch.
+
+Editing and layered pipelines have more than one grid of image tokens: forecasts only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from accel.core.capability import Adapter, Branches, Tokens
+from accel.core.keyvalues import Attention
+from accel.core.site import Site, rows
+from accel.errors import UnsupportedError
+
+from .common import PACKED, Grid, blocks, refuse_residuals
+
+
+def _sites(denoiser: nn.Module) -> list[Site]:
+    sides = (
+        rows("image_rotary_emb", dims=(0,), item=0),
+        rows("modulate_index"),  # which of two times a token's modulation is for (zero_cond_t)
+    )
+    return blocks(denoiser, "transformer_blocks", Site("", output=1, sides=sides))
+
+
+def _shapes(arguments: Mapping[str, Any]) -> list[Any]:
+    first = arguments["img_shapes"][0]  # of the first image; the model takes it for all
+    return first if isinstance(first, list) else [first]
+
+
+def _grid(denoiser: nn.Module, shapes: list[Any]) -> Grid:
+    frames, height, width = shapes[0]
+    if len(shapes) != 1 or frames != 1:
+        raise UnsupportedError(
+            f"the image tokens are {len(shapes)} grids (reference images or layers); token reduction needs one. "
+            "Use forecasts (preset 'balanced')."
+        )
+    return int(height), int(width)
+
+
+def _rotate(x_BLHd: Tensor, table: Tensor) -> Tensor:
+    from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
+
+    return apply_rotary_emb_qwen(x_BLHd, table, use_real=False)  # what the attention processor calls
+
+
+#: The processor makes the mask itself, of as many image columns as it gets queries.
+_PADDED = (
+    "prompts of different lengths in one batch need a mask over keys, which keys_values='all' keeps for all tokens. "
+    "Use keys_values='none', or one prompt a call."
+)
+
+
+def _attentions(denoiser: nn.Module) -> list[Attention]:
+    image, text = 0, 1  # of the pair of tables
+    return [
+        Attention(
+            path=f"transformer_blocks.{name}.attn",
+            keys="norm_k",
+            values="to_v",
+            table="image_rotary_emb",
+            rotated={"norm_q": image, "norm_k": image, "norm_added_q": text, "norm_added_k": text},
+            rotate=_rotate,
+            refused={"encoder_hidden_states_mask": _PADDED},
+        )
+        for name, _ in denoiser.get_submodule("transformer_blocks").named_children()
+    ]
+
+
+ADAPTER = Adapter(
+    name="Qwen-Image",
+    branches=Branches(calls="first"),
+    tokens=Tokens(
+        sites=_sites,
+        grid_source=_shapes,
+        grid=_grid,
+        **PACKED,
+        shared_plan=True,
+        refuse=refuse_residuals("controlnet_block_samples"),
+    ),
+    attentions=_attentions,
+)
