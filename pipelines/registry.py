@@ -57,6 +57,12 @@ def known() -> list[str]:
     return sorted({*_BUILTIN, *_REGISTERED})
 
 
+def adapters() -> dict[str, Adapter]:
+    """What is known, by class name; imports every family's file (not its model)."""
+    built_in = {name: importlib.import_module(module).ADAPTER for name, module in _BUILTIN.items()}
+    return dict(sorted({**built_in, **_REGISTERED}.items(), key=lambda item: item[0].lower()))
+
+
 def find(denoiser: nn.Module) -> Adapter:
     """The adapter of a denoiser, by the names of its class and base classes. One that nobody has described gets an
     adapter that declares nothing but a prediction: enough for forecasts."""

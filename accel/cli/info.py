@@ -54,21 +54,65 @@ def _presets() -> dict[str, list[str]]:
     return found
 
 
-def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def _models() -> list[dict[str, str]]:
+    """What each described denoiser takes, in the words of the table in docs/models.md."""
+    from accel.pipelines import registry
+
+    rows = []
+    for name, adapter in registry.adapters().items():
+        tokens, branches = adapter.tokens is not None, adapter.branches
+        kept = "yes" if adapter.attentions else "no keys kept"
+        rows.append(
+            {
+                "denoiser": name,
+                "forecasts": "yes",
+                "merging": "yes" if tokens else "no",
+                "pruning": kept if tokens else "no",
+                "branches": "yes" if branches.batched or branches.calls else "no",
+            }
+        )
+    return rows
+
+
+def info(
+    models: Annotated[
+        bool, typer.Option("--models", help="The described denoisers, and which methods each takes.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
     """Versions, device, which backends are active and why the others are not, presets, model families."""
+    if models:
+        return _show_models(as_json)
+    return _show_all(as_json)
+
+
+def _show_models(as_json: bool) -> None:
+    rows = _models()
+    if as_json:
+        typer.echo(dump_json({"models": rows}))
+        return
+    table = Table(*rows[0], box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row.values())
+    console.print(table)
+    say("pruning, no keys kept: with keys_values='none'. branches: guidance_every can leave one of them out.")
+    say("Any other denoiser of diffusers takes forecasts: they need its prediction alone.")
+
+
+def _show_all(as_json: bool) -> None:
     from accel import backends, configs
     from accel.pipelines import registry
     from accel.pipelines.autoregressive import registry as autoregressive
 
-    probes, models, presets = backends.probes(), _builtin(), _presets()
+    probes, built_in, presets = backends.probes(), _builtin(), _presets()
     if as_json:
         report = {
             "versions": _versions(),
             "backends": {probe.name: probe.as_dict() for probe in probes},
             "presets": configs.names(),
             "presets_by_method": presets,
-            "builtin": models["builtin"],
-            "builtin_ar": models["builtin-ar"],
+            "builtin": built_in["builtin"],
+            "builtin_ar": built_in["builtin-ar"],
             "denoisers": registry.known(),
             "autoregressive_models": autoregressive.known(),
         }
@@ -81,8 +125,10 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
         table.add_row(probe.name, active, probe.version or "–", Text(visible(probe.detail)))
     console.print(table)
     lines = [f"presets, {method}: {', '.join(names)}" for method, names in presets.items()]
-    lines += [f"model {name}: {where}" for name, where in models.items()]
-    lines.append(f"denoisers: {', '.join(registry.known())}")
+    lines += [f"model {name}: {where}" for name, where in built_in.items()]
+    lines.append(
+        f"denoisers described: {len(registry.known())} (accel info --models); forecasts run on any other, too"
+    )
     lines.append(f"autoregressive models: {', '.join(autoregressive.known())}")
     for line in lines:
         say(line)

@@ -9,7 +9,6 @@ from test_conformance import CASES, denoiser_of, relative
 import accel
 from accel.pipelines.registry import find
 
-
 #: Their latents are lists, their texts padded: see `test_declarations`.
 OTHERWISE = {"Qwen-Image", "Z-Image"}
 
