@@ -301,5 +301,6 @@ class _Watched:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """In a copy of the pipeline: the copy's own, unwatched."""
-        owner = getattr(self._method, "__self__", None)
-        return types.MethodType(self._method.__func__, memo.get(id(owner), owner)) if owner else self._method
+        method: Any = self._method
+        owner = getattr(method, "__self__", None)
+        return method if owner is None else types.MethodType(method.__func__, memo.get(id(owner), owner))

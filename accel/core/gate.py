@@ -21,7 +21,9 @@ class Follower(Protocol):
     active: bool
     clock: Clock
     detour: Callable[..., Any] | None
-    seen: int
+
+    @property
+    def seen(self) -> int: ...
 
     def arrives(self, args: tuple, kwargs: dict[str, Any]) -> None: ...
 

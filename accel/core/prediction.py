@@ -67,3 +67,20 @@ def like(output: Any) -> Callable[[Tensor], Any]:
         return (value,) if issubclass(cls, tuple) else cls(sample=value)
 
     return form
+
+
+def shapes_of(args: tuple, kwargs: dict[str, Any]) -> tuple:
+    """Shapes of the tensors of a call, also of those in lists: what tells one kind of call from another."""
+    return tuple(tensor.shape for tensor in tensors_of((*args, *kwargs.values())))
+
+
+def tensors_of(values: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors_of(value)
+        elif isinstance(value, dict):
+            found += tensors_of(value.values())
+    return found

@@ -14,7 +14,7 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,53 +29,9 @@ from .clock import Clock, Listener
 from .copies import copies_plain
 from .gate import Gate
 from .method import Method
-from .prediction import like, prediction_of, put
+from .prediction import like, prediction_of, put, shapes_of, tensors_of
 from .schedule import Phase, Schedule
-
-
-@dataclass(frozen=True)
-class Target:
-    """A pipeline taken apart. The pipeline itself is only referred to weakly.
-
-    Attributes:
-        denoiser: what the pipeline calls at every step, without torch.compile's wrapper.
-        beside: further modules that it calls at every step (a branch of guidance in a module of its own).
-        scheduler: whose steps are followed.
-    """
-
-    pipe: weakref.ref
-    denoiser: nn.Module
-    beside: tuple[nn.Module, ...]
-    adapter: Adapter
-    scheduler: Any
-
-    @property
-    def subject(self) -> nn.Module:
-        return self.denoiser
-
-    @property
-    def loop(self) -> Any:
-        return self.scheduler
-
-    @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        return (self.denoiser, *self.beside)
-
-    @property
-    def outers(self) -> list[nn.Module]:
-        """What the pipeline calls now: the denoisers, or torch.compile's wrappers around them."""
-        pipe = self.pipe()
-        current = [] if pipe is None else denoisers_of(pipe)
-        return [next((o for o, inner in current if inner is module), module) for module in self.modules]
-
-    @property
-    def has_tokens(self) -> bool:
-        return self.adapter.tokens is not None
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of image tokens; 1 where they are not described."""
-        return len(self.adapter.tokens.sites(self.denoiser)) if self.adapter.tokens else 1
+from .target import Target
 
 
 class StepMethod(Method):
@@ -115,7 +71,7 @@ class StepMethod(Method):
         """
 
     def keep(self, run: Run) -> None:
-        """A call is over that ran as a CUDA graph: what it made and is to be read at a later step must be cloned."""
+        """A call is over that ran as a CUDA graph: clone what it made and a later step reads."""
 
     def noisy(self, run: Run, reason: str) -> None:
         """The sampler turned out to add noise, for the reason given.
@@ -123,14 +79,7 @@ class StepMethod(Method):
         Raises:
             UnsupportedError: unless the method can do with it.
         """
-        raise UnsupportedError(noise_message(run, reason))
-
-
-def noise_message(run: Run, reason: str) -> str:
-    return (
-        f"{type(run.target.scheduler).__name__} {reason}: a forecast repeats the prediction made for older noise, "
-        f"and the picture turns into noise. {samplers.OTHER} Or merge tokens: the presets few-step and merging."
-    )
+        raise UnsupportedError(samplers.noise_message(run.target.scheduler, reason))
 
 
 class Run(Listener):
@@ -415,7 +364,7 @@ class Run(Listener):
     def arrives(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """One of this loop's calls has come."""
         self._thread = threading.get_ident()
-        shapes = _shapes(args, kwargs)
+        shapes = shapes_of(args, kwargs)
         known = self._shapes[self._arrived : self._arrived + 1]
         if known not in ([], [shapes]):
             self._change()
@@ -426,7 +375,7 @@ class Run(Listener):
         """It is about to go into the module, whose hooks are `traced` along if it is compiled."""
         if traced:
             self._read(args, kwargs)
-        device = next((t.device for t in _tensors((*args, *kwargs.values()))), torch.device("cpu"))
+        device = next((t.device for t in tensors_of((*args, *kwargs.values()))), torch.device("cpu"))
         self.stats.call_starts(device)
 
     def _read(self, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -501,20 +450,3 @@ class Run(Listener):
             AccelWarning,
             stacklevel=2,
         )
-
-
-def _shapes(args: tuple, kwargs: dict[str, Any]) -> tuple:
-    """Shapes of the tensors of a call, also of those in lists: what tells one kind of call from another."""
-    return tuple(tensor.shape for tensor in _tensors((*args, *kwargs.values())))
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found += _tensors(value)
-        elif isinstance(value, dict):
-            found += _tensors(value.values())
-    return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor
@@ -65,9 +65,17 @@ def adds_noise(scheduler: Any, arguments: Mapping[str, Any] | None = None) -> st
             return f"adds noise ({setting}={value!r})"
     for argument in _ARGUMENTS:
         value = (arguments or {}).get(argument)
-        if hasattr(value, "__float__") and float(value) > 0:
+        if isinstance(value, SupportsFloat) and float(value) > 0:
             return f"adds noise ({argument}={float(value):g} was given to its step)"
     return None
+
+
+def noise_message(scheduler: Any, reason: str) -> str:
+    """Why it cannot be forecast, and what to do; `reason` as `adds_noise` gives it."""
+    return (
+        f"{type(scheduler).__name__} {reason}: a forecast repeats the prediction made for older noise, and the picture "
+        f"turns into noise. {OTHER} Or merge tokens: the presets few-step and merging."
+    )
 
 
 def _known_name(scheduler: Any) -> str:

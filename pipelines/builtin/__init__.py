@@ -26,10 +26,26 @@ def load_pipeline(device: Any = None, dtype: Any = None) -> ScenesFluxPipeline:
     Raises:
         WeightsError: if a file of the model is missing or corrupt; names the file.
     """
+    device, dtype = _defaults(device, dtype)
+    return load_folder(FOLDER, dtype).to(device)
+
+
+def load_folder(folder: Path, dtype: Any) -> ScenesFluxPipeline:
+    """A model like the built-in one from a folder, onto the CPU.
+
+    Raises:
+        WeightsError: a file is missing or corrupt; names the file.
+    """
+    from accel.errors import WeightsError
+    from accel.pipelines.folders import AGAIN, load_as
+
     from .scenes_flux import ScenesFluxPipeline
 
-    device, dtype = _defaults(device, dtype)
-    return ScenesFluxPipeline.load(FOLDER, dtype).to(device)
+    try:
+        return load_as(ScenesFluxPipeline, folder, dtype)
+    except WeightsError as error:
+        advice = "Reinstall the package, or train the model: examples/train_scenes_diffusion.py"
+        raise WeightsError(f"{str(error).removesuffix(AGAIN).rstrip('. ')}. {advice}") from error
 
 
 def load_autoregressive(device: Any = None, dtype: Any = None) -> ScenesJanusPipeline:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import FluxPipeline
-
-from accel.errors import WeightsError
-from accel.pipelines.folders import AGAIN, load_as
 
 from .words import known_prompts
 
@@ -23,19 +18,6 @@ class ScenesFluxPipeline(FluxPipeline):
     default_steps = 20
     default_guidance = 3.0
     text_tokens = 16
-
-    @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype) -> ScenesFluxPipeline:
-        """Load from a folder, onto the CPU.
-
-        Raises:
-            WeightsError: a file is missing or corrupt; names the file.
-        """
-        try:
-            return load_as(cls, folder, dtype)
-        except WeightsError as error:
-            advice = "Reinstall the package, or train the model: examples/train_scenes_diffusion.py"
-            raise WeightsError(f"{str(error).removesuffix(AGAIN).rstrip('. ')}. {advice}") from error
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> ScenesFluxPipeline:

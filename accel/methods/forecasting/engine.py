@@ -13,8 +13,9 @@ from accel.core.capability import require
 from accel.core.guidance import Guidance
 from accel.core.history import History, growth, memory
 from accel.core.readback import Readback
-from accel.core.run import Run, StepMethod, Target
+from accel.core.run import Run, StepMethod
 from accel.core.schedule import Phase
+from accel.core.target import Target
 from accel.errors import AccelWarning
 from accel.stats import Stats, StepStats
 

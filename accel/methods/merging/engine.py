@@ -18,9 +18,10 @@ from accel.core.capability import require
 from accel.core.history import History, memory
 from accel.core.plan import TokenPlan
 from accel.core.readback import Readback
-from accel.core.run import Run, StepMethod, Target
+from accel.core.run import Run, StepMethod
 from accel.core.schedule import slots
 from accel.core.span import Span
+from accel.core.target import Target
 from accel.errors import AccelWarning, UnsupportedError
 from accel.methods import importance
 from accel.stats import Stats, StepStats

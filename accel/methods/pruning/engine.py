@@ -17,9 +17,10 @@ from accel.core.guidance import Guidance
 from accel.core.history import History, growth, memory
 from accel.core.keyvalues import KeyValues
 from accel.core.plan import TokenPlan
-from accel.core.run import Run, StepMethod, Target
+from accel.core.run import Run, StepMethod
 from accel.core.schedule import slots
 from accel.core.span import Span
+from accel.core.target import Target
 from accel.errors import AccelWarning, UnsupportedError
 from accel.methods import importance
 from accel.stats import Stats, StepStats

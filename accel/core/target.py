@@ -1,0 +1,56 @@
+"""A pipeline taken apart."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .capability import Adapter, denoisers_of
+
+
+@dataclass(frozen=True)
+class Target:
+    """A pipeline taken apart. The pipeline itself is only referred to weakly.
+
+    Attributes:
+        denoiser: what the pipeline calls at every step, without torch.compile's wrapper.
+        beside: further modules that it calls at every step (a branch of guidance in a module of its own).
+        scheduler: whose steps are followed.
+    """
+
+    pipe: weakref.ref
+    denoiser: nn.Module
+    beside: tuple[nn.Module, ...]
+    adapter: Adapter
+    scheduler: Any
+
+    @property
+    def subject(self) -> nn.Module:
+        return self.denoiser
+
+    @property
+    def loop(self) -> Any:
+        return self.scheduler
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        return (self.denoiser, *self.beside)
+
+    @property
+    def outers(self) -> list[nn.Module]:
+        """What the pipeline calls now: the denoisers, or torch.compile's wrappers around them."""
+        pipe = self.pipe()
+        current = [] if pipe is None else denoisers_of(pipe)
+        return [next((o for o, inner in current if inner is module), module) for module in self.modules]
+
+    @property
+    def has_tokens(self) -> bool:
+        return self.adapter.tokens is not None
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of image tokens; 1 where they are not described."""
+        return len(self.adapter.tokens.sites(self.denoiser)) if self.adapter.tokens else 1
