@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from batched_muon import BatchedMuon
 from diffusers import AutoencoderKL, FluxPipeline
+from safetensors.torch import load_file, save_file
 from scenes_data import captions, token_labels
 from scenes_text import Text, train_text
 from torch import nn
@@ -97,6 +98,17 @@ def train_vae(folder: Path, device: str, seed: int, samples: int, batch: int = 3
     print(f"vae done: psnr at 256 px {psnr:.2f} dB, scale {scale:.3f}, shift {shift:.3f}", flush=True)
     vae.to(memory_format=torch.contiguous_format).save_pretrained(folder / "vae")
     return psnr
+
+
+def write(pipe: FluxPipeline, folder: Path) -> None:
+    """Save with the names of the text encoder's weights that every transformers from 5.0 on finds; 5.24 writes others,
+    which 5.0 takes for missing and draws at random."""
+    pipe.save_pretrained(folder)
+    file = folder / "text_encoder" / "model.safetensors"
+    weights = {
+        f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(file).items()
+    }
+    save_file(weights, file, {"format": "pt"})
 
 
 # ---------------------------------------------------------------------------------------------- flow
@@ -304,12 +316,12 @@ def train_flow(
                 print("flow", *row, f"lr {lr * scale:.2e} {rate:.0f}/s done {done / total:.3f}", flush=True)
             if time.time() - saved_at > 300:
                 save()
-                assemble(folder, ema).save_pretrained(folder / "pipeline")
+                write(assemble(folder, ema), folder / "pipeline")
                 saved_at = time.time()
         state["stage"] += 1
         state["seen"] = 0
         save()
-    assemble(folder, ema).save_pretrained(folder / "pipeline")
+    write(assemble(folder, ema), folder / "pipeline")
     recipe = {
         "seed": seed,
         "device": device,
