@@ -117,6 +117,7 @@ def scheduler(name: str, **options) -> Callable:
 
 FIRST_ORDER = "first-order and multistep schedulers (Euler, DDIM, DPM-Solver++, UniPC)"
 HEUN = "second-order schedulers (Heun)"
+NOISE = "samplers that add noise (ancestral, LCM, SDE)"
 #: Rows that are several features: each of them is tried.
 SCHEDULERS = {
     FIRST_ORDER: {
@@ -126,6 +127,11 @@ SCHEDULERS = {
         "UniPC": scheduler("UniPCMultistepScheduler"),
     },
     HEUN: {"Heun": scheduler("HeunDiscreteScheduler")},
+    NOISE: {
+        "ancestral": scheduler("EulerAncestralDiscreteScheduler"),
+        "LCM": scheduler("LCMScheduler"),
+        "SDE": scheduler("DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++"),
+    },
 }
 #: Rows whose tests stand elsewhere: a file and a test's name for each method.
 COMPILED = "test_compiled_equals_eager"
@@ -137,6 +143,9 @@ ELSEWHERE = {
         ("tests/methods/test_pruning.py", COMPILED),
     ],
     "several devices, a process each: `accel evaluate run`": [LAUNCHED],
+    "several pipelines and threads on one denoiser": [
+        ("tests/core/test_whose_call.py", "test_two_threads_share_a_denoiser")
+    ],
 }
 #: Compiling takes time: the order that users write; the other one is in tests/core/test_adapters.py.
 COMPILES = "`compile_repeated_blocks`"
@@ -240,7 +249,7 @@ def test_schedulers(row, method):
     for switch_on in SCHEDULERS[row].values():
         options = {"first": "feature", "family": "pixart"}
         if CELLS[row, method] == "no":
-            with pytest.raises(UnsupportedError, match=r"calls the model 2 times.*DPM-Solver"):
+            with pytest.raises(UnsupportedError, match=r"(calls the model 2 times|adds noise).*DPM-Solver"):
                 latents(switch_on, METHODS[method], **options)
         else:
             plain, both = (latents(switch_on, config, **options) for config in (None, METHODS[method]))

@@ -255,8 +255,10 @@ def test_unknown_names_are_told_the_nearest():
     with pytest.raises(UnknownNameError, match="'token_merging'"):
         accel.accelerate(pipe, {"method": "token_mergin"})
     pipe.transformer.__class__ = type("FluxTransformerModel", (torch.nn.Module,), {})
-    with pytest.raises(UnknownNameError, match=r"Did you mean 'FluxTransformer2DModel'.*register"):
-        accel.accelerate(pipe)
+    with pytest.raises(
+        UnsupportedError, match=r"not known of FluxTransformerModel .*tokens.*Forecasts.*register"
+    ):
+        accel.accelerate(pipe, "merging")
 
 
 @pytest.mark.parametrize("wrong", [object(), make_flux().transformer], ids=["object", "denoiser"])
