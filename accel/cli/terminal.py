@@ -91,14 +91,12 @@ def _watch(reader: socket.socket, grace: float) -> None:
     else:
         return
     reader.settimeout(grace)
-    try:
+    with suppress(TimeoutError):
         while received := reader.recv(1):
             if received[0] == signal.SIGINT:
                 break
         else:
             return
-    except TimeoutError:
-        pass
     _leave()
 
 

@@ -21,9 +21,7 @@ class Follower(Protocol):
     active: bool
     clock: Clock
     detour: Callable[..., Any] | None
-
-    @property
-    def seen(self) -> int: ...
+    seen: int
 
     def arrives(self, args: tuple, kwargs: dict[str, Any]) -> None: ...
 

@@ -209,7 +209,7 @@ class Run(Listener):
         self.prepared = clock.step
         self.method.prepare(self)
         self.outputs = ()
-        self._calls, self._arrived, self._shapes_now = 0, 0, []
+        self._calls, self.seen, self._shapes_now = 0, 0, []
 
     def check_calls(self, calls: int, expected: int) -> None:
         """Refuse a step that calls the denoiser another number of times than the steps before it, where it is not
@@ -274,7 +274,7 @@ class Run(Listener):
     def after(self, clock: Clock) -> None:
         if self._foreign:
             return
-        if self._arrived == 0:
+        if self.seen == 0:
             self._not_called()
             return
         if clock.step == 0:  # not in `begin`, which image-to-image brings about twice
@@ -337,7 +337,7 @@ class Run(Listener):
         self.grid = self.samples = None
         self.branch_skipped = self.changed = self._foreign = self._gridless = False
         self.outputs = ()
-        self._calls = self._arrived = 0
+        self._calls = self.seen = 0
         self._shapes, self._shapes_now = [], []
 
     # The denoiser's side, at its gate: eager, around the call of the module.
@@ -346,10 +346,6 @@ class Run(Listener):
         """Whether the running call is this loop's. Asked by hooks, possibly traced: compiled code runs behind the gate
         alone, eager code may be another thread's that goes by a module nobody told us of."""
         return self.active and (torch.compiler.is_compiling() or threading.get_ident() == self._thread)
-
-    @property
-    def seen(self) -> int:
-        return self._arrived
 
     @property
     def image_tokens(self) -> int | None:
@@ -365,11 +361,11 @@ class Run(Listener):
         """One of this loop's calls has come."""
         self._thread = threading.get_ident()
         shapes = shapes_of(args, kwargs)
-        known = self._shapes[self._arrived : self._arrived + 1]
+        known = self._shapes[self.seen : self.seen + 1]
         if known not in ([], [shapes]):
             self._change()
         self._shapes_now.append(shapes)
-        self._arrived += 1
+        self.seen += 1
 
     def enters(self, args: tuple, kwargs: dict[str, Any], *, traced: bool) -> None:
         """It is about to go into the module, whose hooks are `traced` along if it is compiled."""
@@ -399,7 +395,7 @@ class Run(Listener):
         """The forecast for this call; None: compute it."""
         if self.answers is None or self.changed:
             return None
-        call = self._arrived - 1
+        call = self.seen - 1
         if call >= len(self.answers):
             self.check_calls(call + 1, len(self.answers))
             return None
