@@ -239,7 +239,7 @@ class Clock:
         self.times = log_snr(scheduler)[first:]
         lengths = step_lengths(scheduler)
         self.lengths = None if lengths is None else lengths[first:]
-        self.step, self.total, self.samples, self.running = 0, total, None, True
+        self.step, self.total, self.samples = 0, total, None
         self.model_output, self._dice, self.noise = None, None, samplers.adds_noise(scheduler)
         self._place, self._paths = caller.here()[0], set()
         pipe = caller.pipeline()
@@ -247,6 +247,9 @@ class Clock:
         if pipe is not None:  # maybe another one that shares the scheduler
             self._watch(pipe)
         self.runs += 1
+        self.running = (
+            True  # last: until here a bar of the loop before may close, and end what it takes for its own
+        )
         self._tell("begin")
         self._tell("before")
 
@@ -286,13 +289,13 @@ class _Watched:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         bar = self._method(*args, **kwargs)
-        clock, run, close = self.accel_clock, self.accel_clock.runs, getattr(bar, "close", None)
+        clock, close, open_run = self.accel_clock, getattr(bar, "close", None), [self.accel_clock.runs]
         if close is None:  # a bar of the user's own
             return bar
 
         def closed() -> None:
-            # A bar closes again when it is collected, maybe while another loop is running.
-            if clock.runs == run:
+            # Once: a bar closes again when it is collected, at any time and in any thread.
+            if open_run and open_run.pop() == clock.runs:
                 clock.abort()
             close()
 

@@ -8,6 +8,7 @@ from conftest import FAMILIES, make_flux
 from diffusers import FluxPipeline
 
 import accel
+from accel.core import caller
 
 FLUX = FAMILIES["flux"]
 FORECAST = accel.ForecastConfig(cycle=(0, 1), dense_steps_first=2)
@@ -100,3 +101,19 @@ def test_a_progress_bar_of_an_earlier_loop_or_around_several_ends_none():
 
         with pipe.progress_bar(total=1):
             assert torch.equal(FLUX.latents(pipe, callback_on_step_end=close), expected)
+
+
+def test_a_bar_that_is_collected_while_the_next_loop_starts_does_not_end_it(monkeypatch):
+    """It closes again then, in whatever thread collects it, and between any two lines of the start."""
+    pipe = make_flux()
+    with accel.accelerate(pipe, FORECAST):
+        expected = FLUX.latents(pipe)
+        clock, bars, watched = pipe.scheduler.step.accel_clock, [], pipe.progress_bar
+        pipe.progress_bar = lambda *args, **kwargs: bars.append(watched(*args, **kwargs)) or bars[-1]
+        assert torch.equal(FLUX.latents(pipe), expected)
+        old = tuple(bars)
+        for name in ("here", "pipeline"):
+            own = getattr(caller, name)
+            monkeypatch.setattr(caller, name, lambda own=own: [bar.close() for bar in old] and own())
+        assert torch.equal(FLUX.latents(pipe), expected)
+        assert clock.runs == 3
