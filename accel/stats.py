@@ -18,7 +18,7 @@ class StepStats:
     Attributes:
         computed, total: tokens that were computed, and that a plain step would have computed.
         built, reused: plans that were built at this step, and that were taken over from an earlier one.
-        calls: denoiser calls; None if they ran inside code compiled in place, where nothing can be counted.
+        calls: denoiser calls, compiled ones among them; None before they are counted.
         forecast: tokens that were not computed but forecast from earlier steps.
         cache_bytes: memory held from this step to the next: histories, keys and values.
         oldest_age: steps since the token that waited longest was computed. A scalar on the device until it
@@ -101,7 +101,7 @@ class Stats:
     def __str__(self) -> str:
         seconds = self.seconds
         per_step = " ".join(f"{100 * s.computed / s.total:.0f}" for s in self.steps)
-        time_line = "not measured (no call yet, or compiled in place)"
+        time_line = "not measured (no call yet)"
         if seconds is not None:
             time_line = f"{seconds:.3f} s in {self._timed} calls"
         lines = [

@@ -47,10 +47,6 @@ class Target:
         return [next((o for o, inner in current if inner is module), module) for module in self.modules]
 
     @property
-    def has_tokens(self) -> bool:
-        return self.adapter.tokens is not None
-
-    @property
     def blocks(self) -> int:
         """Blocks of image tokens; 1 where they are not described."""
         return len(self.adapter.tokens.sites(self.denoiser)) if self.adapter.tokens else 1
