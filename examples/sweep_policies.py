@@ -2,6 +2,7 @@
 
     python examples/sweep_policies.py sweep.jsonl                                # accel's and the peers' settings
     python examples/sweep_policies.py sweep.jsonl --steps 5 --policies mine.yaml
+    python examples/sweep_policies.py sweep.jsonl --policies mine.yaml --seed 2  # other prompts, other noise
 
 `mine.yaml` maps names to configurations as in accel's presets (`prune: {method: token_pruning, budget: 0.3}`).
 Cost is the denoiser's multiply-accumulates in steps of the plain pipeline: it is the same on a busy machine, and
@@ -32,7 +33,7 @@ from accel.evaluation.models import load_pipeline
 
 
 def images(
-    pipe: Any, item: Configuration, prompts: Sequence[str], batch: int, call: dict[str, Any]
+    pipe: Any, item: Configuration, prompts: Sequence[str], batch: int, call: dict[str, Any], seed: int
 ) -> tuple[Tensor, int]:
     """Pictures (n, 3, H, W) of all prompts, and the denoiser's multiply-accumulates for them."""
     own = {} if item.steps is None else {"num_inference_steps": item.steps}
@@ -41,7 +42,7 @@ def images(
     pictures, macs = [], 0
     for start in range(0, len(prompts), batch):
         some = list(prompts[start : start + batch])
-        generators = [torch.Generator("cpu").manual_seed(start + i) for i in range(len(some))]
+        generators = [torch.Generator("cpu").manual_seed(1000 * seed + start + i) for i in range(len(some))]
         with item.attach(pipe), counted(pipe) as count:
             made = pipe(some, generator=generators, output_type="pt", **{**call, **own}).images
         pictures.append(made.float().cpu())
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--policies", type=Path, nargs="*", default=[], help="YAML: name -> configuration")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--limit", type=int, default=12, help="number of prompts, tasks in turn")
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts drawn and their noise")
     parser.add_argument("--batch", type=int, default=6)
     parser.add_argument("--size", type=int, help="height and width; default: the pipeline's")
     parser.add_argument("--dtype", default=None, help="default: the model's on this device")
@@ -91,11 +93,12 @@ def main() -> None:
             for path in args.policies
             for name, settings in yaml.safe_load(path.read_text(encoding="utf-8")).items()
         ]
-    prompts = [prompt.text for prompt in suites.take(suites.scenes().prompts, args.limit)]
+    prompts = [prompt.text for prompt in suites.take(suites.scenes(seed=args.seed).prompts, args.limit)]
     call = {"num_inference_steps": args.steps} | (
         {"height": args.size, "width": args.size} if args.size else {}
     )
     setting = {"model": args.model, "limit": args.limit, "size": args.size, "dtype": args.dtype, **call}
+    setting |= {"seed": args.seed} if args.seed else {}
     lines = args.results.read_text(encoding="utf-8").splitlines() if args.results.exists() else []
     results = [row for row in map(json.loads, lines) if row["setting"] == setting]
     done = {row["hash"] for row in results}
@@ -107,9 +110,9 @@ def main() -> None:
     if todo:
         pipe = load_pipeline(args.model, device=args.device, dtype=args.dtype)
         pipe.set_progress_bar_config(disable=True)
-        plain, macs = images(pipe, Configuration(PLAIN), prompts, args.batch, call)
+        plain, macs = images(pipe, Configuration(PLAIN), prompts, args.batch, call, args.seed)
         for item in todo:
-            made, own = images(pipe, item, prompts, args.batch, call)
+            made, own = images(pipe, item, prompts, args.batch, call, args.seed)
             values = psnr(made, plain)
             row = {
                 **item.describe(),
@@ -119,6 +122,7 @@ def main() -> None:
                 "steps": args.steps,
                 "psnr": values.mean().item(),
                 "p10": values.quantile(0.1).item(),
+                "values": values.tolist(),
                 "setting": setting,
             }
             with args.results.open("a", encoding="utf-8") as file:

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscre
 
 from accel.core.clock import Clock, Listener
 from accel.core.readback import Readback
-from accel.core.schedule import Schedule, slots
+from accel.core.schedule import Schedule, growing, slots
 from accel.errors import ConfigError
 
 
@@ -51,6 +51,83 @@ def test_a_late_cycle_waits_until_the_running_one_is_complete():
             assert early % 3 == 0 or early == len(middle)
 
 
+def computed(schedule, total):
+    return [i for i, p in enumerate(schedule.phases(total)) if p.dense]
+
+
+#: (steps, growth, tail) -> the masks that dynamic programming and hill-climbing found, which the rule was read off.
+FOUND = {
+    (24, 0.42, 0.5): [0, 1, 2, 3, 4, 6, 9, 13, 18, 22],
+    (50, 0.36, 0.5): [0, 1, 2, 3, 4, 5, 7, 10, 14, 19, 26, 35, 44, 48],
+}
+
+
+@pytest.mark.parametrize(("total", "growth", "tail"), FOUND)
+def test_growing_gaps_are_the_masks_they_were_read_off(total, growth, tail):
+    schedule = Schedule(growth=growth, tail=tail)
+    assert computed(schedule, total) == FOUND[total, growth, tail]
+    assert schedule.reduces
+    assert {p.budget for p in schedule.phases(total)} == set(schedule.budgets) == {0, 1}
+    assert not Schedule(growth=growth / 4, tail=tail).phases(total) == schedule.phases(total)  # the control
+
+
+@pytest.mark.parametrize("total", [0, 1, 2, 7, 24, 300])
+def test_growing_gaps_grow_then_shrink_for_any_number_of_steps(total):
+    for growth, tail in ((0.05, 0.1), (0.42, 0.5), (3, 0.2), (0.3, 9)):
+        steps = growing(total, growth, tail)
+        assert list(steps) == sorted(set(steps))
+        assert steps[:1] == (0,)[:total]
+        for here, there in zip(steps, steps[1:], strict=False):
+            wanted = min(growth * here, tail * (total - here) + 1)
+            assert abs(there - here - max(1, wanted)) <= 0.5
+        assert all(step < total for step in steps)
+        assert (
+            not steps
+            or steps[-1] + max(1, min(growth * steps[-1], tail * (total - steps[-1]) + 1)) >= total - 0.5
+        )
+
+
+def test_explicit_steps_are_computed_and_no_others():
+    schedule = Schedule(steps=(0, 1, 4, 5, 9))
+    assert computed(schedule, 12) == [0, 1, 4, 5, 9]
+    assert computed(schedule, 10) == [0, 1, 4, 5, 9]
+    with pytest.raises(ConfigError, match="at least 10 steps, this one has 9"):
+        schedule.phases(9)
+    made_for = Schedule(steps=(0, 1, 4), total=6)
+    assert computed(made_for, 6) == [0, 1, 4]
+    for other in (5, 7):
+        with pytest.raises(ConfigError, match=f"of 6 steps, this one has {other}"):
+            made_for.phases(other)
+
+
+def test_a_branch_of_guidance_is_left_out_after_the_head_of_growing_gaps():
+    phases = Schedule(growth=0.42, guidance_every=2).phases(24)
+    assert [i for i, p in enumerate(phases) if not p.guided] == [6, 13, 22]
+
+
+@pytest.mark.parametrize(
+    ("bad", "why"),
+    [
+        ({}, "got none"),
+        ({"cycle": (0, 1), "growth": 0.4}, "got cycle and growth"),
+        ({"growth": 0.4, "steps": (0, 1)}, "got growth and steps"),
+        ({"growth": 0.4, "dense_first": 2}, "leave dense_first"),
+        ({"growth": 0.4, "late_cycle": (0, 1)}, "late_cycle out"),
+        ({"growth": 0}, "growth must be a number > 0, got 0"),
+        ({"growth": math.nan}, "growth must be a number > 0, got nan"),
+        ({"growth": 0.4, "tail": -1}, "tail must be a number > 0, got -1"),
+        ({"steps": (1, 2)}, "rise from 0"),
+        ({"steps": (0, 2, 2)}, "rise from 0"),
+        ({"steps": (0, 2.0)}, "rise from 0"),
+        ({"steps": (0, 5), "total": 5}, "above the last of steps, got 5"),
+        ({"cycle": (0, 1), "total": 5}, "above the last of steps, got 5"),
+    ],
+)
+def test_one_thing_says_what_is_computed(bad, why):
+    with pytest.raises(ConfigError, match=why):
+        Schedule(**bad)
+
+
 def test_refresh_points():
     assert refreshes(Schedule((0.5,), dense_first=1, refresh_every=3), 9) == [1, 4, 7]
     assert refreshes(Schedule((0.5,), dense_first=2), 9) == [2]
@@ -64,7 +141,10 @@ def test_slots_round_up_to_multiples():
     assert slots(100, 0.99, 16) == 100
 
 
-@pytest.mark.parametrize("bad", [{"cycle": ()}, {"cycle": (1.2,)}, {"cycle": (1,), "dense_first": -1}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"cycle": ()}, {"cycle": (1.2,)}, {"cycle": (1,), "late_cycle": ()}, {"cycle": (1,), "dense_first": -1}],
+)
 def test_schedule_refuses(bad):
     with pytest.raises(ConfigError):
         Schedule(**bad)

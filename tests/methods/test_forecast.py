@@ -107,6 +107,31 @@ def test_a_late_cycle(family):
     assert [s.computed > 0 for s in handle.stats.steps] == [c == "1" for c in "110101001001"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "computed"),
+    [
+        ({"growth": 0.6, "tail": 0.4}, [0, 1, 2, 3, 5, 8, 11]),
+        ({"steps": [0, 2, 3, 7], "total": 12}, [0, 2, 3, 7]),
+    ],
+)
+def test_growing_gaps_and_listed_steps(family, settings, computed):
+    pipe = family.make()
+    with accel.accelerate(pipe, Config(**settings)) as handle:
+        family.latents(pipe, steps=12)
+    assert [i for i, s in enumerate(handle.stats.steps) if s.computed] == computed
+
+
+def test_listed_steps_are_refused_for_another_number_of_steps():
+    pipe, family = make_flux(), FAMILIES["flux"]
+    plain = family.latents(pipe, steps=7)
+    with (
+        accel.accelerate(pipe, Config(steps=(0, 2, 3), total=6)),
+        pytest.raises(ConfigError, match="of 6 steps, this one has 7"),
+    ):
+        family.latents(pipe, steps=7)
+    assert torch.equal(family.latents(pipe, steps=7), plain)
+
+
 def test_memory_stays_flat(family):
     pipe = family.make()
     sizes = []
@@ -306,6 +331,16 @@ def test_compiled_equals_eager(family, how):
         ({"late_from": 1}, r"late_from must be in \(0, 1\)"),
         ({"cycle": (True, False)}, "cycle must be a list of 1"),
         ({"late_from": 0.3}, "late_from=0.3 has no effect: there is no late_cycle"),
+        ({"growth": 0.4, "cycle": (0, 1)}, r"cycle=\(0, 1\) has no effect: growth says"),
+        ({"growth": 0.4, "late_cycle": (0, 1)}, "late_cycle=.* has no effect: growth says"),
+        ({"growth": 0.4, "dense_steps_last": 0}, "dense_steps_last=0 has no effect: growth says"),
+        ({"growth": 0.4, "steps": (0, 1)}, r"steps=\(0, 1\) has no effect: growth says"),
+        ({"steps": (0, 1), "dense_steps_first": 4}, "dense_steps_first=4 has no effect: steps says"),
+        ({"tail": 0.3}, "tail=0.3 has no effect: there is no growth"),
+        ({"total": 9}, "total=9 has no effect: there are no steps"),
+        ({"growth": True}, "growth must be a number > 0, got True"),
+        ({"steps": []}, "got none"),
+        ({"steps": 3}, "steps must be whole numbers that rise from 0"),
         (
             {"cycle": (1,), "guidance_every": 2, "tolerance": 0.1},
             r"tolerance=0.1 has no effect: cycle=\(1,\)",

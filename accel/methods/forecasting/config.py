@@ -26,6 +26,11 @@ class ForecastConfig:
             (0, 0, 1) computes every third step, (1,) all of them, for `guidance_every`.
         late_cycle: takes the place of `cycle` once this share of all steps is over, `late_from`, in (0, 1), and
             the cycle that runs is complete: early, predictions change faster. None: the same.
+        growth, tail: in place of a cycle, for any number of steps N: after step i, the next to be computed is
+            round(min(growth i, tail (N - i) + 1)) further on, at least one, so that gaps grow with the step and shrink
+            again at the end. 0.42 and 0.5 compute 10 of 24 steps: 0 to 4, 6, 9, 13, 18, 22.
+        steps: in place of a cycle, the steps that are computed, rising from 0 (`accel tune` finds them).
+        total: the number of steps of the runs that `steps` are for; others are refused. None: any that has them all.
         order: degree of the polynomial that is continued, 0 (hold the last prediction), 1 or 2.
         trend: share of the extrapolated change that is believed, in (0, 1]: far ahead a line overshoots. On the
             built-in model 0.5 is better than 1 where five steps in a row are skipped, and worse where two are.
@@ -40,7 +45,7 @@ class ForecastConfig:
         guidance_every: with classifier-free guidance, compute the unconditional branch at every n-th of the
             steps in between that are computed only, and forecast how it differs from the conditional one at
             the others (to `order`, at most 1). 1: always.
-        dense_steps_first, dense_steps_last: steps at either end that are computed.
+        dense_steps_first, dense_steps_last: steps at either end of a cycle's that are computed.
 
     Raises:
         ConfigError: a value is outside its range.
@@ -49,6 +54,10 @@ class ForecastConfig:
     cycle: tuple[int, ...] = (0, 0, 1)
     late_cycle: tuple[int, ...] | None = None
     late_from: float = 0.5
+    growth: float | None = None
+    tail: float = 0.5
+    steps: tuple[int, ...] | None = None
+    total: int | None = None
     order: int = 1
     trend: float = 1.0
     tolerance: float | None = None
@@ -58,20 +67,22 @@ class ForecastConfig:
     dense_steps_last: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("cycle", "late_cycle"):
+        for name in ("cycle", "late_cycle", "steps"):
             if isinstance(getattr(self, name), list):  # YAML has lists
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("cycle", "late_cycle"):
             value = getattr(self, name)
             valid = isinstance(value, tuple) and len(value) > 0
             valid = valid and all(is_number(b) and b in (0, 1) for b in value)
             valid = valid or (name == "late_cycle" and value is None)
             check(valid, name, "a list of 1 (compute) and 0 (forecast)", value)
         check(is_share(self.late_from), "late_from", "in (0, 1)", self.late_from)
+        self._check_source()
         check_used(self, ("late_from",), self.late_cycle is not None, "there is no late_cycle")
         valid = is_whole(self.guidance_every) and self.guidance_every >= 1
         check(valid, "guidance_every", "a whole number >= 1", self.guidance_every)
-        forecasts = not all((*self.cycle, *(self.late_cycle or ())))
-        computes = any((*self.cycle, *(self.late_cycle or ())))
+        forecasts = not self._cycled or not all((*self.cycle, *(self.late_cycle or ())))
+        computes = not self._cycled or any((*self.cycle, *(self.late_cycle or ())))
         check_used(self, ("guidance_every",), computes, f"cycle={self.cycle} computes no step")
         if not forecasts and self.guidance_every == 1:
             raise ConfigError(
@@ -97,7 +108,31 @@ class ForecastConfig:
         valid = is_whole(self.dense_steps_last) and self.dense_steps_last >= 0
         check(valid, "dense_steps_last", "a whole number >= 0", self.dense_steps_last)
 
+    @property
+    def _cycled(self) -> bool:
+        return self.growth is None and self.steps is None
+
+    def _check_source(self) -> None:
+        """One of a cycle, growth and steps says which steps are computed."""
+        check_used(self, ("tail",), self.growth is not None, "there is no growth")
+        check_used(self, ("total",), self.steps is not None, "there are no steps")
+        if self._cycled:
+            return
+        source = "steps" if self.growth is None else "growth"
+        others = ("cycle", "late_cycle", "dense_steps_first", "dense_steps_last")
+        why = f"{source} says of every step whether it is computed"
+        check_used(self, others if source == "steps" else (*others, "steps"), False, why)
+        self.schedule()  # which knows their ranges
+
     def schedule(self) -> Schedule:
+        if not self._cycled:
+            return Schedule(
+                guidance_every=self.guidance_every,
+                growth=self.growth,
+                tail=self.tail,
+                steps=() if self.steps is None else self.steps,
+                total=self.total,
+            )
         return Schedule(
             self.cycle,
             dense_first=self.dense_steps_first,
