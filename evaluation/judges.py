@@ -38,7 +38,7 @@ def scenes_judge(size: int = 256) -> Judge:
     from . import scenes
 
     def detect(images: torch.Tensor, metadata: Sequence[Metadata]) -> list:
-        return scenes.detect(images)
+        return scenes.detect(images, [scenes.scale_of(line.prompt) for line in metadata])
 
     def draw(metadata: Sequence[Metadata]) -> torch.Tensor:
         return draw_scenes(metadata, size, seed=0)
@@ -52,10 +52,12 @@ def scenes_judge(size: int = 256) -> Judge:
 
 
 def draw_scenes(metadata: Sequence[Metadata], size: int, *, seed: int | Sequence[int]) -> torch.Tensor:
-    """Ground truth: one picture of each line of the scenes suite, (B, 3, size, size) uint8."""
+    """Ground truth: one picture of each line of the scenes suites, (B, 3, size, size) uint8. Lines with a word of
+    scale are of the textured world."""
     from . import scenes
 
-    drawn = scenes.render(scenes.sample_scenes(list(metadata), np.random.default_rng(seed)), size)
+    world = "textured" if any(scenes.scale_of(line.prompt) for line in metadata) else "flat"
+    drawn = scenes.render(scenes.sample_scenes(list(metadata), np.random.default_rng(seed), world), size)
     return (drawn * 255).round().to(torch.uint8)
 
 

@@ -10,9 +10,13 @@ from accel.evaluation import judges, scenes, suites
 from accel.evaluation.geneval.metadata import TASKS, Metadata, ObjectSpec, parse_line
 from accel.evaluation.geneval.scorer import score
 from accel.evaluation.scenes import split
+from accel.evaluation.scenes import world as scenes_world
+from accel.evaluation.scenes.patterns import shade
 from accel.evaluation.scenes.prompts import colored_position
-from accel.evaluation.scenes.render import object_coverage
+from accel.evaluation.scenes.render import object_coverage, pixel_grid
 from accel.evaluation.scenes.world import COLORS, MAX_OBJECTS
+
+FLAT_MEANS = [0.6207861, 0.5709811, 0.4818887, 0.5757797, 0.535964, 0.5203408]
 
 
 def one(shape, color, center=(0.5, 0.5), radius=0.22, angle=0.0):
@@ -29,6 +33,9 @@ def one(shape, color, center=(0.5, 0.5), radius=0.22, angle=0.0):
         torch.full((1, 2, 3), 0.55),
         torch.zeros(1),
         torch.zeros(1, 4),
+        torch.zeros(1, 4),
+        torch.zeros(1, MAX_OBJECTS, 5),
+        torch.zeros(1, MAX_OBJECTS),
     )
 
 
@@ -37,6 +44,71 @@ def test_detector_scores_ground_truth_and_refuses_mismatches():
     assert bounds["ceiling"]["overall"]["value"] >= 0.99, bounds
     assert bounds["floor"]["overall"]["value"] <= 0.05, bounds
     assert set(bounds["ceiling"]["tasks"]) == set(TASKS)
+
+
+def textured(lines, size=256, seed=0):
+    world = scenes.sample_scenes(lines, np.random.default_rng(seed), "textured")
+    return (scenes.render(world, size) * 255).round().byte()
+
+
+def test_detector_scores_ground_truth_and_refuses_mismatches_on_textures():
+    """The six tasks, and every scale of the detail set."""
+    detect = lambda images, lines: scenes.detect(images, [scenes.scale_of(line.prompt) for line in lines])  # noqa: E731
+    sets = {"six tasks": scenes.prompts("test", 8, seed=4), **scenes.detail("test", 10, seed=4)}
+    assert set(sets) == {"six tasks", *scenes.SCALES}
+    for name, lines in sets.items():
+        bounds = judges.ceiling_and_floor(lines, textured, detect)
+        assert bounds["ceiling"]["overall"]["value"] >= 0.99, (name, bounds)
+        assert bounds["floor"]["overall"]["value"] <= 0.05, (name, bounds)
+
+
+def test_textures_are_strong_and_the_flat_world_has_none():
+    lines = scenes.prompts("test", 8, seed=0)
+    flat, patterned = (
+        scenes.render(scenes.sample_scenes(lines, np.random.default_rng(0), world), 128)
+        for world in scenes.WORLDS
+    )
+    # Brightness steps between neighbours on the border, where there is only ground.
+    roughness = lambda images: images[:, 0, 0].diff().abs().mean()  # noqa: E731
+    assert roughness(patterned) > 10 * roughness(flat)
+
+
+def test_flat_renders_are_the_ones_of_before_the_textured_world():
+    """Every published figure was measured on them: pixels of three pictures, as rendered before."""
+    images = scenes.render(scenes.sample_scenes(scenes.prompts("test", 1, 0), np.random.default_rng(7)), 64)
+    assert images.mean((1, 2, 3)).tolist() == pytest.approx(FLAT_MEANS, abs=1e-6)
+
+
+def test_patterns_are_what_they_are_called():
+    """Their mean and their coarsest detail, from closed forms, at two sizes."""
+    for size in (128, 256):
+        x, y = pixel_grid(size)
+        share = {
+            "stripes": 0.5,
+            "checks": 0.5,
+            "dots": np.pi * 0.3**2,
+            "lines": 1 - (1 - 0.125) ** 2,
+            "waves": 0.5,
+        }
+        for name, expected in share.items():
+            pattern = torch.tensor([[scenes_world.PATTERNS.index(name), 8.0, 0.0, 0.25]])
+            assert shade(pattern, x, y, size).mean().item() == pytest.approx(expected, abs=0.01), name
+        upright = torch.tensor([[scenes_world.PATTERNS.index("stripes"), 8.0, 0.0, 0.0]])
+        spectrum = torch.fft.rfft(shade(upright, x, y, size)[0, 0]).abs()
+        assert spectrum[1:].argmax() + 1 == 8
+
+
+def test_words_of_scale_are_drawn_and_only_in_the_textured_world():
+    (line,) = [row for row in scenes.detail("test", 1, 0)["thin"] if row.tag == "colors"]
+    assert line.prompt.split()[4] == "thin"
+    with pytest.raises(ValueError, match="world='textured'"):
+        scenes.sample_scenes([line], np.random.default_rng(0))
+    with pytest.raises(ValueError, match="flat, textured"):
+        scenes.sample_scenes([line], np.random.default_rng(0), "striped")
+    # A filled shape is not a thin one, whatever it is called.
+    filled = scenes.render(one(line.include[0].label, line.include[0].color, radius=0.14), 256)
+    assert scenes.detect(filled, ["thin"]) == [[]]
+    assert [d.label for d in scenes.detect(filled, [None])[0]] == [line.include[0].label]
 
 
 @pytest.mark.parametrize("shape", scenes.SHAPES)

@@ -7,9 +7,22 @@ judges images of any origin by GenEval's rules.
 from accel.evaluation.geneval.metadata import TASKS
 
 from .detect import detect
-from .layout import sample_scenes
-from .prompts import prompts
+from .layout import sample_scenes, scale_of
+from .prompts import detail, prompts
 from .render import render
-from .world import COLOR_NAMES, SHAPES, Scenes
+from .world import COLOR_NAMES, SCALES, SHAPES, WORLDS, Scenes
 
-__all__ = ["COLOR_NAMES", "SHAPES", "TASKS", "Scenes", "detect", "prompts", "render", "sample_scenes"]
+__all__ = [
+    "COLOR_NAMES",
+    "SCALES",
+    "SHAPES",
+    "TASKS",
+    "WORLDS",
+    "Scenes",
+    "detail",
+    "detect",
+    "prompts",
+    "render",
+    "sample_scenes",
+    "scale_of",
+]

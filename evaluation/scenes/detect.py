@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -21,8 +22,11 @@ from accel.evaluation.geneval.scorer import Detection
 from .render import DISTANCES
 from .world import COLOR_NAMES, SHAPES, palette
 
-WORK_SIZE = 128  # images are reduced to this side first
-MIN_AREA = 0.004  # of the image; the smallest object drawn (a moon of radius 0.125) has 0.017
+# Images are reduced to this side first, and smaller patches of colour are nobody's object: the smallest object drawn
+# without a word of scale (a moon of radius 0.125) has 0.017 of the image, the smallest with one 0.0022.
+WORK_SIZE, MIN_AREA = 128, 0.004
+FINE_SIZE, FINE_AREA = 256, 0.0012
+OUTLINE = 0.75  # the most of its filled shape that a thin shape's line covers
 GRID = 48  # templates are compared on GRID x GRID cells
 REACH = 1.35  # half the template grid's side, in units of the square root of the object's area
 ROTATIONS = tuple(math.radians(a) for a in range(-20, 21, 5))
@@ -59,7 +63,7 @@ def _majority(classes: torch.Tensor) -> torch.Tensor:
     return torch.where(classes >= 0, winner, -1)
 
 
-def _components(classes: np.ndarray) -> list[tuple[int, np.ndarray]]:
+def _components(classes: np.ndarray, min_area: float) -> list[tuple[int, np.ndarray]]:
     """(colour, mask) of every connected patch of one colour in one image."""
     eight = np.ones((3, 3), int)
     found = []
@@ -67,7 +71,7 @@ def _components(classes: np.ndarray) -> list[tuple[int, np.ndarray]]:
         labels, count = ndimage.label(classes == color, structure=eight)
         areas = np.bincount(labels.ravel(), minlength=count + 1)
         for index in range(1, count + 1):
-            if areas[index] < MIN_AREA * classes.size:
+            if areas[index] < min_area * classes.size:
                 continue
             mask = labels == index
             if not ndimage.binary_erosion(mask, eight, border_value=1).any():
@@ -79,6 +83,14 @@ def _components(classes: np.ndarray) -> list[tuple[int, np.ndarray]]:
         taken |= mask
     free = (classes >= 0) & ~taken
     return [(color, mask | (free & ndimage.binary_dilation(mask, eight))) for color, mask in found]
+
+
+def _outlined(found: list[tuple[int, np.ndarray]]) -> list[tuple[int, np.ndarray]]:
+    """Outlines filled, so that they have the templates' shape; what is no closed line is left out."""
+    filled = [
+        (color, mask, ndimage.binary_fill_holes(ndimage.binary_dilation(mask))) for color, mask in found
+    ]
+    return [(color, whole) for color, mask, whole in filled if mask.sum() < OUTLINE * whole.sum()]
 
 
 def _normalise(masks: torch.Tensor) -> torch.Tensor:
@@ -117,11 +129,13 @@ def shape_overlap(masks: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def detect(images: torch.Tensor) -> list[list[Detection]]:
+def detect(images: torch.Tensor, scales: Sequence[str | None] | None = None) -> list[list[Detection]]:
     """Finds the objects in a batch of images.
 
     Args:
         images: (B, 3, H, W), float in [0, 1] or uint8.
+        scales: per image the word of `SCALES` in its prompt, or None (the default): images of small shapes are
+            looked at more finely, and in "thin" ones only outlines are shapes.
 
     Returns:
         Per image its detections, most confident first, boxes in the pixels of the input. Confidence is how
@@ -135,14 +149,34 @@ def detect(images: torch.Tensor) -> list[list[Detection]]:
         raise ValueError(f"expected images of shape (B, 3, H, W), got {tuple(images.shape)}")
     images = images.cpu()
     images = images.float() / 255 if images.dtype == torch.uint8 else images.float().clamp(0, 1)
-    scale_y, scale_x = images.shape[2] / WORK_SIZE, images.shape[3] / WORK_SIZE
-    if images.shape[2:] != (WORK_SIZE, WORK_SIZE):
+    if scales is None or not any(scales):
+        return _detect(images, WORK_SIZE, MIN_AREA)
+    coarse = [index for index, scale in enumerate(scales) if scale is None]
+    thin = [index for index, scale in enumerate(scales) if scale == "thin"]
+    fine = [index for index, scale in enumerate(scales) if scale not in (None, "thin")]
+    found: dict[int, list[Detection]] = {}
+    found |= zip(coarse, _detect(images[coarse], WORK_SIZE, MIN_AREA), strict=True)
+    found |= zip(fine, _detect(images[fine], FINE_SIZE, FINE_AREA), strict=True)
+    found |= zip(thin, _detect(images[thin], FINE_SIZE, FINE_AREA, outlines=True), strict=True)
+    return [found[index] for index in range(len(images))]
+
+
+def _detect(
+    images: torch.Tensor, size: int, min_area: float, *, outlines: bool = False
+) -> list[list[Detection]]:
+    """`detect` for float images (B, 3, H, W), worked on at `size` pixels a side."""
+    if len(images) == 0:
+        return []
+    scale_y, scale_x = images.shape[2] / size, images.shape[3] / size
+    if images.shape[2:] != (size, size):
         shrinking = min(scale_x, scale_y) > 1
-        images = F.interpolate(images, (WORK_SIZE, WORK_SIZE), mode="area" if shrinking else "bilinear")
+        images = F.interpolate(images, (size, size), mode="area" if shrinking else "bilinear")
     classes = _majority(_classify_pixels(images)).numpy()
     found: list[list[Detection]] = []
     for image in classes:
-        components = _components(image)
+        components = _components(image, min_area)
+        if outlines:
+            components = _outlined(components)
         if not components:
             found.append([])
             continue

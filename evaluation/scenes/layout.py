@@ -7,17 +7,22 @@ GenEval's rules with room to spare; whatever the metadata leaves open (colours, 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from accel.evaluation.geneval.metadata import Metadata
 
+from .patterns import draw_textures
 from .split import is_held_out_pair
-from .world import COLOR_NAMES, MAX_OBJECTS, RELATIONS, SHAPES, Scenes
+from .world import COLOR_NAMES, MAX_OBJECTS, RELATIONS, SCALES, SHAPES, WORLDS, Scenes
 
 # Radius range by the number of objects. Four objects of 0.145 still measure 9 latent tokens at 256 px.
 RADIUS = {1: (0.20, 0.27), 2: (0.155, 0.195), 3: (0.135, 0.165), 4: (0.125, 0.15)}
+# The textured world's words, at any number. A token is 0.031 of the image wide.
+SCALED = {"small": (0.075, 0.095), "tiny": (0.045, 0.06), "thin": (0.13, 0.15)}
+STROKE = (0.008, 0.011)  # half a thin shape's line: 4 to 5.6 pixels of 256 across
 EXTENT = 1.2  # the farthest tip of any shape (triangle), in radii
 GAP = 0.03  # free ground between two objects
 CANDIDATES = 64  # layouts drawn per image; the first valid one is taken
@@ -54,12 +59,14 @@ def place(
     shape_BM: np.ndarray,
     color_BM: np.ndarray,
     relation_B: np.ndarray,
+    scale_B: Sequence[str | None],
+    world: str,
 ) -> Scenes:
-    """Draws sizes, places, angles and grounds for given shapes and colours (−1: random colour)."""
+    """Draws sizes, places, angles and grounds for given shapes, colours and scales (None: as large as fits)."""
     batch = len(shape_BM)
     count_B = (shape_BM >= 0).sum(1)
-    low = np.array([RADIUS[max(c, 1)][0] for c in count_B])[:, None]
-    high = np.array([RADIUS[max(c, 1)][1] for c in count_B])[:, None]
+    radii = [SCALED[s] if s else RADIUS[max(c, 1)] for s, c in zip(scale_B, count_B, strict=True)]
+    low, high = np.array(radii).T[..., None]
     radius_BM = low + (high - low) * rng.random(shape_BM.shape)
     center_BM2, ok = _centers(rng, radius_BM, count_B, relation_B)
     for _ in range(100):
@@ -82,16 +89,31 @@ def place(
         ],
         1,
     )
+    angle_BM = rng.uniform(-0.2, 0.2, shape_BM.shape)
+    gradient_B = rng.uniform(0, 2 * math.pi, batch)
+    ground_B2_3 = value + tint
+    pattern_B4, fill_BM5 = np.zeros((batch, 4)), np.zeros((*shape_BM.shape, 5))
+    stroke_BM = np.zeros(shape_BM.shape)
+    if world == "textured":  # drawn last: the flat world's numbers are those it has always had
+        ground_B2_3, pattern_B4, fill_BM5 = draw_textures(rng, tint, shape_BM.shape)
+        detailed = np.array([scale is not None for scale in scale_B])
+        fill_BM5[detailed] = 0  # there the shape is the detail
+        fill_BM5[color_BM == COLOR_NAMES.index("white"), 4] *= 0.15  # darker, white is a ground
+        thin = np.array([scale == "thin" for scale in scale_B])[:, None]
+        stroke_BM = thin * rng.uniform(*STROKE, shape_BM.shape)
     as_float = lambda a: torch.from_numpy(np.ascontiguousarray(a)).float()  # noqa: E731
     return Scenes(
         shape_BM=torch.from_numpy(shape_BM).long(),
         color_BM=torch.from_numpy(color_BM).long(),
         center_BM2=as_float(center_BM2),
         radius_BM=as_float(radius_BM),
-        angle_BM=as_float(rng.uniform(-0.2, 0.2, shape_BM.shape)),
-        ground_B2_3=as_float(value + tint),
-        gradient_B=as_float(rng.uniform(0, 2 * math.pi, batch)),
+        angle_BM=as_float(angle_BM),
+        ground_B2_3=as_float(ground_B2_3),
+        gradient_B=as_float(gradient_B),
         texture_B4=as_float(texture),
+        pattern_B4=as_float(pattern_B4),
+        fill_BM5=as_float(fill_BM5),
+        stroke_BM=as_float(stroke_BM),
     )
 
 
@@ -103,9 +125,23 @@ def random_color(rng: np.random.Generator, shape: int, *, not_in: tuple[int, ...
             return color
 
 
-def sample_scenes(metadata: list[Metadata], rng: np.random.Generator) -> Scenes:
-    """Scenes that satisfy the metadata, one each."""
+def scale_of(prompt: str) -> str | None:
+    """The word of `SCALES` in a caption, if there is one."""
+    return next((word for word in prompt.split() if word in SCALES), None)
+
+
+def sample_scenes(metadata: list[Metadata], rng: np.random.Generator, world: str = "flat") -> Scenes:
+    """Scenes that satisfy the metadata, one each, of a world of `WORLDS`.
+
+    Raises:
+        ValueError: an unknown world; a relation that Scenes does not draw; a word of scale in the flat world.
+    """
+    if world not in WORLDS:
+        raise ValueError(f"world must be one of {', '.join(WORLDS)}, got {world!r}")
     batch = len(metadata)
+    scale_B = [scale_of(line.prompt) for line in metadata]
+    if world == "flat" and any(scale_B):
+        raise ValueError(f"only the textured world has the words {', '.join(SCALES)}: pass world='textured'")
     shape_BM = np.full((batch, MAX_OBJECTS), -1)
     color_BM = np.zeros((batch, MAX_OBJECTS), int)
     relation_B = np.full(batch, -1)
@@ -132,4 +168,4 @@ def sample_scenes(metadata: list[Metadata], rng: np.random.Generator) -> Scenes:
             # `place` wants the related object first.
             shape_BM[row, :2] = shape_BM[row, 1::-1]
             color_BM[row, :2] = color_BM[row, 1::-1]
-    return place(rng, shape_BM, color_BM, relation_B)
+    return place(rng, shape_BM, color_BM, relation_B, scale_B, world)

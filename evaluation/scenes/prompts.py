@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from accel.evaluation.geneval.metadata import TASKS, Metadata, ObjectSpec
@@ -13,7 +15,7 @@ from .split import (
     is_held_out_pair,
     is_held_out_relation,
 )
-from .world import COLOR_NAMES, NUMBERS, PLURALS, RELATIONS, SHAPES
+from .world import COLOR_NAMES, NUMBERS, PLURALS, RELATIONS, SCALES, SHAPES
 
 
 def _article(noun: str) -> str:
@@ -111,6 +113,36 @@ def prompts(split: str = "test", per_task: int = 36, seed: int = 0) -> list[Meta
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     rng = np.random.default_rng([seed, split == "test"])
     return [draw(task, rng, split) for task in TASKS for _ in range(per_task)]
+
+
+# Tasks whose captions take a word of scale and stay within the text encoders' 16 tokens.
+DETAIL_TASKS = ("single_object", "counting", "colors")
+
+
+def scaled(line: Metadata, scale: str) -> Metadata:
+    """The same line at a scale of `SCALES`: "a photo of an orange star" → "a photo of a tiny orange star"."""
+    a, photo, of, count, *rest = line.prompt.split(" ")
+    return replace(line, prompt=" ".join([a, photo, of, count.replace("an", "a"), scale, *rest]))
+
+
+def draw_detail(task: str, scale: str, rng: np.random.Generator, split: str) -> Metadata:
+    """One random line of a task of `DETAIL_TASKS` at a scale. Outlined rings, each two circles, are not asked for."""
+    while True:
+        line = draw(task, rng, split)
+        if scale != "thin" or line.include[0].label != "ring":
+            return scaled(line, scale)
+
+
+def detail(split: str = "test", per_task: int = 12, seed: int = 0) -> dict[str, list[Metadata]]:
+    """Small-detail prompts of the textured world: for every scale of `SCALES`, `per_task` lines of each task of
+    `DETAIL_TASKS`. Same seed, same prompts. `ValueError` for an unknown split."""
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    rng = np.random.default_rng([seed, split == "test", 1])
+    return {
+        scale: [draw_detail(task, scale, rng, split) for task in DETAIL_TASKS for _ in range(per_task)]
+        for scale in SCALES
+    }
 
 
 def colored_position(rng: np.random.Generator) -> Metadata:

@@ -1,4 +1,4 @@
-"""Batched renderer: analytic signed distances, anti-aliased, softly shaded, on textured grounds.
+"""Batched renderer: analytic signed distances, anti-aliased, softly shaded, on grounds of two colours.
 
 Works on any device and at any size. Objects of one shape are drawn together, so the cost is one signed
 distance per object and pixel; nothing is drawn for empty slots.
@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from .patterns import shade
 from .world import SHAPES, Scenes, palette
 
 Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -103,6 +104,8 @@ def object_coverage(scenes: Scenes, size: int) -> tuple[torch.Tensor, torch.Tens
         dx, dy = x - center[:, 0, None, None], y - center[:, 1, None, None]
         cos, sin = angle.cos() / radius, angle.sin() / radius
         signed = distance(dx * cos - dy * sin, dx * sin + dy * cos)
+        half = scenes.stroke_BM[image, slot][:, None, None] / radius
+        signed = torch.where(half > 0, signed.abs() - half, signed)
         images.append(image)
         slots.append(slot)
         covers.append((0.5 - signed * (radius * size)).clamp_(0, 1))
@@ -118,6 +121,11 @@ def _ground(scenes: Scenes, size: int) -> torch.Tensor:
     blend = (0.5 + ((x - 0.5) * direction.cos() + (y - 0.5) * direction.sin()) / math.sqrt(2)).clamp(0, 1)
     fx, fy, phase, amplitude = (t[:, None, None] for t in scenes.texture_B4.unbind(1))
     wave = amplitude * torch.sin(2 * math.pi * (fx * x + fy * y) + phase)
+    patterned = (scenes.pattern_B4[:, 0] > 0).nonzero()[:, 0]
+    if len(patterned):
+        mix = shade(scenes.pattern_B4[patterned], x, y, size)
+        # Fades along the gradient, so that one picture has both strong and weak contrast.
+        blend[patterned] = 0.5 + (mix - 0.5) * (0.35 + 0.65 * blend[patterned])
     first, second = scenes.ground_B2_3[:, 0, :, None, None], scenes.ground_B2_3[:, 1, :, None, None]
     return first + (second - first) * blend[:, None] + wave[:, None]
 
@@ -134,6 +142,10 @@ def render(scenes: Scenes, size: int = 256) -> torch.Tensor:
     slope = ((x - center[:, 0, None, None]) + (y - center[:, 1, None, None])) / radius[:, None, None]
     light = 1 - 0.08 * slope.clamp_(-1.5, 1.5)
     color = palette(out.device)[scenes.color_BM[image, slot]]
+    filled = (scenes.fill_BM5[image, slot, 0] > 0).nonzero()[:, 0]
+    if len(filled):
+        fill = scenes.fill_BM5[image[filled], slot[filled]]
+        light[filled] *= 1 - fill[:, 4, None, None] * shade(fill[:, :4], x, y, size)
     # Objects do not overlap, so compositing is a sum, and its order does not matter.
     shares = torch.zeros_like(out[:, 0]).index_add_(0, image, cover)
     out *= (1 - shares.clamp_(0, 1))[:, None]

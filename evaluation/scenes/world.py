@@ -31,12 +31,17 @@ COLORS = {
     "white": (0.97, 0.97, 0.96),
 }
 COLOR_NAMES = tuple(COLORS)
+# Worlds: "flat" has soft grounds and plain shapes; "textured" has patterned and graded grounds, patterned shapes,
+# and three more words, for detail: shapes at two smaller scales, and shapes drawn as an outline.
+WORLDS = ("flat", "textured")
+PATTERNS = ("none", "stripes", "checks", "dots", "lines", "waves", "mottled")
+SCALES = ("small", "tiny", "thin")
 NUMBERS = ("zero", "one", "two", "three", "four")
 MAX_OBJECTS = 4
 
 
 def words() -> list[str]:
-    """Every word of the captions, sorted: what a tokenizer of this world must know."""
+    """Every word of the flat world's captions, sorted: what a tokenizer of it must know."""
     relation_words = [word for relation in RELATIONS for word in relation.split()]
     return sorted(
         {"a", "an", "photo", "of", "and", *relation_words, *COLOR_NAMES, *SHAPES, *PLURALS, *NUMBERS}
@@ -61,6 +66,10 @@ class Scenes:
         ground_B2_3: float, the two RGB colours that the ground blends between, (B, 2, 3).
         gradient_B: float, direction of that blend, radians.
         texture_B4: float, (x frequency, y frequency, phase, amplitude) of the ground's soft wave.
+        pattern_B4: float, (index into `PATTERNS`, periods per image, angle, phase) of the ground's pattern, which
+            then says where the ground has which of its two colours.
+        fill_BM5: float, the same of each shape, and how much darker its pattern makes it, in [0, 1].
+        stroke_BM: float, half the width of an outline in fractions of the image; 0: the shape is filled.
     """
 
     shape_BM: torch.Tensor
@@ -71,6 +80,9 @@ class Scenes:
     ground_B2_3: torch.Tensor
     gradient_B: torch.Tensor
     texture_B4: torch.Tensor
+    pattern_B4: torch.Tensor
+    fill_BM5: torch.Tensor
+    stroke_BM: torch.Tensor
 
     def __len__(self) -> int:
         return self.shape_BM.shape[0]
