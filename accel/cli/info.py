@@ -60,14 +60,15 @@ def _models() -> list[dict[str, str]]:
 
     rows = []
     for name, adapter in registry.adapters().items():
-        tokens, branches = adapter.tokens is not None, adapter.branches
+        tokens, branches = adapter.tokens, adapter.branches
         kept = "yes" if adapter.attentions else "no keys kept"
+        whole = tokens is not None and tokens.convolutional  # convolutions want the tokens of a U-Net whole
         rows.append(
             {
                 "denoiser": name,
                 "forecasts": "yes",
-                "merging": "yes" if tokens else "no",
-                "pruning": kept if tokens else "no",
+                "merging": ("stack, block" if whole else "span, block") if tokens else "no",
+                "pruning": kept if tokens and not whole else "no",
                 "branches": "yes" if branches.batched or branches.calls else "no",
             }
         )
@@ -95,6 +96,9 @@ def _show_models(as_json: bool) -> None:
     for row in rows:
         table.add_row(*row.values())
     console.print(table)
+    say(
+        "merging: scopes that reduce between the first and last block (span), within a stack of them, in each block."
+    )
     say("pruning, no keys kept: with keys_values='none'. branches: guidance_every can leave one of them out.")
     say("Any other denoiser of diffusers takes forecasts: they need its prediction alone.")
 

@@ -21,6 +21,7 @@ from .site import Site
 CAPABILITIES = {
     "prediction": "a prediction that can be read and written",
     "tokens": "where its image tokens are (Adapter.tokens)",
+    "span": "tokens that can stay reduced from the first block to the last (not Tokens.convolutional)",
     "keys and values": "where its attentions make keys and values (Adapter.attentions)",
     "key bias": "how its attentions take a bias per key (Site.bias)",
     "branches": "how its calls run the branches of guidance (Adapter.branches)",
@@ -56,6 +57,7 @@ class Tokens:
             of `of`.
         spread: (denoiser, values per token (B, N), grid) -> the same values, broadcasting to a prediction.
         shared_plan: the model can only follow one plan for the whole batch.
+        convolutional: between stacks of blocks (`Site.stretch`) there are convolutions, which see every token.
         refuse: called with (denoiser's arguments by name, True if tokens stay reduced between blocks); raises
             `UnsupportedError` for what cannot work.
     """
@@ -68,6 +70,7 @@ class Tokens:
     spread: Callable[[nn.Module, Tensor, tuple[int, int]], Tensor]
     shared_plan: bool
     refuse: Callable[[Mapping[str, Any], bool], None] = lambda arguments, span: None
+    convolutional: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,12 @@ class Adapter:
     def has(self, denoiser: nn.Module) -> frozenset[str]:
         """Keys of `CAPABILITIES`."""
         found = {"prediction"}
-        if self.tokens is not None:
+        sites = self.tokens.sites(denoiser) if self.tokens else ()
+        if self.tokens and sites:
             found.add("tokens")
-            if all(site.bias is not None for site in self.tokens.sites(denoiser)):
+            if not self.tokens.convolutional:
+                found.add("span")
+            if all(site.bias is not None for site in sites):
                 found.add("key bias")
         if self.attentions is not None:
             found.add("keys and values")

@@ -355,7 +355,7 @@ class Run(Listener):
     @property
     def tokens(self) -> int:
         """Image tokens of a plain step, over all blocks; 1 where they are not described, so that steps are counted."""
-        return 1 if self.grid is None else self.target.blocks * self.grid[0] * self.grid[1]
+        return 1 if self.grid is None else self.target.tokens(self.grid)
 
     def arrives(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """One of this loop's calls has come."""

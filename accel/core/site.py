@@ -47,6 +47,9 @@ class Site:
         valid: where samples are padded to one length, the name of the argument (B, L) that says which rows are not
             padding: the image is the last of those ("last"), at another place in every sample. If it is None in a
             call, there is no padding.
+        stretch: between modules of another name something takes whole grids (convolutions), so that tokens stay
+            reduced only from one module to the next of the same.
+        scale: the side of its tokens, in tokens of the grid: 2 where the model works at half of the resolution.
         padded: between the blocks of a span the model cuts sequences at lengths that it took before: they keep their
             length there, with zeros in place of the image tokens that are not computed.
     """
@@ -62,6 +65,8 @@ class Site:
     read_by: str | None = None
     padded: bool = False
     valid: str | None = None
+    stretch: str = ""
+    scale: int = 1
 
     def check(self, family: str, denoiser: nn.Module) -> None:
         """Whether the denoiser has this site.
@@ -82,6 +87,10 @@ class Site:
                     f"adapter {family!r} declares the argument {name!r} of {self.path!r}, but "
                     f"{type(module).__name__}.forward takes {', '.join(known)}"
                 )
+
+    def grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Of an image's grid, the (rows, columns) of the tokens here: halves are rounded up."""
+        return -(-grid[0] // self.scale), -(-grid[1] // self.scale)
 
 
 Get = Callable[[str], Any]

@@ -85,7 +85,7 @@ class Span:
         pad: dict[tuple, Callable] = {}
         modules = [denoiser.get_submodule(site.path) for site in sites]
         for i, (site, module) in enumerate(zip(sites, modules, strict=True)):
-            key = (type(module), replace(site, path="", read_by=None))
+            key = (type(module), replace(site, path="", read_by=None, stretch=""))
             port = ports.setdefault(key, Port(site, module, bias=bias))
             hook = self._enter(port) if i == 0 else carry.setdefault(key, self._carry(port))
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)

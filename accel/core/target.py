@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -46,7 +47,7 @@ class Target:
         current = [] if pipe is None else denoisers_of(pipe)
         return [next((o for o, inner in current if inner is module), module) for module in self.modules]
 
-    @property
-    def blocks(self) -> int:
-        """Blocks of image tokens; 1 where they are not described."""
-        return len(self.adapter.tokens.sites(self.denoiser)) if self.adapter.tokens else 1
+    def tokens(self, grid: tuple[int, int]) -> int:
+        """Image tokens of this grid over all blocks."""
+        assert self.adapter.tokens is not None
+        return sum(prod(site.grid(grid)) for site in self.adapter.tokens.sites(self.denoiser))

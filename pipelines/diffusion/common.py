@@ -33,7 +33,7 @@ PACKED = Form(
 
 
 def patches(size: Callable[[Any], int], channels: Callable[[Any], int] | None = None) -> Form:
-    """The prediction is (B, C, H, W), of which a token is a square patch.
+    """The prediction is (B, C, H, W), of which a token is a square patch; those at the last row and column may be cut.
 
     Args:
         size: denoiser -> side of a patch.
@@ -42,10 +42,13 @@ def patches(size: Callable[[Any], int], channels: Callable[[Any], int] | None = 
 
     def of(denoiser: Any, prediction: Tensor) -> Tensor:
         mean = prediction if channels is None else prediction[:, : channels(denoiser)]
-        return F.pixel_unshuffle(mean, size(denoiser)).flatten(2).transpose(1, 2)
+        side, (height, width) = size(denoiser), mean.shape[2:]
+        whole = F.pad(mean, (0, -width % side, 0, -height % side), mode="replicate")
+        return F.pixel_unshuffle(whole, side).flatten(2).transpose(1, 2)
 
     def put(denoiser: Any, prediction: Tensor, x_BNc: Tensor, grid: Grid) -> Tensor:
         image = F.pixel_shuffle(x_BNc.transpose(1, 2).unflatten(2, grid), size(denoiser))
+        image = image[..., : prediction.shape[2], : prediction.shape[3]]
         if channels is None:
             return image
         return torch.cat([image, prediction[:, channels(denoiser) :]], 1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,8 @@ def permuted(pipe, case, sites, tokens, rows, **options):
         return plan if rows == 1 else plan.repeat(x.shape[0] // rows)
 
     with ExitStack() as stack:
-        Span(plan_for, tokens=lambda: tokens).attach(denoiser_of(pipe), sites, stack, bias=False)
+        for _, stretch in groupby(sites, key=lambda site: site.stretch):
+            Span(plan_for, tokens=lambda: tokens).attach(denoiser_of(pipe), list(stretch), stack, bias=False)
         return case.latents(pipe, **options)
 
 

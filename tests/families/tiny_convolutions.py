@@ -1,4 +1,4 @@
-"""Families with convolutions over the whole grid: forecasts only."""
+"""Families with convolutions over the whole grid."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ def call_sana(steps, wide, dtype):
 
 
 def tiny_unet(**options):
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=DIM,
-        attention_head_dim=2,
-        **options,
-    )
-    return randomise(unet, 0)
+    """Attention at the two highest resolutions, as many blocks in a stack as in Stable Diffusion 1.5."""
+    settings = {
+        "sample_size": 16,
+        "block_out_channels": (16, 32, 32),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": DIM,
+        "attention_head_dim": 2,
+    }
+    return randomise(UNet2DConditionModel(**{**settings, **options}), 0)
 
 
 def scheduler():
@@ -89,7 +89,10 @@ def call_unet(steps, wide, dtype):
 
 
 def make_unet_xl():
-    unet = tiny_unet(
+    unet = tiny_unet(  # no attention at the highest resolution, more than one block in a stack
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 3),
         addition_embed_type="text_time",
         addition_time_embed_dim=4,
         projection_class_embeddings_input_dim=6 * 4 + DIM,
@@ -119,6 +122,6 @@ def call_unet_xl(steps, wide, dtype):
 
 CASES = {
     "Sana": Case(make_sana, call_sana, tokens=96),
-    "U-Net": Case(make_unet, call_unet, tokens=384),
-    "U-Net, XL": Case(make_unet_xl, call_unet_xl, tokens=384),
+    "U-Net": Case(make_unet, call_unet, tokens=384, positions="added"),
+    "U-Net, XL": Case(make_unet_xl, call_unet_xl, tokens=96, positions="added"),
 }

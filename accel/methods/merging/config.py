@@ -47,6 +47,9 @@ class TokenMergingConfig:
             20 %), with one step's delay. None: never.
         dense_steps_first, dense_steps_last: steps at either end that compute all tokens.
         dense_blocks_first, dense_blocks_last: blocks at either end that compute all tokens.
+        resolutions: of a model with attention at several (U-Nets), at how many of the highest ones tokens are merged.
+            Its convolutions take whole grids: tokens stay merged from one convolution to the next at most, and
+            unmerge="carry" is "copy", since the convolutions have seen to every token already.
         proportional: proportional attention (ToMe, eq. 1): a merged token weighs as many as it stands for.
             Needs an attention that takes a bias, which rules out the fastest kernels.
         seed: of the random destinations; the pipeline's own random numbers are not touched.
@@ -74,6 +77,7 @@ class TokenMergingConfig:
     dense_steps_last: int = 1
     dense_blocks_first: int = 1
     dense_blocks_last: int = 0
+    resolutions: int = 2
     proportional: bool = False
     seed: int = 0
 
@@ -96,6 +100,7 @@ class TokenMergingConfig:
         for name in _COUNTS:
             value = getattr(self, name)
             check(is_whole(value) and value >= 0, name, "a whole number >= 0", value)
+        check(self.resolutions > 0, "resolutions", "a whole number >= 1", self.resolutions)
         check(is_wholes(self.refresh_at), "refresh_at", "a list of whole numbers >= 0", self.refresh_at)
         valid = self.refresh_layers == "all" or is_wholes(self.refresh_layers)
         check(valid, "refresh_layers", 'a list of whole numbers >= 0 or "all"', self.refresh_layers)
@@ -157,6 +162,7 @@ class TokenMergingConfig:
             dense_steps_last=0,
             dense_blocks_first=0,
             dense_blocks_last=0,
+            resolutions=1,
         )
 
     def schedule(self) -> Schedule:
@@ -182,4 +188,5 @@ _COUNTS = (
     "dense_steps_last",
     "dense_blocks_first",
     "dense_blocks_last",
+    "resolutions",
 )

@@ -62,7 +62,9 @@ class TokenMerging(StepMethod):
         require(self.name, needs, target.adapter, target.denoiser)
         assert target.adapter.tokens is not None
         self.tokens = target.adapter.tokens
-        self.sites = list(self.tokens.sites(target.denoiser))
+        sites = list(self.tokens.sites(target.denoiser))
+        scales = sorted({site.scale for site in sites})[: config.resolutions]
+        self.sites = [site for site in sites if site.scale in scales]
         first, last = config.dense_blocks_first, len(self.sites) - config.dense_blocks_last
         if first >= last:
             raise UnsupportedError(
@@ -76,11 +78,23 @@ class TokenMerging(StepMethod):
                 AccelWarning,
                 stacklevel=3,
             )
-        self.carries = config.unmerge == "carry" or 0 in config.budgets
-        self.groups = [_Group(self, blocks) for blocks in _layer_groups(first, last, config.refresh_layers)]
+        # Behind convolutions, which compute every token, a group's mean says less of a token than they do.
+        self.unmerge = "copy" if self.tokens.convolutional else config.unmerge
+        self.carries = self.unmerge == "carry" or 0 in config.budgets
+        self.groups = [
+            _Group(self, part)
+            for blocks in _layer_groups(first, last, config.refresh_layers)
+            for part in self._alike(blocks, "scale")
+        ]
         self.run = Run(target, config.schedule(), self, stats, span=config.scope == "span")
         self.run.keep_outputs = self.carries or (config.protect > 0 and config.importance != "detail")
         self.forget()
+
+    def _alike(self, blocks: range, attribute: str) -> list[range]:
+        """The blocks cut where the next one's site has another value."""
+        value = [getattr(site, attribute) for site in self.sites]
+        cuts = [blocks.start, *(b for b in blocks[1:] if value[b] != value[b - 1]), blocks.stop]
+        return [range(a, b) for a, b in pairwise(cuts)]
 
     def attach(self, stack: ExitStack) -> None:
         for group in self.groups:
@@ -109,7 +123,7 @@ class TokenMerging(StepMethod):
             if run.phase.budget == 0:
                 run.answer(self.state.forecasts)
                 return
-            if self.config.unmerge == "carry":
+            if self.unmerge == "carry":
                 run.correct = self._carry
         refresh = run.phase.refresh
         if self.config.drift is not None:
@@ -150,15 +164,13 @@ class TokenMerging(StepMethod):
         return drifted
 
     def account(self, run: Run) -> StepStats:
-        assert run.grid is not None
-        tokens = run.grid[0] * run.grid[1]
-        total = len(self.sites) * tokens
+        total = run.tokens
         self._learn(run)
         held = memory(self.state.history)
         if not run.computed:
             return StepStats(0, total, forecast=total, cache_bytes=held)
         active = [g for g in self.groups if g.plan is not None and not run.phase.dense]
-        saved = sum(len(g.blocks) * (tokens - g.plan.slots) for g in active if g.plan is not None)
+        saved = sum(len(g.blocks) * (g.plan.tokens - g.plan.slots) for g in active if g.plan is not None)
         built = sum(g.built for g in active)
         return StepStats(total - saved, total, built, len(active) - built, cache_bytes=held)
 
@@ -241,7 +253,8 @@ class _Group:
     def __init__(self, method: TokenMerging, blocks: range) -> None:
         self.method, self.blocks = method, blocks
         config = method.config
-        stretches = [blocks] if config.scope == "span" else [range(b, b + 1) for b in blocks]
+        spans = method._alike(blocks, "stretch")
+        stretches = spans if config.scope == "span" else [range(b, b + 1) for b in blocks]
         observe = self._observe if config.drift is not None else None
         self.spans = [
             (
@@ -272,7 +285,7 @@ class _Group:
             return None
         if self.stale:
             with torch.no_grad():
-                self.plan = self.method.build(x_BNC, run.grid)
+                self.plan = self.method.build(x_BNC, self.method.sites[self.blocks.start].grid(run.grid))
             self.stale, self.built, self.budget = False, True, run.phase.budget
         return self.plan
 

@@ -68,7 +68,7 @@ class TokenPruning(StepMethod):
         self.target, self.config = target, config
         partial = any(0 < b < 1 for b in config.schedule().budgets)
         self._keeps = config.keys_values == "all" and partial
-        needs = {"tokens"} | ({"keys and values"} if self._keeps else set())
+        needs = {"tokens", "span"} | ({"keys and values"} if self._keeps else set())
         require(self.name, needs, target.adapter, target.denoiser)
         assert target.adapter.tokens is not None
         self.tokens = target.adapter.tokens
