@@ -32,13 +32,14 @@ def _levels(denoiser: Any) -> Iterator[tuple[str, nn.Module, int]]:
 
 
 def _stacks(denoiser: nn.Module) -> list[tuple[str, int, int]]:
-    """(path, blocks, level) of the stacks of transformer blocks, in the order in which they run."""
-    return [
-        (f"{path}.attentions.{name}.transformer_blocks", len(stack.transformer_blocks), level)
-        for path, part, level in _levels(denoiser)
-        for name, stack in getattr(part, "attentions", nn.ModuleList()).named_children()
-        if hasattr(stack, "transformer_blocks")
-    ]
+    """(path, how many, level) of the stacks of transformer blocks, in the order in which they run."""
+    found = []
+    for path, part, level in _levels(denoiser):
+        stacks: Any = getattr(part, "attentions", ())
+        for i, stack in enumerate(stacks):  # other kinds of attention have no such blocks
+            blocks = getattr(stack, "transformer_blocks", ())
+            found.append((f"{path}.attentions.{i}.transformer_blocks", len(blocks), level))
+    return [stack for stack in found if stack[1]]
 
 
 def _highest(denoiser: nn.Module) -> int:
