@@ -52,7 +52,7 @@ class Clock:
         runs: how many loops have been started.
         samples: batch of the latents seen by the last `step`, None before the first. The denoiser's batch is
             a multiple of it when guidance is batched.
-        model_output: what the last `step` was given as the model's; None before the first.
+        model_output, sample: what the last `step` was given as the model's, and as the latents; None before the first.
         noise: why the running loop's sampler adds noise, a clause for messages; None: not seen to.
         pipe: the pipeline that runs the loop, weakly; None for a loop of the user's own.
     """
@@ -69,6 +69,7 @@ class Clock:
         self.running = False
         self.samples: int | None = None
         self.model_output: Any = None
+        self.sample: Any = None
         self.noise: str | None = None
         self.pipe: weakref.ref | None = None
         self._place: caller.Place | None = None
@@ -116,7 +117,7 @@ class Clock:
             self._stop()
 
     def _stop(self) -> None:
-        self.running, self.model_output, self._dice = False, None, None
+        self.running, self.model_output, self.sample, self._dice = False, None, None, None
         self._tell("end")
 
     def _leave(self, listener: Listener) -> None:
@@ -196,7 +197,7 @@ class Clock:
             return
         scheduler = self._scheduler()
         given = {**self._step_defaults, **dict(zip(self._step_names, args, strict=False)), **kwargs}
-        sample = given.get("sample")
+        sample = self.sample = given.get("sample")
         self.samples = sample.shape[0] if isinstance(sample, Tensor) else None
         self.model_output = given.get("model_output")
         self.noise = self.noise or samplers.adds_noise(scheduler, given)
@@ -240,7 +241,8 @@ class Clock:
         lengths = step_lengths(scheduler)
         self.lengths = None if lengths is None else lengths[first:]
         self.step, self.total, self.samples = 0, total, None
-        self.model_output, self._dice, self.noise = None, None, samplers.adds_noise(scheduler)
+        self.model_output = self.sample = self._dice = None
+        self.noise = samplers.adds_noise(scheduler)
         self._place, self._paths = caller.here()[0], set()
         pipe = caller.pipeline()
         self.pipe = None if pipe is None else weakref.ref(pipe)

@@ -7,6 +7,8 @@ import math
 from itertools import pairwise
 from typing import Any
 
+from torch import Tensor
+
 #: Pure noise and no noise are infinitely far away; this far from either they are taken to be.
 _END = 1e-5
 
@@ -56,3 +58,24 @@ def step_lengths(scheduler: Any) -> tuple[float, ...] | None:
     if not (flow or noise) or len(scheduler.sigmas) != len(scheduler.timesteps) + 1:
         return None
     return tuple(later - now for now, later in pairwise(scheduler.sigmas.tolist()))
+
+
+def clean(scheduler: Any, prediction: Tensor, sample: Tensor, log_snr: float) -> Tensor | None:
+    """The picture that a step's prediction says the sample is made of, up to a factor; None: not known.
+
+    Args:
+        prediction, sample: as the scheduler's `step` gets them.
+        log_snr: at that step (`log_snr`).
+    """
+    config, ratio = getattr(scheduler, "config", {}), math.exp(-log_snr)  # noise / signal
+    kind = config.get("prediction_type")
+    if "FlowMatch" in type(scheduler).__name__ or config.get("use_flow_sigmas") or kind == "flow_prediction":
+        return sample - ratio / (1 + ratio) * prediction
+    # Noise is added to a picture of full size, or the two are mixed so that their squares sum to one.
+    added = float(getattr(scheduler, "init_noise_sigma", 1.0)) > 1.5
+    root = math.sqrt(1 + ratio**2)
+    if kind == "epsilon":
+        return sample - (ratio if added else ratio / root) * prediction
+    if kind == "v_prediction":
+        return (sample / root if added else sample) - ratio * prediction
+    return prediction if kind == "sample" else None

@@ -5,7 +5,7 @@ Shapes: B batch, N tokens, K computed slots, C channels, P plan rows (1: shared 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,12 +22,17 @@ class TokenPlan:
         size: (P, K) float32, how many tokens each slot stands for.
         complete: no owner is -1. A host-side fact given by whoever builds the plan, because asking the
             tensor would wait for the device.
+        centroid: each slot stands at the centre of its tokens, not at `dst`: rotary tables are averaged.
+        classes: where slots are in order of size, (size, how many slots) in that order: a host-side copy of `size`.
+            Empty: in no order.
     """
 
     dst: Tensor
     owner: Tensor
     size: Tensor
     complete: bool = True
+    centroid: bool = False
+    classes: tuple[tuple[int, int], ...] = ()
 
     @staticmethod
     def build(dst: Tensor, owner: Tensor, *, complete: bool = True) -> TokenPlan:
@@ -74,14 +79,14 @@ class TokenPlan:
             x_BN.index_put_((row_B1, self.dst), y_BK)
 
     def clone(self) -> TokenPlan:
-        return TokenPlan(self.dst.clone(), self.owner.clone(), self.size.clone(), self.complete)
+        return replace(self, dst=self.dst.clone(), owner=self.owner.clone(), size=self.size.clone())
 
     def repeat(self, times: int) -> TokenPlan:
         """The plan for `times` copies of the batch laid one after the other (the halves of guidance)."""
         if times == 1:
             return self
         dst, owner, size = (t.repeat(times, 1) for t in (self.dst, self.owner, self.size))
-        return TokenPlan(dst, owner, size, self.complete)
+        return replace(self, dst=dst, owner=owner, size=size)
 
 
 def _rows(x_BN: Tensor, index_PK: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -117,6 +117,14 @@ def rows(
     return Side(name, _Rows(name, image, dims, item, valid))
 
 
+def rotary(name: str, **options: Any) -> Side:
+    """As `rows`, for a rotary table: where a slot stands at the centre of its tokens, its row is their mean, brought
+    back to a rotation. Pairs of (cos, sin) tables, complex ones, 2x2 matrices in the last dimensions, and angles.
+    """
+    side = rows(name, **options)
+    return Side(name, replace(side.follow, rotary=True))  # type: ignore[type-var]
+
+
 def padding_first(valid_BL: Tensor, tokens: int) -> Tensor:
     """Where the rows of samples [text, image, padding] are in the order [text, padding, image], (B, L)."""
     first_B1 = valid_BL.sum(1, keepdim=True) - tokens
@@ -139,6 +147,7 @@ class _Rows:
     dims: tuple[int, ...]
     item: int | str | None
     valid: str | None = None
+    rotary: bool = False
 
     def __call__(self, get: Get, plan: TokenPlan) -> Any:
         value = get(self.name)
@@ -157,9 +166,13 @@ class _Rows:
 
     def _follow(self, value: Any, plan: TokenPlan) -> Any:
         if isinstance(value, (tuple, list)):
+            if self.rotary and plan.centroid and len(value) == 2 and _alike(*value):
+                return tuple(self._centroids(value, plan))
             return type(value)(self._follow(one, plan) for one in value)
         if not isinstance(value, Tensor):
             return value
+        if self.rotary and plan.centroid:
+            return self._centroids([value], plan)[0]
         for dim in self.dims:
             value = self._take(value, dim % value.ndim, plan)
         return value
@@ -167,18 +180,58 @@ class _Rows:
     def _take(self, x: Tensor, dim: int, plan: TokenPlan) -> Tensor:
         if x.shape[dim] == 1:  # the same for all tokens
             return x
+        image, rest = self._apart(x, dim, plan)
+        if plan.dst.shape[0] == 1 or dim == 0:  # one table for the batch goes with one plan for it
+            return self._together(image.index_select(dim, plan.dst[0]), rest, dim)
+        return self._together(_gather(image, plan.dst, dim), rest, dim)
+
+    def _centroids(self, tables: Sequence[Tensor], plan: TokenPlan) -> list[Tensor]:
+        """Of one table, or of a pair (cos, sin)."""
+        (dim,) = (d % tables[0].ndim for d in self.dims)
+        apart = [self._apart(table, dim, plan) for table in tables]
+        images = _rotations([_mean(image, dim, plan) for image, _ in apart])
+        return [self._together(image, rest, dim) for image, (_, rest) in zip(images, apart, strict=True)]
+
+    def _apart(self, x: Tensor, dim: int, plan: TokenPlan) -> tuple[Tensor, Tensor]:
+        """(the image's rows, the others)"""
         others = x.shape[dim] - plan.tokens
         first = others if self.image == "last" else 0
-        image = x.narrow(dim, first, plan.tokens)
-        if plan.dst.shape[0] == 1 or dim == 0:  # one table for the batch goes with one plan for it
-            image = image.index_select(dim, plan.dst[0])
-        else:
-            image = _gather(image, plan.dst, dim)
+        return x.narrow(dim, first, plan.tokens), x.narrow(dim, 0 if first else plan.tokens, others)
+
+    def _together(self, image: Tensor, rest: Tensor, dim: int) -> Tensor:
+        others = rest.shape[dim]
         if not others:
             return image
-        rest = x.narrow(dim, 0 if first else plan.tokens, others)
-        rest = rest.expand(*(image.shape[d] if d != dim else others for d in range(x.ndim)))
-        return torch.cat([rest, image] if first else [image, rest], dim)
+        rest = rest.expand(*(image.shape[d] if d != dim else others for d in range(image.ndim)))
+        return torch.cat([rest, image] if self.image == "last" else [image, rest], dim)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape
+
+
+def _mean(table: Tensor, dim: int, plan: TokenPlan) -> Tensor:
+    """The mean row of each slot's tokens."""
+    real = torch.view_as_real(table) if table.is_complex() else table
+    rows = real.movedim(dim, 1) if dim else real[None]  # one table for the batch goes with one plan for it
+    rows = rows.expand(max(rows.shape[0], plan.owner.shape[0]), *rows.shape[1:])
+    mean = plan.reduce(rows.flatten(2)).unflatten(2, rows.shape[2:])
+    mean = mean.movedim(1, dim) if dim else mean[0]
+    return torch.view_as_complex(mean.contiguous()) if table.is_complex() else mean
+
+
+def _rotations(means: list[Tensor]) -> list[Tensor]:
+    """Means of rotations brought back to length 1; the mean of angles is one already."""
+    if len(means) == 2:
+        length = torch.hypot(*means)
+        return [mean / length for mean in means]
+    (mean,) = means
+    if mean.is_complex():
+        return [mean / mean.abs()]
+    if mean.shape[-2:] == (2, 2):
+        length = torch.hypot(mean[..., 0, 0], mean[..., 1, 0])
+        return [mean / length[..., None, None]]
+    return [mean]
 
 
 def _arguments(module: nn.Module) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from accel.core.capability import Adapter, Branches, Tokens
-from accel.core.site import Site, rows
+from accel.core.site import Site, rotary
 
 from .common import PACKED, blocks, id_grid, refuse_residuals
 from .flux import ADAPTER as FLUX
@@ -16,7 +16,7 @@ def _sites(denoiser: nn.Module) -> list[Site]:
     site = Site(
         "",
         output=1,
-        sides=(rows("image_rotary_emb", image="last", dims=(0,)),),
+        sides=(rotary("image_rotary_emb", image="last", dims=(0,)),),
         bias=key_bias("attention_kwargs", key="attention_mask", table="image_rotary_emb", image="last"),
     )
     return [

@@ -5,14 +5,14 @@ from __future__ import annotations
 from torch import nn
 
 from accel.core.capability import Adapter, Branches, Tokens
-from accel.core.site import Site, rows
+from accel.core.site import Site, rotary, rows
 
 from .common import PACKED, blocks, id_grid, refuse_each, refuse_inside, refuse_residuals
 
 
 def _sites(denoiser: nn.Module) -> list[Site]:
     sides = (
-        rows("image_rotary_emb", image="last", dims=(0,)),
+        rotary("image_rotary_emb", image="last", dims=(0,)),
         rows("attention_mask", image="last"),
     )
     return [

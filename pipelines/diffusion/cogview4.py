@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 
 from accel.core.capability import Adapter, Branches, Tokens
-from accel.core.site import Site, rows
+from accel.core.site import Site, rotary
 
 from .common import blocks, latent_grid, patches
 
-_SITE = Site("", output=0, sides=(rows("image_rotary_emb", dims=(0,)),))
+_SITE = Site("", output=0, sides=(rotary("image_rotary_emb", dims=(0,)),))
 
 
 def _sites(denoiser: nn.Module) -> list[Site]:

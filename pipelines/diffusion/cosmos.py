@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from accel.core.capability import Adapter, Branches, Tokens
-from accel.core.site import Site, rows
+from accel.core.site import Site, rotary, rows
 from accel.errors import UnsupportedError
 
 from .common import Grid, blocks, image_of, one_frame, patches, refuse_arguments
 
-_SITE = Site("", sides=(rows("image_rotary_emb", dims=(0,)), rows("extra_pos_emb")))
+_SITE = Site("", sides=(rotary("image_rotary_emb", dims=(0,)), rows("extra_pos_emb")))
 
 
 def _sites(denoiser: nn.Module) -> list[Site]:

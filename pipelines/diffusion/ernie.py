@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from accel.core.capability import Adapter, Branches, Tokens
-from accel.core.site import Site, rows
+from accel.core.site import Site, rotary, rows
 
 from .common import blocks, latent_grid, patches
 
@@ -17,7 +17,7 @@ _SITE = Site(
     image="first",
     axis=0,
     sides=(
-        rows("rotary_pos_emb", image="first"),
+        rotary("rotary_pos_emb", image="first"),
         rows("temb", image="first", dims=(0,)),
         rows("attention_mask", image="first", dims=(-1,)),
     ),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from accel.core.capability import Adapter, Branches, Tokens
-from accel.core.site import Site, rows
+from accel.core.site import Site, rotary, rows
 
 from .common import PACKED, blocks, id_grid
 from .key_bias import key_bias
@@ -18,7 +18,7 @@ from .key_bias import key_bias
 
 def _sites(denoiser: nn.Module) -> list[Site]:
     sides = (
-        rows("image_rotary_emb", image="last", dims=(0,)),
+        rotary("image_rotary_emb", image="last", dims=(0,)),
         rows("joint_attention_kwargs", image="last", dims=(2, 3), item="attention_mask"),
     )
     bias = key_bias("joint_attention_kwargs", key="attention_mask", table="image_rotary_emb", image="last")

@@ -8,36 +8,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from accel.core.capability import Adapter, Branches, Tokens
 from accel.core.keyvalues import Attention, Rows
-from accel.core.plan import TokenPlan
-from accel.core.site import Get, Side, Site, rows
+from accel.core.site import Site, rotary
 from accel.errors import UnsupportedError
 
 from .common import PACKED, Grid, blocks, row_major
-
-
-def follow_key_bias(get: Get, plan: TokenPlan) -> dict[str, Any]:
-    """A bias of log(slot size) on the image keys, 0 on the text keys: (1, 1, 1, text + K)."""
-    kwargs = get("joint_attention_kwargs") or {}
-    if kwargs.get("attention_mask") is not None:
-        raise UnsupportedError(
-            "proportional attention needs the place of `attention_mask` in joint_attention_kwargs"
-        )
-    text = get("encoder_hidden_states")
-    bias = torch.cat([text.new_zeros(text.shape[1]), plan.size[0].log().to(text.dtype)])
-    return {**kwargs, "attention_mask": bias[None, None, None]}
+from .key_bias import key_bias
 
 
 def _sites(denoiser: nn.Module) -> list[Site]:
     site = Site(
         "",
         output=1,
-        sides=(rows("image_rotary_emb", image="last", dims=(0,)),),
-        bias=Side("joint_attention_kwargs", follow_key_bias),
+        sides=(rotary("image_rotary_emb", image="last", dims=(0,)),),
+        bias=key_bias("joint_attention_kwargs", key="attention_mask", table="image_rotary_emb", image="last"),
     )
     return [
         *blocks(denoiser, "transformer_blocks", site),

@@ -9,14 +9,14 @@ from __future__ import annotations
 from torch import nn
 
 from accel.core.capability import Adapter, Branches, Tokens
-from accel.core.site import Site, rows
+from accel.core.site import Site, rotary
 
 from .common import PACKED, blocks, id_grid, refuse_arguments
 from .key_bias import key_bias
 
 
 def _sites(denoiser: nn.Module) -> list[Site]:
-    table = (rows("image_rotary_emb", image="last", dims=(0,)),)
+    table = (rotary("image_rotary_emb", image="last", dims=(0,)),)
     bias = key_bias("joint_attention_kwargs", key="attention_mask", table="image_rotary_emb", image="last")
     return [
         *blocks(denoiser, "transformer_blocks", Site("", output=1, sides=table, bias=bias)),

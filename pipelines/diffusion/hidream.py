@@ -8,14 +8,14 @@ from typing import Any
 from torch import nn
 
 from accel.core.capability import Adapter, Branches, Tokens
-from accel.core.site import Site, rows
+from accel.core.site import Site, rotary, rows
 
 from .common import blocks, latent_grid, patches
 
 _SIDES = (
     # Over dual-stream blocks the mask counts image tokens only, over single-stream ones all.
     rows("hidden_states_masks", image="first"),
-    rows("image_rotary_emb", image="first"),
+    rotary("image_rotary_emb", image="first"),
 )
 # The model cuts at the length of the sequence ahead of the first single-stream block.
 _DUAL = Site("", image="first", output=0, sides=_SIDES, padded=True)

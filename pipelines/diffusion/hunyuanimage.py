@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from accel.core.capability import Adapter, Branches, Tokens
 from accel.core.keyvalues import Attention
-from accel.core.site import Site, rows
+from accel.core.site import Site, rotary, rows
 
 from .common import blocks, framed, latent_grid, patches
 from .key_bias import key_bias
 
 
 def _sites(denoiser: nn.Module) -> list[Site]:
-    sides = (rows("image_rotary_emb", dims=(0,)), rows("attention_mask", image="first", dims=(3,)))
+    sides = (rotary("image_rotary_emb", dims=(0,)), rows("attention_mask", image="first", dims=(3,)))
     bias = key_bias("attention_mask", table="attention_mask", dim=3, image="first")
     site = Site("", output=0, sides=sides, bias=bias)
     return [

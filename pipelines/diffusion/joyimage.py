@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from accel.core.capability import Adapter, Branches, Tokens
-from accel.core.site import Site, rows
+from accel.core.site import Site, rotary
 from accel.errors import UnsupportedError
 
 from .common import Grid, blocks, image_of, one_frame, patches
@@ -22,7 +22,7 @@ _SITE = Site(
     image="first",
     output=0,
     sides=(
-        rows("image_rotary_emb", image="first", dims=(0,), item=0),
+        rotary("image_rotary_emb", image="first", dims=(0,), item=0),
     ),  # (of the images, of the text or None)
 )
 

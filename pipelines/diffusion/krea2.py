@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from accel.core.capability import Adapter, Branches, Tokens
 from accel.core.keyvalues import Attention
-from accel.core.site import Site, rows
+from accel.core.site import Site, rotary, rows
 
 from .common import PACKED, Grid, blocks, row_major
 from .key_bias import key_bias
@@ -17,7 +17,7 @@ from .key_bias import key_bias
 
 def _sites(denoiser: nn.Module) -> list[Site]:
     sides = (
-        rows("image_rotary_emb", image="last", dims=(0,)),
+        rotary("image_rotary_emb", image="last", dims=(0,)),
         rows("attention_mask", image="last", dims=(3,)),
     )
     bias = key_bias("attention_mask", table="image_rotary_emb", image="last")

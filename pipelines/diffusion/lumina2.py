@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from accel.core.capability import Adapter, Branches, Tokens
-from accel.core.site import Site, rows
+from accel.core.site import Site, rotary, rows
 
 from .common import blocks, latent_grid, patches
 
@@ -17,7 +17,7 @@ _SITE = Site(
     image="last",
     valid="attention_mask",
     sides=(
-        rows("image_rotary_emb", image="last", valid="attention_mask"),
+        rotary("image_rotary_emb", image="last", valid="attention_mask"),
         rows("attention_mask", image="last", valid="attention_mask"),
     ),
 )

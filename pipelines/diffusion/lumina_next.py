@@ -11,11 +11,11 @@ from typing import Any
 from torch import nn
 
 from accel.core.capability import Adapter, Branches, Tokens
-from accel.core.site import Site, rows
+from accel.core.site import Site, rotary, rows
 
 from .common import blocks, latent_grid, patches
 
-_SITE = Site("", sides=(rows("attention_mask"), rows("image_rotary_emb")))
+_SITE = Site("", sides=(rows("attention_mask"), rotary("image_rotary_emb")))
 
 
 def _sites(denoiser: nn.Module) -> list[Site]:

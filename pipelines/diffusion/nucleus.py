@@ -8,14 +8,14 @@ from typing import Any
 from torch import nn
 
 from accel.core.capability import Adapter, Branches, Tokens
-from accel.core.site import Site, rows
+from accel.core.site import Site, rotary, rows
 
 from .common import PACKED, Grid, blocks, one_frame
 
 _SITE = Site(
     "",
     sides=(
-        rows("image_rotary_emb", dims=(0,), item=0),  # (of the image, of the text)
+        rotary("image_rotary_emb", dims=(0,), item=0),  # (of the image, of the text)
         rows("attention_kwargs", image="first", item="attention_mask"),
     ),
 )

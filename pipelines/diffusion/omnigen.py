@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from accel.core.capability import Adapter, Branches, Tokens
-from accel.core.site import Site, rows
+from accel.core.site import Site, rotary, rows
 
 from .common import blocks, latent_grid, patches
 
@@ -20,7 +20,7 @@ _SITE = Site(
     sides=(
         # (B, 1, L, L); text attends to what comes before it, the image to all.
         rows("attention_mask", image="last", dims=(-2, -1)),
-        rows("image_rotary_emb", image="last", dims=(0,)),  # one for the batch
+        rotary("image_rotary_emb", image="last", dims=(0,)),  # one for the batch
     ),
 )
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from accel.core.capability import Adapter, Branches, Tokens
 from accel.core.keyvalues import Attention
-from accel.core.site import Site, rows
+from accel.core.site import Site, rotary, rows
 from accel.errors import UnsupportedError
 
 from .common import PACKED, Grid, blocks, refuse_residuals
@@ -20,7 +20,7 @@ from .common import PACKED, Grid, blocks, refuse_residuals
 
 def _sites(denoiser: nn.Module) -> list[Site]:
     sides = (
-        rows("image_rotary_emb", dims=(0,), item=0),
+        rotary("image_rotary_emb", dims=(0,), item=0),
         rows("modulate_index"),  # which of two times a token's modulation is for (zero_cond_t)
     )
     return blocks(denoiser, "transformer_blocks", Site("", output=1, sides=sides))

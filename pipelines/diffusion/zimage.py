@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from accel.core.capability import Adapter, Branches, Tokens
 from accel.core.keyvalues import Attention
-from accel.core.site import Site, rows
+from accel.core.site import Site, rotary, rows
 from accel.errors import UnsupportedError
 
 from .common import Grid, blocks, framed, patches, refuse_residuals
@@ -22,7 +22,7 @@ from .key_bias import key_bias
 
 
 def _sites(denoiser: nn.Module) -> list[Site]:
-    sides = (rows("freqs_cis", image="first"), rows("attn_mask", image="first"))
+    sides = (rotary("freqs_cis", image="first"), rows("attn_mask", image="first"))
     bias = key_bias("attn_mask", table="freqs_cis", dim=1, image="first", flat=True, tokens="x")
     return blocks(denoiser, "layers", Site("", tokens="x", image="first", sides=sides, bias=bias))
 

@@ -236,7 +236,7 @@ def test_proportional_attention_in_flux_weighs_image_keys_only():
         ({"refresh_layers": "some"}, "all"),
         ({"refresh_layers": (0.5,)}, "whole numbers"),
         ({"drift": 0}, "drift must be > 0"),
-        ({"proportional": 1}, "true or false"),
+        ({"proportional": 1}, "true, false or None"),
         ({"seed": 0.5}, "whole number"),
     ],
 )

@@ -26,6 +26,9 @@ class TokenMergingConfig:
         threshold: merge only tokens whose cosine similarity reaches this value, in [-1, 1], and at most
             `ratio` of them. How many that are is read from the device once per plan; it cannot be compiled
             with fullgraph=True. None: always `ratio`.
+        groups: which tokens are merged. "matching": those whose features are alike (ToMe). "windows": whole cells of 2x2
+            and 4x4 tokens where the picture that the last step predicted varies least; `protect`, `importance`,
+            `destinations`, `cell`, `threshold` and `seed` are matching's.
         scope: "span" keeps tokens merged from the first to the last reduced block; "block" merges before and
             unmerges after every block, which costs more and lets every block see all positions.
         protect: share of the tokens that are never merged into another, the most important ones.
@@ -50,8 +53,8 @@ class TokenMergingConfig:
         resolutions: of a model with attention at several (U-Nets), at how many of the highest ones tokens are merged.
             Its convolutions take whole grids: tokens stay merged from one convolution to the next at most, and
             unmerge="carry" is "copy", since the convolutions have seen to every token already.
-        proportional: proportional attention (ToMe, eq. 1): a merged token weighs as many as it stands for.
-            Needs an attention that takes a bias, which rules out the fastest kernels.
+        proportional: proportional attention (ToMe, eq. 1): a merged token weighs as many as it stands for. Needs an
+            attention that takes a bias. None: with windows, where the model's attention takes one.
         seed: of the random destinations; the pipeline's own random numbers are not touched.
 
     Raises:
@@ -59,6 +62,7 @@ class TokenMergingConfig:
     """
 
     ratio: float = 0.5
+    groups: Literal["matching", "windows"] = "matching"
     threshold: float | None = None
     scope: Literal["span", "block"] = "span"
     protect: float = 0.1
@@ -78,7 +82,7 @@ class TokenMergingConfig:
     dense_blocks_first: int = 1
     dense_blocks_last: int = 0
     resolutions: int = 2
-    proportional: bool = False
+    proportional: bool | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -104,7 +108,10 @@ class TokenMergingConfig:
         check(is_wholes(self.refresh_at), "refresh_at", "a list of whole numbers >= 0", self.refresh_at)
         valid = self.refresh_layers == "all" or is_wholes(self.refresh_layers)
         check(valid, "refresh_layers", 'a list of whole numbers >= 0 or "all"', self.refresh_layers)
-        check(isinstance(self.proportional, bool), "proportional", "true or false", self.proportional)
+        known = self.proportional is None or isinstance(self.proportional, bool)
+        check(known, "proportional", "true, false or None", self.proportional)
+        if self.windows:
+            self._check_windows()
         check(
             is_whole(self.seed) and 0 <= self.seed < 2**63,
             "seed",
@@ -123,6 +130,8 @@ class TokenMergingConfig:
                 ">= 1 if the cycle forecasts",
                 self.dense_steps_first,
             )
+        if self.windows:
+            return  # what they can keep depends on the grid
         least = self.protect + (1 / self.cell**2 if self.cell else 0)
         budget = min((b for b in self.budgets if b > 0), default=1)
         if budget < min(1, least - 1e-9):
@@ -131,6 +140,23 @@ class TokenMergingConfig:
                 + (f" and one destination per {self.cell}x{self.cell} cell keep" if self.cell else " keeps")
                 + f" {least:.3g}. Lower one of them; the largest ratio here is {1 - least:.3g}."
             )
+
+    @property
+    def windows(self) -> bool:
+        return self.groups == "windows"
+
+    def _check_windows(self) -> None:
+        """Which windows merge is told by the picture that an earlier step predicted."""
+        check(
+            self.dense_steps_first >= 1,
+            "dense_steps_first",
+            '>= 1 with groups="windows"',
+            self.dense_steps_first,
+        )
+        for name in ("threshold", "cell", "drift"):
+            value = getattr(self, name)
+            check(value is None, name, 'None with groups="windows"', value)
+        check(self.refresh_layers == (), "refresh_layers", 'empty with groups="windows"', self.refresh_layers)
 
     @property
     def budgets(self) -> tuple[float, ...]:
@@ -176,6 +202,7 @@ class TokenMergingConfig:
 
 
 _CHOICES = {
+    "groups": ("matching", "windows"),
     "scope": ("span", "block"),
     "importance": ("auto", "guidance", "detail"),
     "destinations": ("random", "important", "unimportant"),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from accel.core.capability import require
 from accel.core.history import History, memory
+from accel.core.noise_levels import clean
 from accel.core.plan import TokenPlan
 from accel.core.readback import Readback
 from accel.core.run import Run, StepMethod
@@ -23,11 +24,21 @@ from accel.core.schedule import slots
 from accel.core.span import Span
 from accel.core.target import Target
 from accel.errors import AccelWarning, UnsupportedError
-from accel.methods import importance
+from accel.methods import importance, windows
 from accel.stats import Stats, StepStats
 
 from . import matching, noise
 from .config import TokenMergingConfig
+
+_NO_PICTURE = (
+    "windows are chosen by the picture that a step predicts, and from what {} is given it cannot be told. Use "
+    'groups="matching".'
+)
+
+#: Measured on the built-in model, 4 steps, half of the tokens, 24 pictures: 35.5 dB with the bias, 26.6 without.
+_NO_BIAS = (
+    "windows ran without a bias in attention, in which each then counts as one token: quality is much lower"
+)
 
 
 @dataclass
@@ -60,6 +71,8 @@ class TokenMerging(StepMethod):
         self.target, self.config = target, config
         needs = {"tokens"} | ({"key bias"} if config.proportional else set())
         require(self.name, needs, target.adapter, target.denoiser)
+        takes_bias = "key bias" in target.adapter.has(target.denoiser)
+        self.bias = config.windows and takes_bias if config.proportional is None else config.proportional
         assert target.adapter.tokens is not None
         self.tokens = target.adapter.tokens
         sites = list(self.tokens.sites(target.denoiser))
@@ -87,7 +100,10 @@ class TokenMerging(StepMethod):
             for part in self._alike(blocks, "scale")
         ]
         self.run = Run(target, config.schedule(), self, stats, span=config.scope == "span")
-        self.run.keep_outputs = self.carries or (config.protect > 0 and config.importance != "detail")
+        guided = not config.windows and config.protect > 0 and config.importance != "detail"
+        self.run.keep_outputs = self.carries or guided
+        # Written in place, at the same address in every run: what is captured in a CUDA graph reads it there.
+        self.score: Tensor | None = None
         self.forget()
 
     def _alike(self, blocks: range, attribute: str) -> list[range]:
@@ -100,7 +116,7 @@ class TokenMerging(StepMethod):
         for group in self.groups:
             for span, blocks in group.spans:
                 sites = [self.sites[i] for i in blocks]
-                span.attach(self.target.denoiser, sites, stack, bias=self.config.proportional)
+                span.attach(self.target.denoiser, sites, stack, bias=self.bias)
         self.run.attach(stack)
 
     # Between steps (see StepMethod).
@@ -115,6 +131,8 @@ class TokenMerging(StepMethod):
             group.forget()
 
     def prepare(self, run: Run) -> None:
+        if run.clock.step == 0 and self.config.windows and not self.bias:
+            run.stats.notes.append(_NO_BIAS)
         if run.clock.step == 0 and (self.config.order > 0 or 0 in self.config.budgets):
             run.check_sampler()
         run.correct, self.state.forecasts = None, []
@@ -126,9 +144,11 @@ class TokenMerging(StepMethod):
             if self.unmerge == "carry":
                 run.correct = self._carry
         refresh = run.phase.refresh
+        if self.config.windows and not run.phase.dense:
+            self._look(run)
         if self.config.drift is not None:
             refresh = self._drifted() or refresh
-        if refresh and run.outputs:
+        if refresh and run.outputs and not self.config.windows:
             tokens = tuple(self.tokens.of(run.target.denoiser, o) for o in run.outputs)
             self.state.guidance = importance.guidance_magnitude(tokens, run.samples or tokens[0].shape[0])
         for group in self.groups:
@@ -195,6 +215,8 @@ class TokenMerging(StepMethod):
             raise UnsupportedError(
                 f"{N} image tokens are not the {grid[0]}x{grid[1]} grid the model was told of"
             )
+        if config.windows:
+            return self._windows(x_BNC, grid)
         keep, protected, cell = _sizes(
             config, self.run.phase.budget, grid, multiple=16 if x_BNC.is_cuda else 1
         )
@@ -225,6 +247,33 @@ class TokenMerging(StepMethod):
             if keep >= N:
                 return None
         return matching.merge_plan(best_GN, target_GN, keep).repeat(x_BNC.shape[0] // rows if rows > 1 else 1)
+
+    def _windows(self, x_BNC: Tensor, grid: tuple[int, int]) -> TokenPlan | None:
+        assert self.score is not None
+        counts = windows.counts(grid, self.run.phase.budget, 16 if x_BNC.is_cuda else 1)
+        if counts.slots == counts.tokens:
+            return None
+        assert self.run.grid is not None
+        plan = windows.plan(windows.coarser(self.score, self.run.grid, grid), grid, counts)
+        return plan if self.tokens.shared_plan else plan.repeat(x_BNC.shape[0] // len(self.score))
+
+    def _look(self, run: Run) -> None:
+        """How much the picture that the last step predicted varies around each token: (images, N), or of all images
+        the most where they share a plan."""
+        clock, denoiser, grid = run.clock, self.target.denoiser, run.grid
+        output, sample = clock.model_output, clock.sample
+        if grid is None or not isinstance(output, Tensor) or not isinstance(sample, Tensor):
+            raise UnsupportedError(_NO_PICTURE.format(type(self.target.scheduler).__name__))
+        x0 = clean(self.target.scheduler, output, sample, clock.times[clock.step - 1])
+        x0_BNc = None if x0 is None else self.tokens.of(denoiser, x0)
+        if x0_BNc is None or x0_BNc.shape[1] != grid[0] * grid[1]:
+            raise UnsupportedError(_NO_PICTURE.format(type(self.target.scheduler).__name__))
+        score_BN = windows.variance(x0_BNc, grid)
+        score_GN = score_BN.amax(0, keepdim=True) if self.tokens.shared_plan else score_BN
+        if self.score is None or self.score.shape != score_GN.shape or self.score.device != score_GN.device:
+            self.score = score_GN
+        else:
+            self.score.copy_(score_GN)
 
     def _carry(self, prediction: Tensor) -> Tensor:
         """Forecast + what the groups' means say about it: the mean of each group as computed, and within the
