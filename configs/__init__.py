@@ -47,6 +47,10 @@ def load(source: str | PathLike | Mapping[str, Any]) -> Any:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(content, Mapping):
         raise ConfigError(f"{path}: expected `method: ...` and its settings, got {type(content).__name__}")
+    if isinstance(
+        side_car := content.get("made_for"), str
+    ):  # beside the preset, wherever that is loaded from
+        content = {**content, "made_for": str(path.parent / side_car)}
     return _from_mapping(content, str(path))
 
 

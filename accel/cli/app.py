@@ -1,4 +1,4 @@
-"""The command line: `accel demo`, `generate`, `evaluate`, `bench`, `info`.
+"""The command line: `accel demo`, `generate`, `tune`, `evaluate`, `bench`, `info`.
 
 Errors a user can mend are printed as one line and exit with 2; `--debug` shows the traceback.
 """
@@ -14,7 +14,7 @@ import typer
 
 from accel.errors import AccelError, AccelWarning
 
-from . import bench, demo, evaluate, generate, info, terminal
+from . import bench, demo, evaluate, generate, info, terminal, tune
 
 app = typer.Typer(
     name="accel",
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 app.command()(demo.demo)
 app.command()(generate.generate)
+app.command()(tune.tune)
 app.command()(info.info)
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(bench.app, name="bench")

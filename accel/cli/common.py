@@ -23,7 +23,7 @@ from rich.progress import (
 
 from accel.errors import ConfigError
 
-from .terminal import progress_console
+from .terminal import progress_console, visible
 
 if TYPE_CHECKING:
     from accel.generation import Generated, Job, Settings
@@ -68,7 +68,15 @@ Config = Annotated[Path | None, typer.Option(help="A YAML file with a configurat
 
 def load(model: str, device: str | None, dtype: str | None) -> Any:
     """Loads the pipeline without the loaders' own bars, which would write over ours."""
-    from accel import backends, generation
+    from accel import generation
+
+    quiet_loaders()
+    return generation.load_pipeline(model, device, dtype)
+
+
+def quiet_loaders() -> None:
+    """A stack that works, whose loaders show no bars."""
+    from accel import backends
 
     backends.require_sound_stack()
     import diffusers
@@ -76,7 +84,6 @@ def load(model: str, device: str | None, dtype: str | None) -> Any:
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    return generation.load_pipeline(model, device, dtype)
 
 
 def configuration(preset: str | None, config: Path | None) -> Any:
@@ -158,6 +165,22 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     with bar:
         task = bar.add_task(title, total=total or None)
         yield lambda steps: bar.advance(task, steps)
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[tuple[float, float, str]], None]]:
+    """A bar on stderr with the time that is left, for work whose amount changes: gives what is told (done, total, what)."""
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=progress_console, transient=True) as bars:
+        task = bars.add_task("", total=None)
+        yield lambda state: bars.update(
+            task, completed=state[0], total=state[1], description=visible(state[2])
+        )
 
 
 def recipe(pipe: Any, settings: Settings, model: str, label: str, config: Any) -> dict[str, Any]:

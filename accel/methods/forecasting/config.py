@@ -31,6 +31,8 @@ class ForecastConfig:
             again at the end. 0.42 and 0.5 compute 10 of 24 steps: 0 to 4, 6, 9, 13, 18, 22.
         steps: in place of a cycle, the steps that are computed, rising from 0 (`accel tune` finds them).
         total: the number of steps of the runs that `steps` are for; others are refused. None: any that has them all.
+        made_for: the side-car of a tuned preset (JSON, written by `accel tune`): the pipeline is checked to be the one
+            that it was tuned on. In a preset's file, relative to it.
         order: degree of the polynomial that is continued, 0 (hold the last prediction), 1 or 2.
         trend: share of the extrapolated change that is believed, in (0, 1]: far ahead a line overshoots. On the
             built-in model 0.5 is better than 1 where five steps in a row are skipped, and worse where two are.
@@ -58,6 +60,7 @@ class ForecastConfig:
     tail: float = 0.5
     steps: tuple[int, ...] | None = None
     total: int | None = None
+    made_for: str | None = None
     order: int = 1
     trend: float = 1.0
     tolerance: float | None = None
@@ -116,6 +119,8 @@ class ForecastConfig:
         """One of a cycle, growth and steps says which steps are computed."""
         check_used(self, ("tail",), self.growth is not None, "there is no growth")
         check_used(self, ("total",), self.steps is not None, "there are no steps")
+        valid = self.made_for is None or (isinstance(self.made_for, str) and self.made_for != "")
+        check(valid, "made_for", "the path of a side-car, or none", self.made_for)
         if self._cycled:
             return
         source = "steps" if self.growth is None else "growth"

@@ -12,6 +12,7 @@ from torch import Tensor
 from accel.core.capability import require
 from accel.core.guidance import Guidance
 from accel.core.history import History, growth, memory
+from accel.core.made_for import MadeFor
 from accel.core.readback import Readback
 from accel.core.run import Run, StepMethod
 from accel.core.schedule import Phase
@@ -57,6 +58,9 @@ class Forecasting(StepMethod):
     def __init__(self, target: Target, config: ForecastConfig, stats: Stats) -> None:
         require(self.name, {"prediction"}, target.adapter, target.denoiser)
         self.target, self.config = target, config
+        self.made_for = None if config.made_for is None else MadeFor(config.made_for)
+        if self.made_for is not None:
+            self.made_for.check(target.denoiser, target.scheduler)
         self.run = Run(target, config.schedule(), self, stats, span=False)
         self.run.keep_outputs = True
         self.guidance = Guidance(self.run, min(config.order, 1), halves=True)
@@ -135,6 +139,8 @@ class Forecasting(StepMethod):
 
     def account(self, run: Run) -> StepStats:
         state = self.state
+        if self.made_for is not None and run.clock.step == 0:
+            self.made_for.check_size(run.clock.model_output)
         if run.phase.dense:
             self.guidance.account()
             if state.corrects:

@@ -1,0 +1,1 @@
+"""Which steps to compute, chosen for one model: `accel tune`."""

@@ -1,0 +1,200 @@
+"""What tuning runs: the plain pipeline, watched; masks; and runs with a single gap, for what a gap does to the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from accel import generation
+from accel.core import samplers
+from accel.core.clock import Clock, Listener
+from accel.errors import UnsupportedError
+from accel.generation import Job
+from accel.methods.forecasting import ForecastConfig
+
+from .masks import Array, Mask, Plain, gaps
+
+#: Where single gaps begin, of 24 steps: close to the start, where what a gap does to the end changes quickly.
+_PROBES = (1, 2, 3, 4, 6, 10, 16)
+
+
+@dataclass(frozen=True)
+class Made:
+    """Pictures (P, 3, H, W) uint8 of P prompts, and the seconds of the denoiser and of the whole calls."""
+
+    pictures: Tensor
+    denoiser_seconds: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the sampler was given in runs of P prompts: `given_PNL`, N steps of L numbers; and when the steps were.
+
+    Attributes:
+        shape: of one image's prediction.
+        known: how far each step goes along a prediction is known of the scheduler, so that forecasts are corrected.
+    """
+
+    given_PNL: Tensor
+    times_N: Array
+    lengths_N: Array
+    shape: tuple[int, ...]
+    known: bool
+
+    @property
+    def ends_PL(self) -> Tensor:
+        """What the steps add up to."""
+        return torch.einsum("pnl,n->pl", self.given_PNL, torch.from_numpy(self.lengths_N).float())
+
+    def plain(self) -> Plain:
+        given = self.given_PNL.double()
+        return Plain(self.times_N, self.lengths_N, (given @ given.mT).numpy(), self.known)
+
+
+class Watch(Listener):
+    """Keeps what the sampler is given at every step of a run, on the host."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self.given: list[Tensor] = []
+
+    def begin(self, clock: Clock) -> None:
+        self.given, self.times, self.lengths = [], clock.times, clock.lengths
+        reason = samplers.unsteady(self.scheduler, clock.times, clock.timesteps)
+        if reason is not None:
+            raise UnsupportedError(f"{type(self.scheduler).__name__} {reason}. {samplers.OTHER}")
+
+    def after(self, clock: Clock) -> None:
+        if clock.noise is not None:
+            raise UnsupportedError(samplers.noise_message(self.scheduler, clock.noise))
+        if not isinstance(clock.model_output, Tensor):
+            raise UnsupportedError(
+                f"{type(self.scheduler).__name__} is given no tensor: there is nothing to tune on"
+            )
+        self.given.append(clock.model_output.detach().float().cpu())
+
+    def seen(self) -> Seen:
+        lengths = self.lengths
+        if lengths is None:  # not Euler's: how much noise each step takes away stands for how far it goes
+            shares = [1 / (1 + np.exp(time)) for time in self.times]
+            lengths = tuple(later - now for now, later in pairwise([*shares, 0.0]))
+        return Seen(
+            torch.stack([given.flatten(1) for given in self.given], 1),
+            np.asarray(self.times),
+            np.asarray(lengths),
+            tuple(self.given[0].shape[1:]),
+            self.lengths is not None,
+        )
+
+
+@dataclass
+class Runs:
+    """Runs the pipeline on jobs, in batches.
+
+    Attributes:
+        call: how; its `steps` given.
+        spend: told how much has been done, in computed steps x images.
+    """
+
+    pipe: Any
+    call: generation.Settings
+    batch: int
+    spend: Callable[[float], None] = lambda units: None
+
+    @property
+    def total(self) -> int:
+        assert self.call.steps is not None
+        return self.call.steps
+
+    def made(self, jobs: Sequence[Job], mask: Mask | None = None, config: Any = None) -> Made:
+        """Plain; or with a mask, or any configuration."""
+        config = config_of(mask, self.total) if mask is not None else config
+        share = 1.0 if config is None else computed(config, self.total) / self.total
+        pictures, inside, whole = [], 0.0, 0.0
+        for members in generation.batches(jobs, self.batch):
+
+            def spent(steps: int, images: int = len(members)) -> None:
+                self.spend(steps * images * share)
+
+            done = generation.timed(self.pipe, members, self.call, config, spent)
+            pictures.append((done.images * 255).round().byte())
+            inside, whole = inside + (done.denoiser_seconds or 0.0), whole + done.seconds
+        return Made(torch.cat(pictures), inside, whole)
+
+    def watched(self, jobs: Sequence[Job], mask: Mask | None = None) -> Iterator[tuple[Made, Seen]]:
+        """The same, batch by batch, with what the sampler was given.
+
+        Raises:
+            UnsupportedError: the sampler adds noise, or is not given one row per image.
+        """
+        for members in generation.batches(jobs, self.batch):
+            with watching(self.pipe) as watch:
+                made = self.made(members, mask)
+            seen = watch.seen()
+            if len(seen.given_PNL) != len(members) or seen.given_PNL.shape[1] != self.total:
+                raise UnsupportedError(
+                    f"{type(self.pipe).__name__} gave its scheduler {tuple(seen.given_PNL.shape[:2])} predictions for "
+                    f"{len(members)} images of {self.total} steps: which is whose cannot be told"
+                )
+            yield made, seen
+
+
+@contextmanager
+def watching(pipe: Any) -> Iterator[Watch]:
+    watch = Watch(pipe.scheduler)
+    undo = Clock.of(pipe.scheduler).add(watch, pipe)
+    try:
+        yield watch
+    finally:
+        undo()
+
+
+def config_of(mask: Mask, total: int, **options: Any) -> ForecastConfig:
+    """The configuration of a mask for runs of `total` steps."""
+    return ForecastConfig(steps=mask.steps, total=total, trend=mask.trend, correct="auto", **options)
+
+
+def computed(config: Any, total: int) -> int:
+    """Steps that a configuration computes."""
+    return sum(phase.budget > 0 for phase in config.schedule().phases(total))
+
+
+def probes(total: int) -> list[tuple[int, int]]:
+    """Single gaps (a, c) of a run: two steps of 24 left out, as many in proportion."""
+    skipped = max(1, round(total / 12))
+    starts = sorted({max(1, round(start * total / 24)) for start in _PROBES})
+    return [(a, a + skipped + 1) for a in starts if a + skipped + 1 < total]
+
+
+def amplification(
+    runs: Runs, jobs: Sequence[Job], plain: Plain, ends_PL: Tensor, gap: tuple[int, int]
+) -> tuple[float, float]:
+    """(time of a, A) of one single gap: how far the end of a run is off, over how far the forecast was, as a mean of
+    logarithms over prompts. What the correction leaves is taken off first; it stays as it is."""
+    a, c = gap
+    mask = Mask(tuple(step for step in range(runs.total) if not a < step < c), 1.0, 0.0)
+    found = gaps(plain, mask.trend)
+    logs: list[float] = []
+    for _, seen in runs.watched(jobs, mask):
+        for off_L in seen.ends_PL - ends_PL[len(logs) : len(logs) + len(seen.given_PNL)]:
+            p = len(logs)
+            forecast = max(float(found.forecast_PBAC[p, a - 1, a, c]), 1e-30)
+            left = float(off_L.double().square().sum()) - float(found.line_PAC[p, a, c])
+            logs.append(0.5 * np.log(max(left, 1e-4 * forecast) / forecast))
+    return float(plain.times_N[a]), float(np.exp(np.mean(logs)))
+
+
+def amplification_at(measured: Sequence[tuple[float, float]], times_N: Array) -> Array:
+    """Interpolated in time, on a logarithmic scale; before the first and after the last as these."""
+    if not measured:  # too few steps for a single gap
+        return np.ones(len(times_N))
+    times, values = zip(*sorted(measured), strict=True)
+    return np.exp(np.interp(times_N, times, np.log(np.maximum(values, 1e-3))))

@@ -1,0 +1,166 @@
+"""What tuning leaves: a preset, its side-car, a page and a picture of the frontier."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from accel.core import made_for
+from accel.evaluation.bootstrap import mean_interval
+from accel.evaluation.records import write_atomically
+from accel.evaluation.report.table import Markdown, Table
+
+from .state import rounded
+from .tune import HELD, SEARCH, Tuned, name_of
+
+
+def write(tuned: Tuned, preset: Path, made_by: str) -> list[Path]:
+    """The preset (YAML) and, first, the side-car beside it (JSON): each is there whole or not at all.
+
+    Args:
+        made_by: the command, for the preset's first line.
+    """
+    side_car = preset.with_suffix(".json")
+    write_atomically(side_car, json.dumps(_side_car(tuned)) + "\n")
+    held = tuned.row(name_of(tuned.mask), HELD)
+    assert held is not None
+    values = held.values[tuned.goal.measured]
+    total = tuned.plain.total
+    lines = [
+        f"# {' '.join(made_by.split())}",
+        f"# {held.computed} of {total} steps computed; {tuned.goal.said(values)} to the plain pictures at the 10th",
+        f"# percentile of {len(values)} prompts that were held back.",
+        "method: forecast",
+        f"steps: [{', '.join(map(str, tuned.mask.steps))}]",
+        f"total: {total}",
+        *([] if tuned.mask.trend == 1 else [f"trend: {tuned.mask.trend:g}"]),
+        "correct: auto",
+        f"made_for: {json.dumps(side_car.name)}",
+    ]
+    write_atomically(preset, "\n".join(lines) + "\n")
+    return [preset, side_car]
+
+
+def _side_car(tuned: Tuned) -> dict[str, Any]:
+    plain = tuned.plain
+    return {
+        "version": made_for.VERSION,
+        "made_by": "accel tune",
+        **tuned.described,
+        "call": tuned.call,
+        "prediction": tuned.shape,
+        "goal": {"metric": tuned.goal.metric, "value": tuned.goal.value},
+        "held_back": [
+            {"name": r.name, "computed": r.computed, "values": r.values}
+            for r in tuned.rows
+            if r.split == HELD
+        ],
+        "masks": {
+            str(count): {"steps": masks[0].steps, "trend": masks[0].trend}
+            for count, masks in tuned.masks.items()
+        },
+        "times": rounded(plain.times_N),
+        "lengths": rounded(plain.lengths_N),
+        "corrects": plain.corrects,
+        "grams": [[rounded(row) for row in gram] for gram in plain.grams_PNN],
+    }
+
+
+def table(tuned: Tuned) -> Table:
+    """What was run, the held-back prompts first; the mask that was chosen in bold."""
+    metric, total = tuned.goal.measured, tuned.plain.total
+    header = [
+        "steps computed",
+        "of",
+        "prompts",
+        f"{metric} mean, 95 % interval",
+        "10th percentile",
+        "denoiser",
+    ]
+    rows = []
+    for row in sorted(tuned.rows, key=lambda r: (r.split == SEARCH, r.computed, r.name)):
+        values = row.values[metric]
+        bold = row.name == name_of(tuned.mask) and row.split == HELD
+        name = Markdown(f"**`{row.name}`**" if bold else f"`{row.name}`")
+        clock = ""
+        if row.split == HELD and row.denoiser_seconds and tuned.seconds["denoiser"]:
+            clock = f"{tuned.seconds['denoiser'] / row.denoiser_seconds:.2f}x"
+        cells = [f"{row.computed} / {total}", f"{len(values)} {row.split}", _mean(values, metric)]
+        rows.append([name, *cells, tuned.goal.said(values), clock])
+    return Table(header, rows, "Masks that were run")
+
+
+def _mean(values: Sequence[float], metric: str) -> str:
+    digits = 4 if metric == "lpips" else 1
+    mean = mean_interval(values, range(len(values)))
+    if mean.low is None:
+        return f"{mean.value:.{digits}f}"
+    return f"{mean.value:.{digits}f} [{mean.low:.{digits}f}, {mean.high:.{digits}f}]"
+
+
+def verdict(tuned: Tuned) -> str:
+    """How the mask compares with what ships, at as many computed steps, on the prompts that were held back."""
+    own = tuned.row(name_of(tuned.mask), HELD)
+    other = next((r for r in tuned.rows if r.split == HELD and not r.name.split()[0][0].isdecimal()), None)
+    if own is None or other is None:
+        return ""
+    metric = tuned.goal.measured
+    sign = -1 if metric == "lpips" else 1
+    gain = sign * (np.asarray(own.values[metric]) - np.asarray(other.values[metric]))
+    unit = "LPIPS" if metric == "lpips" else "dB"
+    said = f"{gain.mean():+.{4 if metric == 'lpips' else 1}f} {unit}"
+    interval = mean_interval(list(gain), range(len(gain)))
+    against = f"`{other.name}` ({other.computed} steps; this has {own.computed})"
+    if interval.low is None:
+        return f"Against {against}: {said} closer, on too few prompts for an interval."
+    said += f" [{interval.low:+.2f}, {interval.high:+.2f}]"
+    if interval.low > 0:
+        return f"Closer than {against}: {said}."
+    if interval.high is not None and interval.high < 0:
+        return f"Farther off than {against}: {said}. Take that one instead."
+    return f"No evidence of a difference to {against}: {said}."
+
+
+def page(tuned: Tuned, folder: Path) -> list[Path]:
+    """report.md, and frontier.svg where jinja2 is installed."""
+    text = f"# Tuned to {tuned.goal}\n\n{verdict(tuned)}\n\n{table(tuned).markdown()}\n"
+    write_atomically(folder / "report.md", text)
+    made = [folder / "report.md"]
+    try:
+        from accel.evaluation.report import plot
+
+        drawn = plot.file([_picture(tuned, metric_row) for metric_row in (0.1, 0.5)])
+    except ImportError:
+        return made
+    write_atomically(folder / "frontier.svg", drawn)
+    return [*made, folder / "frontier.svg"]
+
+
+def _picture(tuned: Tuned, quantile: float) -> dict[str, Any]:
+    from accel.evaluation.report import plot
+
+    metric, total = tuned.goal.measured, tuned.plain.total
+    points = []
+    for row in tuned.rows:
+        y = abs(tuned.goal.closeness(row.values[metric], quantile))
+        x = total / row.computed
+        chosen = row.name == name_of(tuned.mask)
+        name = "chosen" if chosen and row.split == HELD else f"{row.computed} steps"
+        name = name if row.name.split()[0][0].isdecimal() else row.name
+        points.append(
+            plot.Point(name, x, y, None, None, f"{x:.2f}x, {y:.4g}: {row.name}", f"{row.split} prompts")
+        )
+    goal = [("goal", tuned.goal.value)] if tuned.goal.metric != "speedup" and quantile < 0.5 else []
+    what = "10th percentile" if quantile < 0.5 else "median"
+    return plot.layout(
+        points,
+        label=f"{'LPIPS' if metric == 'lpips' else 'PSNR (dB)'} to the plain pictures, {what}",
+        higher_is_better=metric != "lpips",
+        lines=goal,
+        across="all steps over computed steps",
+        sheet=plot.FILE,
+    )

@@ -1,0 +1,306 @@
+"""Tuning, end to end: what is written does what it says, what was measured is not measured again, and what cannot be
+is refused before anything is written."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+
+import pytest
+import torch
+from diffusers import EulerAncestralDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from textless import flux, pixart
+
+import accel
+from accel.cli.app import main
+from accel.core import made_for
+from accel.errors import AccelError, AccelWarning, ConfigError, UnsupportedError
+from accel.evaluation.errors import EvaluationError
+from accel.evaluation.metrics.pixel import psnr
+from accel.evaluation.tune import result
+from accel.evaluation.tune.measure import Runs, amplification, probes, watching
+from accel.evaluation.tune.tune import HELD, Goal, Settings, tune
+from accel.generation import Job, run
+from accel.generation import Settings as Call
+
+PROMPTS = tuple(f"prompt number {i}" for i in range(6))
+STEPS = 12
+
+
+def settings(**changes):
+    return Settings(**{"call": Call(steps=STEPS), "prompts": PROMPTS, "minutes": 0.0, "batch": 3, **changes})
+
+
+def counted(pipe):
+    calls = []
+    pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """One run on the FLUX-shaped model, for the tests that look at what it left."""
+    folder, pipe = tmp_path_factory.mktemp("tune"), flux()
+    plain = run(pipe, [Job("x", 7)], Call(steps=STEPS))
+    seen = []
+    made = tune(pipe, Goal("speedup", 2.0), settings(), folder / "mine.tune", seen.append)
+    assert torch.equal(run(pipe, [Job("x", 7)], Call(steps=STEPS)), plain)  # the pipeline is as it was
+    result.page(made, folder / "mine.tune")
+    result.write(made, folder / "mine.yaml", "accel tune")
+    return folder, made, seen
+
+
+def test_the_preset_gives_what_was_measured_on_prompts_that_were_held_back(tuned):
+    folder, made, _ = tuned
+    assert len(made.mask.steps) == STEPS // 2
+    row = next(r for r in made.rows if r.split == HELD)
+    pipe, jobs = flux(), [Job(PROMPTS[i], i) for i in (4, 5)]
+    plain = run(pipe, jobs, Call(steps=STEPS))
+    with accel.accelerate(pipe, folder / "mine.yaml") as handle:
+        fast = run(pipe, jobs, Call(steps=STEPS))
+    assert [i for i, s in enumerate(handle.stats.steps) if s.computed] == list(made.mask.steps)
+    quantised = [(pictures * 255).round().byte() for pictures in (fast, plain)]
+    assert psnr(*quantised).tolist() == pytest.approx(row.values["psnr"], rel=1e-5)
+    assert min(row.values["psnr"]) < 99  # not just the plain pictures
+
+
+def test_the_page_names_what_ships_at_as_many_steps(tuned):
+    folder, made, _ = tuned
+    page = (folder / "mine.tune" / "report.md").read_text()
+    other = next(r for r in made.rows if r.split == HELD and r.name[0].isalpha())
+    assert other.computed == STEPS // 2
+    assert other.name in page
+    assert "<svg" in (folder / "mine.tune" / "frontier.svg").read_text()
+    side_car = json.loads((folder / "mine.json").read_text())
+    assert side_car["masks"]["12"]["steps"] == list(range(12))
+    assert len(side_car["grams"]) == 4
+    assert (folder / "mine.yaml").read_text().count("\n") == 8 + (made.mask.trend != 1)
+
+
+def test_progress_goes_up_to_its_end(tuned):
+    _, _, seen = tuned
+    done = [state[0] for state in seen]
+    assert done == sorted(done)
+    assert all(d <= total + 1e-6 for d, total, _ in seen)
+    assert {text.split(",")[0] for _, _, text in seen} >= {"plain", "what a gap does", "6 of 12 steps"}
+
+
+def test_a_stopped_run_goes_on_without_measuring_again(tmp_path):
+    pipe = flux()
+    calls, stopped = counted(pipe), []
+
+    def stop(state):
+        if state[2].startswith("what a gap does, 2") and not stopped:
+            stopped.append(len(calls))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(pipe, Goal("speedup", 3.0), settings(), tmp_path, stop)
+    first = len(calls)
+    tune(pipe, Goal("speedup", 3.0), settings(), tmp_path)
+    whole = flux()
+    once = counted(whole)
+    tune(whole, Goal("speedup", 3.0), settings(), tmp_path / "other")
+    # Two calls of a checked pipeline for the guidance; no plain run of the search and no gap twice.
+    assert len(calls) == len(once)
+    assert 0 < first < len(once)
+    again = len(calls)
+    tuned = tune(pipe, Goal("speedup", 3.0), settings(), tmp_path)
+    assert len(calls) == again
+    assert len(tuned.mask.steps) == 4
+
+
+@pytest.mark.parametrize("make", [flux, pixart])
+def test_the_fastest_that_keeps_the_budget(make, tmp_path):
+    pipe = make()
+    loose = tune(pipe, Goal("speedup", 2.0), settings(), tmp_path)
+    at_six = [r for r in loose.rows if r.split == "search" and r.computed == 6]
+    wanted = max(Goal("psnr", 1.0).closeness(r.values["psnr"]) for r in at_six) - 0.01
+    # Six steps keep it on the search. On the other prompts six, or some more, do as well; or none, and it says so.
+    with suppress(EvaluationError):
+        made = tune(pipe, Goal("psnr", wanted), settings(), tmp_path)
+        assert len(made.mask.steps) <= 6 + 3
+        held = [r.values["psnr"] for r in made.rows if r.split == HELD and r.name[0].isdecimal()]
+        assert Goal("psnr", wanted).is_met(held[-1])
+        assert not any(Goal("psnr", wanted).is_met(values) for values in held[:-1])
+
+
+def test_what_the_sampler_was_given_adds_up_to_what_it_made():
+    pipe, jobs = flux(), [Job("a", 1), Job("b", 2)]
+    runs = Runs(pipe, Call(steps=STEPS), batch=2)
+    ((_, seen),) = runs.watched(jobs)
+    assert seen.known
+    starts = torch.cat(
+        [torch.randn(1, 4, 16, 24, generator=torch.Generator().manual_seed(j.seed)) for j in jobs]
+    )
+    packed = pipe._pack_latents(starts, 2, 4, 16, 24)
+    ends = pipe(
+        [j.prompt for j in jobs],
+        num_inference_steps=STEPS,
+        output_type="latent",
+        generator=[torch.Generator().manual_seed(j.seed) for j in jobs],
+    ).images
+    torch.testing.assert_close(seen.ends_PL, (ends - packed).flatten(1), rtol=1e-3, atol=1e-4)
+
+
+def test_amplification_is_the_end_over_the_forecast():
+    """Of a model that does not look at its input, a gap does to the end what it says: what is left is nothing, and A
+    the floor. One that does, is off by more."""
+    jobs, gap = [Job("a", 1), Job("b", 2)], probes(STEPS)[2]
+    found = {}
+    for blind in (True, False):
+        pipe = flux()
+        if blind:
+            pipe.transformer.x_embedder.weight.data.zero_()
+        runs = Runs(pipe, Call(steps=STEPS), batch=2)
+        ((_, seen),) = runs.watched(jobs)
+        found[blind] = amplification(runs, jobs, seen.plain(), seen.ends_PL, gap)[1]
+    assert found[True] < 0.1
+    assert found[False] > 2 * found[True]
+
+
+def test_a_watched_pipeline_is_left_as_it_was():
+    pipe = flux()
+    before = set(vars(pipe.scheduler))
+    with watching(pipe):
+        assert "step" in vars(pipe.scheduler)
+    assert set(vars(pipe.scheduler)) <= before
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("goal", "changes", "why"),
+    [
+        (Goal("psnr", 30.0), {"prompts": PROMPTS[:3]}, "3 prompts: tuning takes at least 4"),
+        (Goal("psnr", 30.0), {"prompts": ("same",) * 9}, "1 prompts: tuning takes at least 4"),
+        (Goal("psnr", 30.0), {"call": Call(steps=3)}, "3 steps leave none to forecast"),
+        (Goal("speedup", 13.0), {}, "a speedup of 13 cannot be"),
+        (Goal("speedup", 1.0), {}, "a speedup of 1 cannot be"),
+    ],
+)
+def test_what_cannot_be_asked_for(goal, changes, why, tmp_path):
+    with pytest.raises(ConfigError, match=why):
+        tune(flux(), goal, settings(**changes), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_budget_that_nothing_meets_says_the_best_found(tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(PROMPTS[:4]))
+    arguments = ["tune", f"{__file__.replace('test_tune', 'textless')}:flux", "--prompts", str(file)]
+    with pytest.raises(SystemExit) as end:
+        main(
+            [
+                *arguments,
+                "--min-psnr",
+                "99.5",
+                "--steps",
+                "6",
+                "--minutes",
+                "0",
+                "--out",
+                str(tmp_path / "p.yaml"),
+            ]
+        )
+    error = capsys.readouterr().err
+    assert end.value.code == 2
+    assert "keeps at least 99.5 dB" in error
+    assert "the best found" in error
+    assert not list(tmp_path.glob("p.yaml"))
+    assert not list(tmp_path.glob("p.json"))
+
+
+def test_the_command_on_a_random_pixart_runs_to_its_end(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(PROMPTS[:5]))
+    preset = tmp_path / "pixart.yaml"
+    arguments = ["tune", f"{__file__.replace('test_tune', 'textless')}:pixart", "--prompts", str(file)]
+    with pytest.raises(SystemExit) as end:
+        main([*arguments, "--speedup", "2", "--steps", "8", "--minutes", "0", "--out", str(preset)])
+    assert end.value.code == 0
+    with accel.accelerate(pixart(), preset) as handle:
+        assert len(handle.config.steps) == 4
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn:DeprecationWarning")
+def test_a_sampler_that_adds_noise_is_refused(tmp_path):
+    pipe = pixart()
+    pipe.scheduler = EulerAncestralDiscreteScheduler()
+    with pytest.raises(UnsupportedError, match="adds noise"):
+        tune(pipe, Goal("speedup", 2.0), settings(), tmp_path)
+
+
+def test_a_folder_of_another_version_or_other_settings_is_refused(tuned, tmp_path):
+    folder, _, _ = tuned
+    pipe = flux()
+    calls = counted(pipe)
+    with pytest.raises(EvaluationError, match=r"other settings: call is .*'steps': 12"):
+        tune(pipe, Goal("speedup", 2.0), settings(call=Call(steps=10)), folder / "mine.tune")
+    state = json.loads((folder / "mine.tune" / "state.json").read_text())
+    (tmp_path / "state.json").write_text(json.dumps({**state, "version": 0}))
+    with pytest.raises(EvaluationError, match=r"another version \(0, this is 1\)"):
+        tune(pipe, Goal("speedup", 2.0), settings(), tmp_path)
+    assert not calls
+
+
+def test_a_side_car_for_another_pipeline_says_what_differs(tuned, tmp_path):
+    folder, _, _ = tuned
+    preset = folder / "mine.yaml"
+    other = flux()
+    with torch.no_grad():
+        other.transformer.x_embedder.weight.neg_()
+    with pytest.raises(UnsupportedError, match="FluxTransformer2DModel has other weights"):
+        accel.accelerate(other, preset)
+    moved = flux()
+    moved.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    with pytest.raises(UnsupportedError, match=r"the scheduler's shift is 1\.0 there, 3\.0 here"):
+        accel.accelerate(moved, preset)
+    with pytest.raises(
+        UnsupportedError, match="the model is FluxTransformer2DModel there, PixArtTransformer2DModel here"
+    ):
+        accel.accelerate(pixart(), preset)
+    pipe = flux()
+    with accel.accelerate(pipe, preset):
+        with pytest.warns(AccelWarning, match="its steps carry over by their number"):
+            run(pipe, [Job("x", 1)], Call(steps=STEPS, size=(32, 32)))
+        with pytest.raises(ConfigError, match="runs of 12 steps, this one has 9"):
+            run(pipe, [Job("x", 1)], Call(steps=9))
+    moved_file = tmp_path / "mine.yaml"
+    moved_file.write_text(preset.read_text())
+    with pytest.raises(ConfigError, match=r"mine\.json cannot be read"):
+        accel.accelerate(flux(), moved_file)
+    for content in ("{", "[]", '{"version": 0}', '{"version": 1}'):
+        (tmp_path / "mine.json").write_text(content)
+        with pytest.raises(ConfigError, match="run accel tune again"):
+            accel.accelerate(flux(), moved_file)
+
+
+def test_a_model_is_told_by_its_weights_in_any_precision():
+    pipe = flux()
+    first = made_for.describe(pipe.transformer, pipe.scheduler)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert made_for.describe(flux().transformer.to(dtype), pipe.scheduler) == first
+    larger = made_for.describe(pixart().transformer, pipe.scheduler)
+    assert made_for.difference(first, larger)
+    assert made_for.difference(first, first) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ([], "give one of --max-lpips, --min-psnr and --speedup"),
+        (["--min-psnr", "30", "--speedup", "2"], "give one of"),
+        (["--max-lpips", "0.05"], "needs --lpips FILE"),
+        (["--min-psnr", "-3"], "--min-psnr -3 is no budget"),
+        (["--speedup", "2", "--out", "mine.txt"], "a preset ends in .yaml"),
+        (["some/folder", "--speedup", "2"], "--prompts FILE is missing"),
+    ],
+)
+def test_what_the_command_line_refuses(arguments, why, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["tune", *arguments])
+    assert end.value.code == 2
+    assert why in " ".join(capsys.readouterr().err.split())
+    assert issubclass(ConfigError, AccelError)
