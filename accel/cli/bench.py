@@ -132,6 +132,32 @@ def autoregressive(
     say(f"report: {page}", to=_console)
 
 
+@app.command()
+def kernels(
+    out: Annotated[
+        Path, typer.Argument(help="Folder for kernels.json and kernels.md; continued if it exists.")
+    ],
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    budget: Annotated[float, typer.Option(min=1, help="Seconds after which no row is begun.")] = 90,
+    compile_only: Annotated[
+        bool,
+        typer.Option(
+            "--compile-only", help="What the compiler makes of them for A100 and H100; needs no GPU."
+        ),
+    ] = False,
+) -> None:
+    """Triton kernels: each against its reference at FLUX.1's sizes, beside what its bytes or products must take."""
+    from accel.evaluation.bench import kernels as bench
+
+    if dtype not in bench.DTYPES:
+        raise ConfigError(f"--dtype {dtype!r}: expected one of {', '.join(bench.DTYPES)}")
+    if compile_only:
+        text = bench.compiled(out, dtype)
+    else:
+        text = bench.bench(out, dtype=dtype, budget=budget)
+    show_report(text)
+
+
 @contextmanager
 def _bar() -> Iterator[Callable[[tuple[int, int, str]], None]]:
     """A bar for what `accel.evaluation.run` says: (done, total, configuration) of the batch size at hand."""

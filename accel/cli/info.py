@@ -104,11 +104,13 @@ def _show_models(as_json: bool) -> None:
 
 
 def _show_all(as_json: bool) -> None:
-    from accel import backends, configs
+    from accel import backends, configs, kernels
     from accel.pipelines import registry
     from accel.pipelines.autoregressive import registry as autoregressive
 
-    probes, built_in, presets = backends.probes(), _builtin(), _presets()
+    running, why = kernels.status()
+    probes = [*backends.probes(), backends.Probe("kernels", running, None, why)]
+    built_in, presets = _builtin(), _presets()
     if as_json:
         report = {
             "versions": _versions(),

@@ -1,4 +1,4 @@
-"""Forecast a prediction from its last computed values. Pure functions.
+"""The last computed values of a prediction, from which it is forecast (`accel.kernels.forecast`).
 
 TaylorSeer (arXiv:2503.06923, eq. 5) forecasts features with finite differences at a fixed interval. Here every
 token has its own time stamps, which are irregular once tokens are computed at different steps, so that the
@@ -11,37 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-def extrapolate(values: Sequence[Tensor], stamps: Sequence[Tensor], now: float) -> Tensor:
-    """The polynomial through (stamps[i], values[i]) at time `now`, in Newton's form; exact for polynomials of
-    degree < len(values).
-
-    Newton's form, because equal values then give exactly that value: all differences are zero.
-
-    Args:
-        values: newest first.
-        stamps: when each value was computed; NaN: not there (yet), nor any after it, and its value is ignored.
-        now: time to forecast.
-
-    Returns:
-        The forecast, in the dtype of the values; computed in float32.
-    """
-    differences = [v.float() for v in values]
-    result, reach = differences[0], torch.ones_like(stamps[0])
-    for k in range(1, len(values)):
-        differences = [
-            (newer - older) / (stamps[i] - stamps[i + k])
-            for i, (newer, older) in enumerate(pairwise(differences))
-        ]
-        reach = reach * (now - stamps[k - 1])
-        result = result + torch.where(stamps[k].isnan(), 0.0, differences[0] * reach)
-    return result.to(values[0].dtype)
+from accel.kernels.forecast import forecast
 
 
 def growth(age: Tensor | float, order: int) -> Any:
@@ -76,10 +51,7 @@ class History:
     def forecasts(self, now: float) -> list[Tensor]:
         """The prediction of each call at time `now`."""
         stamps = [self._spread(s) for s in self.stamps]
-        forecasts = [extrapolate(values, stamps, now) for values in self.values]
-        if self._trend == 1:
-            return forecasts
-        return [torch.lerp(v[0], f, self._trend) for v, f in zip(self.values, forecasts, strict=True)]
+        return [forecast(values, stamps, now, self._trend) for values in self.values]
 
     def start(self, outputs: Sequence[Tensor], now: float, shape: tuple[int, ...] = ()) -> None:
         """The first predictions of a loop, with time stamps of this shape."""

@@ -5,10 +5,16 @@ Shapes: B batch, N tokens, K computed slots, C channels, P plan rows (1: shared 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from accel.kernels.indexing import rows
+from accel.kernels.merge import merge
+from accel.kernels.plan import segments
+from accel.kernels.unmerge import expand, unmerge
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,8 @@ class TokenPlan:
         centroid: each slot stands at the centre of its tokens, not at `dst`: rotary tables are averaged.
         classes: where slots are in order of size, (size, how many slots) in that order: a host-side copy of `size`.
             Empty: in no order.
+        segments: (P, K + 1 + N) int32, every slot's list of tokens (`accel.kernels.plan`); None: whoever needs it
+            makes it.
     """
 
     dst: Tensor
@@ -33,12 +41,13 @@ class TokenPlan:
     complete: bool = True
     centroid: bool = False
     classes: tuple[tuple[int, int], ...] = ()
+    segments: Tensor | None = None
 
     @staticmethod
     def build(dst: Tensor, owner: Tensor, *, complete: bool = True) -> TokenPlan:
         """A plan from its two index tables; counts the tokens of each slot."""
-        size_PK = _segment_sum(torch.ones_like(owner, dtype=torch.float32)[..., None], owner, dst.shape[1])
-        return TokenPlan(dst, owner, size_PK[..., 0], complete)
+        size, lists = segments(owner, dst.shape[1])
+        return TokenPlan(dst, owner, size, complete, segments=lists)
 
     @staticmethod
     def permutation(order: Tensor) -> TokenPlan:
@@ -57,18 +66,19 @@ class TokenPlan:
 
     def take(self, x_BN: Tensor) -> Tensor:
         """(B, N, ...) -> (B, K, ...): the row of each slot's own position."""
-        return _rows(x_BN, self.dst)
+        return rows(x_BN, self.dst)
 
     def reduce(self, x_BNC: Tensor) -> Tensor:
         """(B, N, C) -> (B, K, C): the mean of the tokens of each slot, accumulated in float32."""
-        sum_BKC = _segment_sum(x_BNC, self.owner, self.slots)
-        return (sum_BKC / self.size.clamp(min=1)[..., None]).to(x_BNC.dtype)
+        return merge(x_BNC, self.owner, self.size, self.segments)
 
     def expand(self, y_BKC: Tensor) -> Tensor:
         """(B, K, C) -> (B, N, C): each token reads its slot; tokens with owner -1 read zero."""
-        if self.complete:
-            return _rows(y_BKC, self.owner)
-        return _rows(y_BKC, self.owner.clamp(min=0)) * (self.owner >= 0)[..., None].to(y_BKC.dtype)
+        return expand(y_BKC, self.owner, self.complete)
+
+    def change(self, x_BNC: Tensor, y_BKC: Tensor, reduced_BKC: Tensor | None = None) -> Tensor:
+        """x + expand(y - reduced), or x + expand(y): each token takes over what changed in its slot."""
+        return unmerge(x_BNC, y_BKC, reduced_BKC, self.owner, complete=self.complete)
 
     def write(self, x_BN: Tensor, y_BK: Tensor) -> None:
         """Put each slot's row of (B, K, ...) at its own position of (B, N, ...), in place."""
@@ -79,39 +89,16 @@ class TokenPlan:
             x_BN.index_put_((row_B1, self.dst), y_BK)
 
     def clone(self) -> TokenPlan:
-        return replace(self, dst=self.dst.clone(), owner=self.owner.clone(), size=self.size.clone())
+        return self._each(Tensor.clone)
 
     def repeat(self, times: int) -> TokenPlan:
         """The plan for `times` copies of the batch laid one after the other (the halves of guidance)."""
         if times == 1:
             return self
-        dst, owner, size = (t.repeat(times, 1) for t in (self.dst, self.owner, self.size))
-        return replace(self, dst=dst, owner=owner, size=size)
+        return self._each(lambda table: table.repeat(times, 1))
 
-
-def _rows(x_BN: Tensor, index_PK: Tensor) -> Tensor:
-    """x[b, index[b or 0]]. index_select copies whole rows; `gather` would need an index of x's own size."""
-    if index_PK.shape[0] == 1:
-        return x_BN.index_select(1, index_PK[0])
-    B, N = x_BN.shape[:2]
-    return x_BN.flatten(0, 1).index_select(0, _flat(index_PK, N)).unflatten(0, (B, index_PK.shape[1]))
-
-
-def _segment_sum(x_BNC: Tensor, owner_PN: Tensor, slots: int) -> Tensor:
-    """Sum of the rows of each slot in float32; rows with owner -1 go to an extra slot that is dropped.
-
-    `index_put_(accumulate=True)` sorts its indices on CUDA and adds in a fixed order; `index_add_` uses
-    atomics there, so two equal runs would differ in their last bits.
-    """
-    B, _, C = x_BNC.shape
-    owner_PN = torch.where(owner_PN < 0, slots, owner_PN)
-    index = _flat(owner_PN.expand(B, -1), slots + 1)
-    out = torch.zeros(B * (slots + 1), C, dtype=torch.float32, device=x_BNC.device)
-    x = x_BNC.flatten(0, 1).float()
-    out = out.index_put((index,), x, accumulate=True) if x.is_cuda else out.index_add(0, index, x)
-    return out.view(B, slots + 1, C)[:, :slots]
-
-
-def _flat(index_BK: Tensor, rows: int) -> Tensor:
-    offset_B1 = torch.arange(index_BK.shape[0], device=index_BK.device)[:, None] * rows
-    return (index_BK + offset_B1).flatten()
+    def _each(self, change: Callable[[Tensor], Tensor]) -> TokenPlan:
+        lists = None if self.segments is None else change(self.segments)
+        return replace(
+            self, dst=change(self.dst), owner=change(self.owner), size=change(self.size), segments=lists
+        )

@@ -149,7 +149,7 @@ class Span:
             assert reduced is not None
             self.clear()
             others, y_BKC = port.split(port.read(output), plan.slots)
-            y_BNC = plan.expand(y_BKC) if not port.site.residual else full + plan.expand(y_BKC - reduced)
+            y_BNC = plan.change(full, y_BKC, reduced) if port.site.residual else plan.expand(y_BKC)
             return port.write(output, port.join(others, y_BNC, order_BL))
 
         return leave

@@ -10,8 +10,9 @@ from conftest import FAMILIES, freeze, log_snr, make_flux
 from diffusers import FlowMatchHeunDiscreteScheduler
 
 import accel
-from accel.core.history import History, extrapolate
+from accel.core.history import History
 from accel.errors import ConfigError, UnsupportedError
+from accel.kernels.forecast import forecast
 
 Config = accel.ForecastConfig
 CYCLE = {"cycle": (0, 1), "dense_steps_first": 2, "dense_steps_last": 1}
@@ -33,10 +34,10 @@ def stamps_of(times):
 def test_polynomials_up_to_the_order_are_exact(order):
     for degree in range(order + 1):
         f, times = polynomial(degree), IRREGULAR[order::-1]
-        forecast = extrapolate([f(t) for t in times], stamps_of(times), 122.0)
-        torch.testing.assert_close(forecast, f(122.0), rtol=0, atol=2e-4)
+        got = forecast([f(t) for t in times], stamps_of(times), 122.0)
+        torch.testing.assert_close(got, f(122.0), rtol=0, atol=2e-4)
     f, times = polynomial(order + 1), IRREGULAR[order::-1]
-    assert (extrapolate([f(t) for t in times], stamps_of(times), 122.0) - f(122.0)).abs().max() > 1e-2
+    assert (forecast([f(t) for t in times], stamps_of(times), 122.0) - f(122.0)).abs().max() > 1e-2
 
 
 def test_a_damped_trend_is_part_of_the_way_to_the_undamped_one():
@@ -54,8 +55,8 @@ def test_a_damped_trend_is_part_of_the_way_to_the_undamped_one():
 def test_wrong_time_stamps_are_noticed():
     # The negative control: step numbers in place of irregular times.
     f, times = polynomial(1), (551.0, 947.0)
-    forecast = extrapolate([f(t) for t in times], stamps_of([1.0, 0.0]), 2.0)
-    assert (forecast - f(122.0)).abs().max() > 5e-2
+    got = forecast([f(t) for t in times], stamps_of([1.0, 0.0]), 2.0)
+    assert (got - f(122.0)).abs().max() > 5e-2
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
@@ -80,7 +81,7 @@ def test_every_token_has_its_own_time_stamps(order):
 
 def test_equal_values_give_exactly_that_value():
     v = torch.randn(2, 7, 4)
-    assert torch.equal(extrapolate([v, v, v], stamps_of([551.0, 803.0, 947.0]), 122.0), v)
+    assert torch.equal(forecast([v, v, v], stamps_of([551.0, 803.0, 947.0]), 122.0), v)
 
 
 def test_steps_are_skipped_and_counted(family):

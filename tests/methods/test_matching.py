@@ -7,6 +7,9 @@ import torch
 from conftest import FAMILIES, make_pixart
 
 import accel
+from accel.kernels.detail import detail
+from accel.kernels.match import match
+from accel.kernels.match.reference import features
 from accel.methods import importance
 from accel.methods.merging import matching, noise
 from accel.pipelines.registry import find
@@ -45,7 +48,7 @@ def test_merge_plan_matches_brute_force(grid):
     tokens = grid[0] * grid[1]
     dst = matching.destinations(torch.rand(1, tokens), grid, 2)
     exempt = matching.top_mask(torch.rand(1, tokens), 3)
-    best, target = matching.match(matching.features(x, 1), dst, exempt)
+    best, target = match(x, dst, exempt)
     keep = tokens - 9
     plan = matching.merge_plan(best, target, keep)
     expected = brute_force_merge(x[0], dst[0].tolist(), 9, exempt[0].nonzero().flatten().tolist())
@@ -78,12 +81,12 @@ def test_noise_is_uniform_and_depends_on_all_its_inputs():
 
 def test_shared_features_average_the_cosine():
     x = grid_features(3, 4, batch=4)
-    shared = matching.features(x, 1)
+    shared = features(x, 1)
     assert math.isclose(
         float(shared[0, 2] @ shared[0, 7]), sum(cosine(x[b, 2], x[b, 7]) for b in range(4)) / 4, abs_tol=1e-6
     )
     # Two halves of guidance over two images: rows 0 and 2 of the batch are the same image.
-    paired = matching.features(x, 2)
+    paired = features(x, 2)
     assert math.isclose(
         float(paired[1, 2] @ paired[1, 7]),
         (cosine(x[1, 2], x[1, 7]) + cosine(x[3, 2], x[3, 7])) / 2,
@@ -101,7 +104,7 @@ def test_cell_size_leaves_room():
 def test_local_detail_finds_the_edge():
     x = torch.zeros(1, 8, 8, 3)
     x[:, :, 4:] = 1
-    score = importance.local_detail(x.flatten(1, 2), (8, 8)).view(8, 8)
+    score = detail(x.flatten(1, 2), (8, 8)).view(8, 8)
     assert (score[:, 3:5] > 1).all()
     assert (score[:, :3].abs() < 1e-4).all()
     assert (score[:, 5:].abs() < 1e-4).all()

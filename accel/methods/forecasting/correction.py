@@ -16,6 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from accel.kernels.forecast import correct
+
 
 class Correction:
     """The debt of the steps forecast since the last computed one."""
@@ -53,8 +55,7 @@ class Correction:
     def apply(self, call: int, prediction: Tensor, latest: Tensor) -> Tensor:
         """What the sampler gets in place of this call's prediction."""
         assert self._share is not None
-        now = prediction.float()
-        return (now + (self._share * (now - latest.float()) - self._missed[call])).to(prediction.dtype)
+        return correct(prediction, latest, self._missed[call], self._share)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -24,6 +24,8 @@ from accel.core.schedule import slots
 from accel.core.span import Span
 from accel.core.target import Target
 from accel.errors import AccelWarning, UnsupportedError
+from accel.kernels.detail import detail
+from accel.kernels.match import match
 from accel.methods import importance, windows
 from accel.stats import Stats, StepStats
 
@@ -225,7 +227,6 @@ class TokenMerging(StepMethod):
         samples = self.run.samples
         shared = self.tokens.shared_plan or samples is None or x_BNC.shape[0] % samples
         rows = 1 if shared or samples is None else samples
-        unit_GNC = matching.features(x_BNC, rows)
 
         score_GN = exempt_GN = None
         if protected or config.destinations != "random":
@@ -239,7 +240,7 @@ class TokenMerging(StepMethod):
             exempt_GN = matching.top_mask(score_GN, protected)
 
         dst_GD = matching.destinations(wish_GN, grid, cell)
-        best_GN, target_GN = matching.match(unit_GNC, dst_GD, exempt_GN)
+        best_GN, target_GN = match(x_BNC, dst_GD, exempt_GN)
         if config.threshold is not None:
             # The only wait for the device, once per plan. Rounded so that few different shapes occur.
             similar = int((best_GN >= config.threshold).sum(1).min())
@@ -286,13 +287,13 @@ class TokenMerging(StepMethod):
         old_BNc = self.tokens.of(denoiser, self.state.forecasts[call])
         new_BNc = self.tokens.of(denoiser, prediction)
         gather = plan.take if self.config.merge == "pick" else plan.reduce
-        carried_BNc = old_BNc + plan.expand(gather(new_BNc - old_BNc))
+        carried_BNc = plan.change(old_BNc, gather(new_BNc - old_BNc))
         return self.tokens.put(denoiser, prediction, carried_BNc, grid)
 
     def _importance(self, x_BNC: Tensor, grid: tuple[int, int], rows: int) -> Tensor:
         score_BN = self.state.guidance if self.config.importance != "detail" else None
         if score_BN is None or score_BN.shape[1] != x_BNC.shape[1]:
-            score_BN = importance.local_detail(x_BNC, grid)
+            score_BN = detail(x_BNC, grid)
         return score_BN.unflatten(0, (-1, rows)).mean(0)
 
 

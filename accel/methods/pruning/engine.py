@@ -22,7 +22,7 @@ from accel.core.schedule import slots
 from accel.core.span import Span
 from accel.core.target import Target
 from accel.errors import AccelWarning, UnsupportedError
-from accel.methods import importance
+from accel.kernels.detail import detail
 from accel.stats import Stats, StepStats
 
 from . import selection
@@ -253,8 +253,8 @@ class TokenPruning(StepMethod):
         if (
             self.state.error_GN is None
         ):  # a single step so far: no forecast could be checked, so where there is detail
-            detail = [importance.local_detail(self._tokens(v), run.grid) for v in latest]
-            return torch.stack(detail).mean(0).unflatten(0, (-1, self.state.rows)).mean(0)
+            local = [detail(self._tokens(v), run.grid) for v in latest]
+            return torch.stack(local).mean(0).unflatten(0, (-1, self.state.rows)).mean(0)
         return selection.pool(self.state.error_GN * growth(age_GN, self.config.order), run.grid)
 
     def _best(self, run: Run, score_GN: Tensor, count: int) -> Tensor:
