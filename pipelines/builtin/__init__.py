@@ -16,18 +16,30 @@ FOLDER = Path(__file__).parent / "scenes-flux"
 AUTOREGRESSIVE_FOLDER = Path(__file__).parent / "scenes-janus"
 
 
-def load_pipeline(device: Any = None, dtype: Any = None) -> ScenesFluxPipeline:
+def load_pipeline(device: Any = None, dtype: Any = None, world: str = "flat") -> ScenesFluxPipeline:
     """The built-in text-to-image model, a `FluxPipeline` with its own defaults (256 px).
 
     Args:
         device: default: CUDA if there is one, else CPU.
         dtype: default: bfloat16 on CUDA, float32 on CPU.
+        world: "flat", or "textured": the same model changed by a side-car, so that the same prompts get patterned
+            grounds and shapes, and three more words mean something: small, tiny and thin.
 
     Raises:
         WeightsError: if a file of the model is missing or corrupt; names the file.
+        ConfigError: an unknown world.
     """
+    from accel.errors import ConfigError
+
+    if world not in ("flat", "textured"):
+        raise ConfigError(f"world must be 'flat' or 'textured', got {world!r}")
     device, dtype = _defaults(device, dtype)
-    return load_folder(FOLDER, dtype).to(device)
+    pipe = load_folder(FOLDER, dtype)
+    if world == "textured":
+        from . import textured
+
+        textured.add_to(pipe)
+    return pipe.to(device)
 
 
 def load_folder(folder: Path, dtype: Any) -> ScenesFluxPipeline:

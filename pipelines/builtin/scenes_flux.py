@@ -18,6 +18,7 @@ class ScenesFluxPipeline(FluxPipeline):
     default_steps = 20
     default_guidance = 3.0
     text_tokens = 16
+    spelt: frozenset[str] = frozenset()  # words it knows that are not in the vocabulary
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> ScenesFluxPipeline:
@@ -40,7 +41,8 @@ class ScenesFluxPipeline(FluxPipeline):
         """See `FluxPipeline.__call__`. `true_cfg_scale=1` turns guidance off and halves the work."""
         if prompt is not None:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-            prompt = known_prompts(prompts, self.tokenizer_2.get_vocab(), stacklevel=2)
+            vocabulary = {*self.tokenizer_2.get_vocab(), *self.spelt}
+            prompt = known_prompts(prompts, vocabulary, stacklevel=2)
             if true_cfg_scale > 1:
                 # FluxPipeline does not spread one negative prompt over a batch.
                 negative = negative_prompt if negative_prompt is not None else ""
