@@ -147,7 +147,7 @@ class Model:
         return [shift / (shift + 1 / s - 1) for s in at] + [0.0]
 
     def plan_of(self, x: Tensor, sigma: float, guided: Tensor, budget: float) -> TokenPlan | None:
-        counts = windows.counts(self.grid, budget)
+        counts = windows.counts(self.grid, budget, 16)  # few shapes, and aligned ones
         if counts.slots == counts.tokens:
             return None
         return windows.plan(windows.variance(x - sigma * guided, self.grid), self.grid, counts)

@@ -89,7 +89,10 @@ def draw_textures(
     return ground, pattern, np.concatenate([fill, rng.uniform(*DARKER, (*slots, 1))], -1)
 
 
-def _draw(rng: np.random.Generator, shape: tuple[int, ...], periods: tuple[float, float], share: float):
+def _draw(
+    rng: np.random.Generator, shape: tuple[int, ...], periods: tuple[float, float], share: float
+) -> np.ndarray:
     kind = rng.integers(1, len(PATTERNS), shape) * (rng.random(shape) < share)
-    frequency = np.exp(rng.uniform(*np.log(periods), shape))
+    low, high = (math.log(p) for p in periods)
+    frequency = np.exp(rng.uniform(low, high, shape))
     return np.stack([kind, frequency, rng.uniform(0, math.pi, shape), rng.random(shape)], -1)

@@ -53,7 +53,7 @@ class Adapter:
         """
         self.car.check(denoiser)
         for path, (a, b) in self.car.layers.items():
-            layer = denoiser.get_submodule(path)
+            layer, weight = denoiser.get_submodule(path), denoiser.get_parameter(f"{path}.weight")
             if hasattr(layer, _A):
                 raise UnsupportedError(
                     f"{path} already has a side-car's changes: remove() the other handle first"
@@ -61,7 +61,7 @@ class Adapter:
             bias = self.car.biases.get(path)
             for name, value in ((_A, a), (_B, b), (_BIAS, bias)):
                 # A buffer moves with the module; not persistent, it is in no state dict.
-                value = None if value is None else value.to(layer.weight.device, layer.weight.dtype)
+                value = None if value is None else value.to(weight.device, weight.dtype)
                 layer.register_buffer(name, value, persistent=False)
                 stack.callback(delattr, layer, name)
             stack.callback(layer.register_forward_hook(self._change).remove)
@@ -106,6 +106,7 @@ class Router(nn.Module):
             # Trained on, too: the mask that keeps the middle out.
             mask = torch.ones(3, 3)
             mask[1, 1] = 0
+            self.mask: Tensor
             self.register_buffer("mask", mask, persistent=False)
             self.scorer = nn.Linear(1, 1)
             nn.init.ones_(self.scorer.weight)

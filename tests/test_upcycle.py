@@ -1,0 +1,108 @@
+"""The upcycling trainer trains what runs later: its student on windows is the model under accel's own hooks."""
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+
+from accel.core import sidecar
+from accel.core.plan import TokenPlan
+from accel.core.span import Span
+from accel.methods.chunking import learned
+from accel.pipelines.registry import find
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        import upcycle_chunking
+
+        return upcycle_chunking
+    finally:
+        sys.path.remove(str(EXAMPLES))
+
+
+@pytest.fixture(scope="module")
+def model(trainer):
+    return trainer.Model(["flat"], 64, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def state(model):
+    torch.manual_seed(0)
+    return torch.randn(2, 64, 16), torch.tensor(0.6), (torch.randn(2, 16, 128), torch.randn(2, 128))
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def test_dense_it_is_the_plain_transformer(model, state):
+    x, time, (tokens, pooled) = state
+    with torch.no_grad():
+        mine = model.predict(model.bases["flat"], x, time, tokens, pooled)
+        net = type(model.net).from_config(model.net.config)  # without the trainer's hooks
+        net.load_state_dict(model.net.state_dict())
+        plain = net(x, tokens, pooled, time.expand(2), model.ids, model.text_ids, return_dict=False)[0]
+    assert torch.equal(mine, plain)
+
+
+def test_each_image_has_its_own_plan(model, state):
+    x, time, features = state
+    torch.manual_seed(1)
+    orders = torch.stack([torch.randperm(64), torch.randperm(64)])
+    with torch.no_grad():
+        plain = model.predict(model.bases["flat"], x, time, *features)
+        permuted = model.predict(model.bases["flat"], x, time, *features, TokenPlan.permutation(orders))
+    assert relative(permuted, plain) < 1e-5
+
+
+def test_on_windows_it_is_the_model_under_the_span_and_the_adapter(trainer, model, state, tmp_path):
+    x, time, (tokens, pooled) = state
+    torch.manual_seed(2)
+    low = trainer.LowRank(model.net, trainer.rank_of)
+    for p in low.parameters():
+        p.data = (p.data + 0.02 * torch.randn_like(p)).bfloat16().float()  # what the file keeps
+    plan = model.plan_of(x[:1], 0.6, torch.randn(1, 64, 16), 0.4)
+    assert plan.slots < 32
+    size = sidecar.write(tmp_path / "c.safetensors", learned.KIND, model.fits, low.named())
+    assert size < trainer.LIMIT
+    with torch.no_grad():
+        trained = model.predict(low.changed(model.bases["flat"]), x, time, tokens, pooled, plan)
+        unchanged = model.predict(model.bases["flat"], x, time, tokens, pooled, plan)
+        net = type(model.net).from_config(model.net.config)
+        net.load_state_dict(model.net.state_dict())
+        with ExitStack() as stack:
+            span = Span(lambda x: plan, tokens=lambda: 64)
+            span.attach(net, find(net).tokens.sites(net)[1:], stack, bias=True)
+            learned.Adapter(tmp_path / "c.safetensors", lambda: True).attach(net, stack)
+            run = net(x, tokens, pooled, time.expand(2), model.ids, model.text_ids, return_dict=False)[0]
+    assert relative(run, trained) < 1e-4
+    assert relative(run, unchanged) > 1e-2
+
+
+def test_the_loss_is_nought_at_all_tokens_and_has_a_gradient_below(trainer, model):
+    low = trainer.LowRank(model.net, trainer.rank_of)
+    state = next(trainer.walks(model, ["flat"], 1, 0, torch.device("cpu")))
+    assert trainer.distillation(model, low, state, 1.0).item() < 1e-10
+    loss = trainer.distillation(model, low, state, 0.3)
+    assert loss.item() > 1e-3
+    loss.backward()
+    grads = {name: tensor.grad for name, tensor in low.named().items() if name.endswith(".B")}
+    used = [name for name, grad in grads.items() if grad is not None and grad.abs().max() > 0]
+    assert len(used) > 0.9 * len(grads)
+
+
+def test_it_trains_stops_in_time_and_goes_on(trainer, tmp_path, monkeypatch, capsys):
+    options = ["--worlds", "flat", "--size", "64", "--batch", "1", "--log", "1", "--report", "0", "--seconds"]
+    for seconds, said in (("1", "upcycle step 1 loss"), ("1.5", "resumed at step")):
+        monkeypatch.setattr(sys, "argv", ["upcycle_chunking.py", "--out", str(tmp_path), *options, seconds])
+        trainer.main()
+        assert said in capsys.readouterr().out
+    assert (tmp_path / "chunking.safetensors").stat().st_size < trainer.LIMIT
+    assert not list(tmp_path.glob("*.part"))
