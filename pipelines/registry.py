@@ -20,6 +20,7 @@ _BUILTIN = {
     "DiTTransformer2DModel": "accel.pipelines.diffusion.dit",
     "ErnieImageTransformer2DModel": "accel.pipelines.diffusion.ernie",
     "Flux2Transformer2DModel": "accel.pipelines.diffusion.flux2",
+    "Flux3Transformer2DModel": "accel.pipelines.diffusion.flux3",
     "FluxTransformer2DModel": "accel.pipelines.diffusion.flux",
     "GlmImageTransformer2DModel": "accel.pipelines.diffusion.glm_image",
     "HiDreamImageTransformer2DModel": "accel.pipelines.diffusion.hidream",

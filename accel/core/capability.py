@@ -37,10 +37,12 @@ class Branches:
             a call for each, or it is not known.
         calls: of two calls a step, the conditional one; None: they make one call, or it is not known. Where it is
             known, calls may come and go during a run (guidance over a part of the steps).
+        layers: arguments with a value for each layer first, a list or a dimension: the batch is inside of those.
     """
 
     batched: Literal["first", "second"] | None = None
     calls: Literal["first"] | None = None
+    layers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ class Tokens:
         grid_source: the denoiser's arguments, by name -> what the token grid can be told from.
         grid: (denoiser, that) -> (rows, columns) of the image tokens in their order. Called once per run, outside
             of compiled code; may wait for the device.
-        of: (denoiser, prediction) -> the prediction per token (B, N, c), in the tokens' order.
+        references: (denoiser, the same) -> how many tokens of reference images follow the image's in the same rows
+            (editing models): what is predicted for them is thrown away.
+        of: (denoiser, prediction, grid) -> the prediction per token (B, N, c), in the tokens' order.
         put: (denoiser, prediction, tokens (B, N, c), grid) -> the prediction with these tokens in it, the inverse
             of `of`.
         spread: (denoiser, values per token (B, N), grid) -> the same values, broadcasting to a prediction.
@@ -65,12 +69,13 @@ class Tokens:
     sites: Callable[[nn.Module], Sequence[Site]]
     grid_source: Callable[[Mapping[str, Any]], Any]
     grid: Callable[[nn.Module, Any], tuple[int, int]]
-    of: Callable[[nn.Module, Tensor], Tensor]
+    of: Callable[[nn.Module, Tensor, tuple[int, int]], Tensor]
     put: Callable[[nn.Module, Tensor, Tensor, tuple[int, int]], Tensor]
     spread: Callable[[nn.Module, Tensor, tuple[int, int]], Tensor]
     shared_plan: bool
     refuse: Callable[[Mapping[str, Any], bool], None] = lambda arguments, span: None
     convolutional: bool = False
+    references: Callable[[nn.Module, Any], int] = lambda denoiser, source: 0
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,10 @@ class Guidance:
             return call(*args, **kwargs)
         assert run.samples is not None
         first = self._declared.batched == "first"
-        args, kwargs = _half((args, kwargs), 2 * run.samples, first=first)
+        batch, layered = 2 * run.samples, self._declared.layers
+        layers = {name: _half_of_each(kwargs[name], batch, first) for name in layered if name in kwargs}
+        args, kwargs = _half((args, kwargs), batch, first=first)
+        kwargs = {**kwargs, **layers}
         conditional = prediction_of(call(*args, **kwargs))
         branches = [conditional, self._continued(conditional)]
         both = torch.cat(branches if first else branches[::-1])
@@ -170,6 +173,12 @@ class Guidance:
         the forecast where the conditional branch is."""
         was, unconditional = (f.float() for f in self._forecasts)
         return (unconditional + (conditional.float() - was)).to(conditional.dtype)
+
+
+def _half_of_each(layers: Any, batch: int, first: bool) -> Any:
+    """The conditional half of every layer's value: there may be as many layers as images."""
+    halves = [_half(layer, batch, first=first) for layer in layers]
+    return torch.stack(halves) if isinstance(layers, Tensor) else halves
 
 
 def _half(value: Any, batch: int, *, first: bool) -> Any:

@@ -88,6 +88,20 @@ class TokenPlan:
             row_B1 = torch.arange(x_BN.shape[0], device=x_BN.device)[:, None]
             x_BN.index_put_((row_B1, self.dst), y_BK)
 
+    def before(self, references: int, *, computed: bool = True) -> TokenPlan:
+        """The plan for these tokens and `references` more behind them, each of which is computed, or keeps what it is."""
+        if not references:
+            return self
+        behind = torch.arange(references, device=self.dst.device).expand(self.dst.shape[0], -1)
+        if not computed:
+            owner = torch.cat([self.owner, torch.full_like(behind, -1)], 1)
+            return replace(self, owner=owner, complete=False)
+        dst = torch.cat([self.dst, behind + self.tokens], 1)
+        owner = torch.cat([self.owner, behind + self.slots], 1)
+        size = torch.cat([self.size, torch.ones_like(behind, dtype=self.size.dtype)], 1)
+        classes = (*self.classes, (1, references)) if self.classes else ()
+        return replace(self, dst=dst, owner=owner, size=size, classes=classes)
+
     def clone(self) -> TokenPlan:
         return self._each(Tensor.clone)
 

@@ -35,7 +35,13 @@ from .target import Target
 
 
 class StepMethod(Method):
-    """A method that follows a denoising loop step by step. Called between steps, never inside the denoiser."""
+    """A method that follows a denoising loop step by step. Called between steps, never inside the denoiser.
+
+    Attributes:
+        reduces: it leaves tokens out whatever the schedule's budgets say.
+    """
+
+    reduces = False
 
     @classmethod
     def take_apart(cls, pipe: Any, find: Callable[[nn.Module], Adapter]) -> Target:
@@ -89,6 +95,7 @@ class Run(Listener):
         active: the running call of the denoiser is this loop's. Read by hooks, possibly traced.
         phase: what the running step does; dense while no loop is running.
         grid: (rows, columns) of the image tokens, known from the first call of a run; None before.
+        references: tokens of reference images that follow those, known with it.
         phases: the phases of all steps of this run.
         time: of the running step, as forecasts count it (see `Clock.times`).
         outputs: the predictions of this step's calls as the pipeline got them, kept if the method asked for
@@ -121,6 +128,7 @@ class Run(Listener):
         self.detour: Callable[..., Any] | None
         self.correct: Callable[[Tensor], Tensor] | None
         self.grid: tuple[int, int] | None
+        self.references: int
         self.samples: int | None
         self.branch_skipped: bool
         self.changed: bool
@@ -161,14 +169,18 @@ class Run(Listener):
             return
         self.stats.notes.clear()
         self.phases = self.schedule.phases(clock.total)
-        self._partial = any(0 < phase.budget < 1 for phase in self.phases)
+        self._partial = self.method.reduces or any(0 < phase.budget < 1 for phase in self.phases)
         if self._partial and getattr(self.target.denoiser, "is_cache_enabled", False):
             raise UnsupportedError(
                 "one of diffusers' caches is enabled on the denoiser: it keeps what blocks put out, for another number "
                 "of tokens than they get now. Call pipe.transformer.disable_cache(), or use forecasts "
                 "(the presets quality, balanced, fast and draft), which go with it."
             )
-        if self.schedule.reduces and all(phase.dense and phase.guided for phase in self.phases):
+        if (
+            self.schedule.reduces
+            and not self.method.reduces
+            and all(phase.dense and phase.guided for phase in self.phases)
+        ):
             warnings.warn(
                 f"all {clock.total} steps are dense: the schedule's dense first and last steps leave none to "
                 "reduce, so this run is not accelerated. For models of 4 to 8 steps: the preset few-step.",
@@ -280,6 +292,7 @@ class Run(Listener):
         if clock.step == 0:  # not in `begin`, which image-to-image brings about twice
             self.stats.runs += 1
             self.stats.steps.clear()
+            self._check_references(clock)
         if clock.noise is not None:
             self.method.noisy(self, clock.noise)
         done = replace(self.method.account(self), calls=self._calls)
@@ -335,6 +348,7 @@ class Run(Listener):
         self.phase, self.phases, self.time, self._partial = Phase(1.0), (), 0.0, False
         self.answers = self.correct = self.detour = None
         self.grid = self.samples = None
+        self.references = 0
         self.branch_skipped = self.changed = self._foreign = self._gridless = False
         self.outputs = ()
         self._calls = self.seen = 0
@@ -349,13 +363,13 @@ class Run(Listener):
 
     @property
     def image_tokens(self) -> int | None:
-        """N; None: not known yet."""
-        return None if self.grid is None else self.grid[0] * self.grid[1]
+        """N, and the references behind them; None: not known yet."""
+        return None if self.grid is None else self.grid[0] * self.grid[1] + self.references
 
     @property
     def tokens(self) -> int:
         """Image tokens of a plain step, over all blocks; 1 where they are not described, so that steps are counted."""
-        return 1 if self.grid is None else self.target.tokens(self.grid)
+        return 1 if self.grid is None else self.target.tokens(self.grid, self.references)
 
     def arrives(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """One of this loop's calls has come."""
@@ -384,12 +398,34 @@ class Run(Listener):
             tokens.refuse(arguments, self.span)
         if self.grid is None and not self._gridless:
             try:
-                self.grid = tokens.grid(self.target.denoiser, tokens.grid_source(arguments))
+                source = tokens.grid_source(arguments)
+                self.grid = tokens.grid(self.target.denoiser, source)
+                self.references = tokens.references(self.target.denoiser, source)
                 self.method.check_grid(self.grid)
             except UnsupportedError:
                 if self._partial:
                     raise
-                self._gridless = True  # forecasts need none
+                self._lose_grid()
+
+    def _lose_grid(self) -> None:
+        """Forecasts need none."""
+        self.grid, self.references, self._gridless = None, 0, True
+
+    def _check_references(self, clock: Clock) -> None:
+        """
+        Raises:
+            UnsupportedError: what is predicted for the images behind the first is not thrown away.
+        """
+        made = clock.model_output
+        if self.grid is None or not self.references or not isinstance(made, Tensor):
+            return
+        if made.ndim == 3 and made.shape[1] > self.grid[0] * self.grid[1]:
+            if self._partial:
+                raise UnsupportedError(
+                    f"the {made.shape[1]} image tokens are several grids, all of which are made (layers, or a picture "
+                    "of pictures); token reduction needs one. Use forecasts (preset 'balanced')."
+                )
+            self._lose_grid()
 
     def answer_now(self) -> Tensor | None:
         """The forecast for this call; None: compute it."""

@@ -47,7 +47,7 @@ class Target:
         current = [] if pipe is None else denoisers_of(pipe)
         return [next((o for o, inner in current if inner is module), module) for module in self.modules]
 
-    def tokens(self, grid: tuple[int, int]) -> int:
-        """Image tokens of this grid over all blocks."""
+    def tokens(self, grid: tuple[int, int], references: int = 0) -> int:
+        """Image tokens of this grid, and those of its references, over all blocks."""
         assert self.adapter.tokens is not None
-        return sum(prod(site.grid(grid)) for site in self.adapter.tokens.sites(self.denoiser))
+        return sum(prod(site.grid(grid)) + references for site in self.adapter.tokens.sites(self.denoiser))

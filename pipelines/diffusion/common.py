@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from math import prod
 from typing import Any, TypedDict
 
 import torch
@@ -19,15 +21,15 @@ Grid = tuple[int, int]
 class Form(TypedDict):
     """How a prediction holds its tokens: the part of `Tokens` that is about predictions."""
 
-    of: Callable[[nn.Module, Tensor], Tensor]
+    of: Callable[[nn.Module, Tensor, Grid], Tensor]
     put: Callable[[nn.Module, Tensor, Tensor, Grid], Tensor]
     spread: Callable[[nn.Module, Tensor, Grid], Tensor]
 
 
-#: The prediction is (B, N, c) already.
+#: The prediction is (B, N, c) already, but for the tokens of reference images behind.
 PACKED = Form(
-    of=lambda denoiser, prediction: prediction,
-    put=lambda denoiser, prediction, x_BNc, grid: x_BNc,
+    of=lambda denoiser, prediction, grid: prediction[:, : prod(grid)],
+    put=lambda denoiser, prediction, x_BNc, grid: torch.cat([x_BNc, prediction[:, prod(grid) :]], 1),
     spread=lambda denoiser, x_BN, grid: x_BN[..., None],
 )
 
@@ -40,7 +42,7 @@ def patches(size: Callable[[Any], int], channels: Callable[[Any], int] | None = 
         channels: denoiser -> how many of the channels are the prediction (the others: a learned variance); None: all.
     """
 
-    def of(denoiser: Any, prediction: Tensor) -> Tensor:
+    def of(denoiser: Any, prediction: Tensor, grid: Grid) -> Tensor:
         mean = prediction if channels is None else prediction[:, : channels(denoiser)]
         side, (height, width) = size(denoiser), mean.shape[2:]
         whole = F.pad(mean, (0, -width % side, 0, -height % side), mode="replicate")
@@ -80,7 +82,9 @@ def blocks(denoiser: nn.Module, group: str, template: Site, inner: str = "") -> 
         template: the site, but for its path.
         inner: path of the block proper inside an element of the list.
     """
-    found = getattr(denoiser, group, None)
+    found = None
+    with suppress(AttributeError):
+        found = denoiser.get_submodule(group)
     names = [] if found is None else [name for name, _ in found.named_children()]
     return [replace(template, path=".".join(filter(None, [group, name, inner]))) for name in names]
 
@@ -102,8 +106,8 @@ def row_major(ids: Sequence[Sequence[int]] | Tensor, what: str) -> Grid:
     Raises:
         UnsupportedError: they are not one row-major grid.
     """
-    ids_N2 = torch.as_tensor(ids).cpu().long()
-    row, column = (ids_N2 - ids_N2[0]).T
+    ids_N2 = torch.as_tensor(ids).cpu()
+    row, column = (one.unique(return_inverse=True)[1] for one in ids_N2.T)  # any origin, any distance
     height, width = int(row[-1]) + 1, int(column[-1]) + 1
     index = torch.arange(len(ids_N2))
     whole = height * width == len(ids_N2) and width > 0
@@ -130,7 +134,7 @@ def image_of(
         return back(form["put"](denoiser, image(prediction), x_BNc, grid), prediction)
 
     return Form(
-        of=lambda denoiser, prediction: form["of"](denoiser, image(prediction)),
+        of=lambda denoiser, prediction, grid: form["of"](denoiser, image(prediction), grid),
         put=put,
         spread=lambda denoiser, x_BN, grid: back(form["spread"](denoiser, x_BN, grid), None),
     )
@@ -147,18 +151,23 @@ def one_frame(frames: int) -> None:
 
 
 def id_grid(name: str, what: str) -> dict[str, Any]:
-    """`grid_source` and `grid` of a denoiser whose argument `name` holds an id per image token, (N, axes) or
-    (B, N, axes), of which the second and third are its row and its column.
+    """`grid_source`, `grid` and `references` of a denoiser whose argument `name` holds an id per image token, (N, axes)
+    or (B, N, axes): the first axis numbers the images, the image to make first; the second and third are row and column.
 
     Args:
-        what: makes more than one grid of them, for the message.
+        what: makes another order of them, for the message.
     """
 
-    def grid(denoiser: Any, ids: Tensor) -> Grid:
+    def first(ids: Tensor) -> Tensor:
         one = ids[0] if ids.ndim == 3 else ids
-        return row_major(one[:, 1:3], what)
+        others = (one[:, 0] != one[0, 0]).cpu()
+        return one[: int(others.int().argmax())] if others.any() else one
 
-    return {"grid_source": lambda arguments: arguments[name], "grid": grid}
+    return {
+        "grid_source": lambda arguments: arguments[name],
+        "grid": lambda denoiser, ids: row_major(first(ids)[:, 1:3], what),
+        "references": lambda denoiser, ids: ids.shape[-2] - len(first(ids)),
+    }
 
 
 def framed(form: Form, when: Callable[[Any], bool] = lambda denoiser: True) -> Form:
@@ -168,8 +177,8 @@ def framed(form: Form, when: Callable[[Any], bool] = lambda denoiser: True) -> F
         when: denoiser -> whether it has that dimension.
     """
 
-    def of(denoiser: Any, prediction: Tensor) -> Tensor:
-        return form["of"](denoiser, prediction.squeeze(2) if when(denoiser) else prediction)
+    def of(denoiser: Any, prediction: Tensor, grid: Grid) -> Tensor:
+        return form["of"](denoiser, prediction.squeeze(2) if when(denoiser) else prediction, grid)
 
     def put(denoiser: Any, prediction: Tensor, x_BNc: Tensor, grid: Grid) -> Tensor:
         if not when(denoiser):

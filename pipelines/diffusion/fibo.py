@@ -30,10 +30,10 @@ def _sites(denoiser: nn.Module) -> list[Site]:
 
 ADAPTER = Adapter(
     name="FIBO",
-    branches=Branches(batched="second"),
+    branches=Branches(batched="second", layers=("text_encoder_layers",)),
     tokens=Tokens(
         sites=_sites,
-        **id_grid("img_ids", "reference images, as in FIBO-Edit, or custom img_ids"),
+        **id_grid("img_ids", "custom img_ids"),
         **PACKED,
         shared_plan=True,
     ),

@@ -15,7 +15,7 @@ from accel.core.keyvalues import Attention, Rows
 from accel.core.site import Site, rotary
 from accel.errors import UnsupportedError
 
-from .common import PACKED, Grid, blocks, row_major
+from .common import PACKED, blocks, id_grid
 from .key_bias import key_bias
 
 
@@ -32,12 +32,7 @@ def _sites(denoiser: nn.Module) -> list[Site]:
     ]
 
 
-def _grid(denoiser: nn.Module, img_ids: Tensor) -> Grid:
-    ids = img_ids[0] if img_ids.ndim == 3 else img_ids
-    return row_major(ids[:, 1:3], "reference-image tokens, as in Kontext, or custom img_ids")
-
-
-def _rotate(x_BLHd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x_BLHd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     from diffusers.models.embeddings import apply_rotary_emb
 
     return apply_rotary_emb(x_BLHd, table, sequence_dim=1)  # what FLUX's attention processors call
@@ -69,7 +64,7 @@ def _attentions(denoiser: nn.Module) -> list[Attention]:
             values="to_v",
             table="image_rotary_emb",
             rotated=rotated,
-            rotate=_rotate,
+            rotate=rotate,
             refused={"ip_hidden_states": _IP_ADAPTER},
         )
         for group, rotated in groups.items()
@@ -100,8 +95,7 @@ ADAPTER = Adapter(
     branches=Branches(calls="first"),
     tokens=Tokens(
         sites=_sites,
-        grid_source=lambda arguments: arguments["img_ids"],
-        grid=_grid,
+        **id_grid("img_ids", "custom img_ids"),
         **PACKED,
         shared_plan=True,
         refuse=_refuse,

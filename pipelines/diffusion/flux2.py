@@ -29,7 +29,7 @@ ADAPTER = Adapter(
     branches=Branches(calls="first"),
     tokens=Tokens(
         sites=_sites,
-        **id_grid("img_ids", "reference images, or custom img_ids"),
+        **id_grid("img_ids", "custom img_ids"),
         **PACKED,
         shared_plan=True,
         refuse=refuse_arguments(

@@ -35,7 +35,7 @@ def _patch(denoiser: Any) -> int:
 
 ADAPTER = Adapter(
     name="HiDream",
-    branches=Branches(batched="second"),
+    branches=Branches(batched="second", layers=("encoder_hidden_states_llama3",)),
     tokens=Tokens(
         sites=_sites,
         **latent_grid("hidden_states", _patch),

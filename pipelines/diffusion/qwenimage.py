@@ -1,11 +1,12 @@
 """Qwen-Image: dual-stream blocks; the image's rotary table comes apart from the text's and is shared by the batch.
 
-Editing and layered pipelines have more than one grid of image tokens: forecasts only.
+Reference images of editing pipelines follow the image in the same rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,9 +14,8 @@ from torch import Tensor, nn
 from accel.core.capability import Adapter, Branches, Tokens
 from accel.core.keyvalues import Attention
 from accel.core.site import Site, rotary, rows
-from accel.errors import UnsupportedError
 
-from .common import PACKED, Grid, blocks, refuse_residuals
+from .common import PACKED, Grid, blocks, one_frame, refuse_residuals
 
 
 def _sites(denoiser: nn.Module) -> list[Site]:
@@ -33,11 +33,7 @@ def _shapes(arguments: Mapping[str, Any]) -> list[Any]:
 
 def _grid(denoiser: nn.Module, shapes: list[Any]) -> Grid:
     frames, height, width = shapes[0]
-    if len(shapes) != 1 or frames != 1:
-        raise UnsupportedError(
-            f"the image tokens are {len(shapes)} grids (reference images or layers); token reduction needs one. "
-            "Use forecasts (preset 'balanced')."
-        )
+    one_frame(frames)
     return int(height), int(width)
 
 
@@ -77,6 +73,7 @@ ADAPTER = Adapter(
         sites=_sites,
         grid_source=_shapes,
         grid=_grid,
+        references=lambda denoiser, shapes: sum(prod(shape) for shape in shapes[1:]),
         **PACKED,
         shared_plan=True,
         refuse=refuse_residuals("controlnet_block_samples"),

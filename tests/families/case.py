@@ -20,6 +20,7 @@ class Case:
             is another size, which is no square.
         tokens: image tokens of one image at the usual size.
         batch: images of a call.
+        references: tokens of reference images, at the usual size.
         positions: where positions come from: "sides" travel along (rotary tables), or they are "added" at the entry.
     """
 
@@ -27,12 +28,15 @@ class Case:
     call: Callable[..., dict[str, Any]]
     tokens: int
     batch: int = 2
+    references: int = 0
     positions: Literal["sides", "added"] = "sides"
 
     def latents(
         self, pipe: Any, steps: int, wide: bool = False, dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
         output = pipe(**self.call(steps=steps, wide=wide, dtype=dtype))
+        if isinstance(output, torch.Tensor):  # of a modular pipeline
+            return output
         out = output.images if hasattr(output, "images") else output.image  # Kandinsky 5's name
         return out if isinstance(out, torch.Tensor) else torch.as_tensor(out)
 

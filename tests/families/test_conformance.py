@@ -65,11 +65,11 @@ def test_permutation(case):
     sites = tokens.sites(denoiser_of(pipe))
     plain = case.latents(pipe, steps=1)
     rows = 1 if tokens.shared_plan else case.batch
-    assert relative(permuted(pipe, case, sites, case.tokens, rows, steps=1), plain) <= 1e-5
+    assert relative(permuted(pipe, case, sites, case.tokens + case.references, rows, steps=1), plain) <= 1e-5
     if case.positions == "sides":
         # The negative control: the same with nothing travelling along.
         alone = [replace(site, sides=()) for site in sites]
-        assert relative(permuted(pipe, case, alone, case.tokens, 1, steps=1), plain) > 1e-3
+        assert relative(permuted(pipe, case, alone, case.tokens + case.references, 1, steps=1), plain) > 1e-3
 
 
 def test_presets_run_and_are_taken_out_exactly(case):
@@ -105,17 +105,17 @@ def test_tokens_are_read_and_written_where_they_are(case):
     prediction, grid = seen[0]
     assert grid is not None, "the grid could not be told"
     assert grid[0] * grid[1] == case.tokens
-    x_BNc = tokens.of(denoiser, prediction)
+    x_BNc = tokens.of(denoiser, prediction, grid)
     assert x_BNc.shape[:2] == (prediction.shape[0], case.tokens)
     assert torch.equal(tokens.put(denoiser, prediction, x_BNc, grid), prediction)
     marked = tokens.put(denoiser, prediction, x_BNc + 1, grid)
-    torch.testing.assert_close(tokens.of(denoiser, marked), x_BNc + 1)
-    mask = torch.zeros(prediction.shape[0], case.tokens)
+    torch.testing.assert_close(tokens.of(denoiser, marked, grid), x_BNc + 1)
+    mask = torch.zeros(prediction.shape[0], case.tokens + case.references)
     mask[:, case.tokens // 3] = 1
     spread = tokens.spread(denoiser, mask, grid).expand_as(prediction)
-    touched = tokens.of(denoiser, torch.where(spread > 0, prediction + 1, prediction))
+    touched = tokens.of(denoiser, torch.where(spread > 0, prediction + 1, prediction), grid)
     changed = (touched - x_BNc).abs().sum(-1) > 0.5
-    assert torch.equal(changed, mask > 0)
+    assert torch.equal(changed, mask[:, : case.tokens] > 0)
 
 
 def test_bfloat16(case):

@@ -171,7 +171,7 @@ class GivenText(LongCatImagePipeline):
         return super().encode_prompt([""] * len(prompt_embeds), num_images_per_prompt, prompt_embeds)
 
 
-def make_longcat():
+def make_longcat(pipeline=GivenText, **parts):
     transformer = LongCatImageTransformer2DModel(
         in_channels=64,  # the pipeline's 16 channels of latents, packed
         joint_attention_dim=DIM,
@@ -179,7 +179,7 @@ def make_longcat():
         axes_dims_rope=ROTARY,
         **BLOCKS,
     )
-    return make(GivenText, transformer, text_processor=None)
+    return make(pipeline, transformer, **{"text_processor": None, **parts})
 
 
 def longcat_call(steps, wide, dtype, batch=2):
@@ -223,22 +223,22 @@ class FiboWithText(BriaFiboPipeline):
 
     def encode_prompt(self, prompt, **kwargs):
         dtype, batch = self.transformer.dtype, len(prompt)
-        layers = [[numbers(batch, 7, DIM, seed=s + i, dtype=dtype) for i in range(5)] for s in (20, 30)]
+        layers = [[numbers(batch, 7, DIM, seed=s + i, dtype=dtype) for i in range(4)] for s in (20, 30)]
         embeds = texts(batch, 2 * DIM, dtype)
         mask = masks(batch).to(dtype)
         ids = torch.zeros(batch, 7, 3)
         return embeds["prompt_embeds"], embeds["negative_prompt_embeds"], ids, mask, mask, *layers
 
 
-def make_fibo():
+def make_fibo(pipeline=FiboWithText):
     transformer = BriaFiboTransformer2DModel(
         in_channels=8,
         joint_attention_dim=2 * DIM,
         text_encoder_dim=DIM,
         axes_dims_rope=ROTARY,
-        **{**BLOCKS, "num_single_layers": 3},  # 5 layers of text: not as many as a call has images
+        **BLOCKS,  # 4 layers of text: as many as a call has images
     )
-    return make(FiboWithText, transformer)
+    return make(pipeline, transformer)
 
 
 def fibo_call(steps, wide, dtype, batch=2):

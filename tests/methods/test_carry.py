@@ -64,10 +64,10 @@ def test_tokens_go_back_to_where_they_came_from(family):
     adapter = find(pipe.transformer)
     shape = (2, 96, 16) if family is FAMILIES["flux"] else (2, 8, 16, 24)
     prediction = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    x_BNc = adapter.tokens.of(pipe.transformer, prediction)
+    x_BNc = adapter.tokens.of(pipe.transformer, prediction, (8, 12))
     assert torch.equal(adapter.tokens.put(pipe.transformer, prediction, x_BNc, (8, 12)), prediction)
     changed = adapter.tokens.put(pipe.transformer, prediction, x_BNc + 1, (8, 12))
-    assert torch.equal(adapter.tokens.of(pipe.transformer, changed), x_BNc + 1)
+    assert torch.equal(adapter.tokens.of(pipe.transformer, changed, (8, 12)), x_BNc + 1)
 
 
 @pytest.mark.parametrize("order", [0, 1])

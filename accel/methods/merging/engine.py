@@ -150,8 +150,8 @@ class TokenMerging(StepMethod):
             self._look(run)
         if self.config.drift is not None:
             refresh = self._drifted() or refresh
-        if refresh and run.outputs and not self.config.windows:
-            tokens = tuple(self.tokens.of(run.target.denoiser, o) for o in run.outputs)
+        if refresh and run.outputs and run.grid is not None and not self.config.windows:
+            tokens = tuple(self.tokens.of(run.target.denoiser, o, run.grid) for o in run.outputs)
             self.state.guidance = importance.guidance_magnitude(tokens, run.samples or tokens[0].shape[0])
         for group in self.groups:
             group.stale = (
@@ -266,7 +266,7 @@ class TokenMerging(StepMethod):
         if grid is None or not isinstance(output, Tensor) or not isinstance(sample, Tensor):
             raise UnsupportedError(_NO_PICTURE.format(type(self.target.scheduler).__name__))
         x0 = clean(self.target.scheduler, output, sample, clock.times[clock.step - 1])
-        x0_BNc = None if x0 is None else self.tokens.of(denoiser, x0)
+        x0_BNc = None if x0 is None else self.tokens.of(denoiser, x0, grid)
         if x0_BNc is None or x0_BNc.shape[1] != grid[0] * grid[1]:
             raise UnsupportedError(_NO_PICTURE.format(type(self.target.scheduler).__name__))
         score_BN = windows.variance(x0_BNc, grid)
@@ -284,8 +284,8 @@ class TokenMerging(StepMethod):
         self.run.check_calls(max(call + 1, len(self.state.forecasts)), len(self.state.forecasts))
         if plan is None or grid is None or self.run.changed:
             return prediction
-        old_BNc = self.tokens.of(denoiser, self.state.forecasts[call])
-        new_BNc = self.tokens.of(denoiser, prediction)
+        old_BNc = self.tokens.of(denoiser, self.state.forecasts[call], grid)
+        new_BNc = self.tokens.of(denoiser, prediction, grid)
         gather = plan.take if self.config.merge == "pick" else plan.reduce
         carried_BNc = plan.change(old_BNc, gather(new_BNc - old_BNc))
         return self.tokens.put(denoiser, prediction, carried_BNc, grid)
@@ -334,10 +334,11 @@ class _Group:
         if not run.serves() or run.phase.dense or run.grid is None:
             return None
         if self.stale:
+            image_BNC = x_BNC[:, : x_BNC.shape[1] - run.references]
             with torch.no_grad():
-                self.plan = self.method.build(x_BNC, self.method.sites[self.blocks.start].grid(run.grid))
+                self.plan = self.method.build(image_BNC, self.method.sites[self.blocks.start].grid(run.grid))
             self.stale, self.built, self.budget = False, True, run.phase.budget
-        return self.plan
+        return None if self.plan is None else self.plan.before(run.references)
 
     def _observe(self, x_BNC: Tensor, reduced_BKC: Tensor, plan: TokenPlan) -> None:
         """How much worse the plan fits than when it was new: merging error relative to the tokens' size."""

@@ -53,6 +53,10 @@ class TokenPruningConfig:
             budgets could not keep it. None: no bound but the schedule's dense steps.
         keys_values: "all" keeps every layer's keys and values, so that computed tokens attend to the whole
             image; "none" lets them attend to text and to each other only, which takes no memory.
+        references: of models that edit, compute the tokens of their reference images at every n-th of the steps that
+            compute anything only, from the first on, 0: at the first alone, and let the image attend to their kept
+            keys and values at the others. 1: always. With `cycle=(1,)` nothing else is left out, so that it goes
+            with runs of four steps.
         guidance_every: with classifier-free guidance in two calls, compute the unconditional branch at every
             n-th of the steps in between that compute anything only, and forecast how it differs from the
             conditional one at the others (to `order`, at most 1). 1: always.
@@ -74,6 +78,7 @@ class TokenPruningConfig:
     fresh_share: float = 0.0
     max_age: int | None = None
     keys_values: Literal["all", "none"] = "all"
+    references: int = 1
     guidance_every: int = 1
     dense_steps_first: int = 2
     dense_steps_last: int = 1
@@ -103,6 +108,12 @@ class TokenPruningConfig:
         if self.max_age is not None:
             valid = is_whole(self.max_age) and self.max_age >= 1
             check(valid, "max_age", "a whole number >= 1 or None", self.max_age)
+        valid = is_whole(self.references) and self.references >= 0
+        check(valid, "references", "a whole number >= 0", self.references)
+        if self.references != 1 and self.keys_values != "all":
+            raise ConfigError(
+                "references which are not computed are seen by their kept keys and values: use keys_values='all'"
+            )
         valid = is_whole(self.guidance_every) and self.guidance_every >= 1
         check(valid, "guidance_every", "a whole number >= 1", self.guidance_every)
         valid = is_whole(self.dense_steps_first) and self.dense_steps_first >= 1
@@ -123,6 +134,12 @@ class TokenPruningConfig:
         check_used(self, ("budget",), self.budget in budgets, shares)
         check_used(self, ("guidance_every",), any(budgets), shares)
         check_used(self, _PARTIAL, any(0 < b < 1 for b in budgets), shares)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether keys and values are kept from step to step."""
+        partial = any(0 < b < 1 for b in self.schedule().budgets)
+        return self.keys_values == "all" and (partial or self.references != 1)
 
     @classmethod
     def cat(cls, budget: float = 0.3, clusters: int = 20) -> TokenPruningConfig:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from accel.errors import AccelWarning, UnsupportedError
 from accel.kernels.detail import detail
 from accel.stats import Stats, StepStats
 
-from . import selection
+from . import references, selection
 from .config import TokenPruningConfig
 
 
@@ -34,7 +35,9 @@ class _State:
     """What one run has learnt.
 
     Attributes:
-        plan: of the running step; None: dense.
+        plan: of the running step, for the image's tokens; None: dense.
+        sent: the same, and what becomes of the references behind.
+        refreshes: the steps at which references are computed.
         history: the last computed prediction of every token; None before the first step.
         rows: G, plans of a batch.
         last_GN: step at which each token was computed last.
@@ -47,6 +50,8 @@ class _State:
     """
 
     plan: TokenPlan | None = None
+    sent: TokenPlan | None = None
+    refreshes: frozenset[int] = frozenset()
     history: History | None = None
     rows: int = 1
     last_GN: Tensor | None = None
@@ -66,8 +71,7 @@ class TokenPruning(StepMethod):
 
     def __init__(self, target: Target, config: TokenPruningConfig, stats: Stats) -> None:
         self.target, self.config = target, config
-        partial = any(0 < b < 1 for b in config.schedule().budgets)
-        self._keeps = config.keys_values == "all" and partial
+        self._keeps, self.reduces = config.keeps, config.references != 1
         needs = {"tokens", "span"} | ({"keys and values"} if self._keeps else set())
         require(self.name, needs, target.adapter, target.denoiser)
         assert target.adapter.tokens is not None
@@ -84,7 +88,7 @@ class TokenPruning(StepMethod):
         self.attentions = [] if attentions is None else list(attentions(target.denoiser))
         for attention in self.attentions:
             attention.check(target.denoiser)
-        if not config.schedule().reduces:
+        if not (config.schedule().reduces or self.reduces):
             warnings.warn("every budget is 1: the pipeline is not accelerated.", AccelWarning, stacklevel=3)
         self.forget()
 
@@ -115,14 +119,15 @@ class TokenPruning(StepMethod):
                 self.kept.follow()
             if self.config.max_age is not None:
                 run.phases = selection.bounded(run.phases, self.config.max_age)
+            self.state.refreshes = references.refreshes(run.phases, self.config.references)
         run.phase = run.phases[step]
-        self.state.plan = self.kept.plan = run.correct = self.state.computed = None
+        self.state.plan = self.state.sent = self.kept.plan = run.correct = self.state.computed = None
         self.state.forecasts = []
-        computing = [p for p in run.phases[step + 1 :] if p.budget > 0]
+        computing = [s for s in range(step + 1, len(run.phases)) if run.phases[s].budget > 0]
         # Of each branch, the next step that computes it: a partial one needs what this one makes.
-        following = [next(iter(ps), None) for ps in (computing, [p for p in computing if p.guided])]
-        partial = any(p is not None and not p.dense for p in following)
-        self.kept.storing = bool(self.kept.layers) and run.phase.dense and partial
+        following = [next(iter(s), None) for s in (computing, [s for s in computing if run.phases[s].guided])]
+        partial = any(s is not None and self._leaves_out(s) for s in following)
+        self.kept.storing = bool(self.kept.layers) and partial and not self._leaves_out(step)
         if step == 0:
             return
         assert self.state.history is not None
@@ -134,13 +139,33 @@ class TokenPruning(StepMethod):
         self.guidance.prepare()
         if not run.phase.dense:
             self._select(run)
+        self._send(run)
+
+    def _leaves_out(self, step: int) -> bool:
+        """Whether tokens are not computed at a step that computes some; before the first is over, there may be
+        references."""
+        there = self.state.history is None or self.run.references > 0
+        return not self.run.phases[step].dense or (there and step not in self.state.refreshes)
+
+    def _send(self, run: Run) -> None:
+        assert run.grid is not None
+        self.state.sent = references.sent(
+            self.state.plan,
+            prod(run.grid),
+            run.references,
+            computed=run.clock.step in self.state.refreshes,
+            device=run.outputs[0].device,
+        )
+        if self.kept.layers:
+            self.kept.plan = self.state.sent
 
     def account(self, run: Run) -> StepStats:
         assert run.grid is not None
-        tokens = run.grid[0] * run.grid[1]
+        tokens = prod(run.grid)
         computed = (
             0 if run.phase.budget == 0 else tokens if self.state.plan is None else self.state.plan.slots
         )
+        beside = run.references if computed and run.clock.step in self.state.refreshes else 0
         if computed:
             self.guidance.account()
         if self.state.history is None:
@@ -154,9 +179,9 @@ class TokenPruning(StepMethod):
         assert self.state.last_GN is not None
         blocks = len(self.sites)
         return StepStats(
-            blocks * computed,
-            blocks * tokens,
-            built=int(self.state.plan is not None),
+            blocks * (computed + beside),
+            run.tokens,
+            built=int(self.state.sent is not None),
             forecast=blocks * (tokens - computed),
             cache_bytes=memory(self.state.history, self.guidance.history, *self._held) + self.kept.bytes,
             oldest_age=(run.clock.step - self.state.last_GN).max(),
@@ -187,6 +212,12 @@ class TokenPruning(StepMethod):
         self.state.selected_GN = torch.zeros(self.state.rows, tokens, device=run.outputs[0].device)
         if self.config.score == "change":
             self.state.before = run.outputs
+        if self.config.references != 1 and not run.references:
+            warnings.warn(
+                f"references={self.config.references} has nothing to leave out: there are no reference images.",
+                AccelWarning,
+                stacklevel=2,
+            )
 
     def _learn(self, run: Run) -> None:
         """After a step that computed something: what the forecasts would have missed, and the history."""
@@ -235,8 +266,6 @@ class TokenPruning(StepMethod):
         plan = selection.plan_of(chosen_GK, N)
         self.state.computed = self._spread(plan.owner >= 0, B)
         self.state.plan = plan if self.state.rows == 1 else plan.repeat(B // self.state.rows)
-        if self.kept.layers:
-            self.kept.plan = self.state.plan
         run.correct = self._correct
 
     def _score(self, run: Run) -> Tensor:
@@ -290,7 +319,8 @@ class TokenPruning(StepMethod):
     # Between tokens and predictions
 
     def _tokens(self, prediction: Tensor) -> Tensor:
-        return self.tokens.of(self.target.denoiser, prediction)
+        assert self.run.grid is not None
+        return self.tokens.of(self.target.denoiser, prediction, self.run.grid)
 
     def _magnitude(self, differences: list[Tensor]) -> Tensor:
         """(G, N): norm per token, over all calls and over the images that share a plan row."""
@@ -301,6 +331,8 @@ class TokenPruning(StepMethod):
         """(G, N) -> broadcasts to a prediction of this batch."""
         assert self.run.grid is not None
         x_BN = x_GN if self.state.rows == 1 else x_GN.repeat(batch // self.state.rows, 1)
+        if self.run.references:  # nobody reads what is predicted for them: as for the last token
+            x_BN = torch.cat([x_BN, x_BN[:, -1:].expand(-1, self.run.references)], 1)
         return self.tokens.spread(self.target.denoiser, x_BN, self.run.grid)
 
     def calls_changed(self, run: Run) -> None:
@@ -324,7 +356,7 @@ class TokenPruning(StepMethod):
     # Inside the denoiser, possibly traced.
 
     def _plan_for(self, x_BNC: Tensor) -> TokenPlan | None:
-        return self.state.plan if self.run.serves() else None
+        return self.state.sent if self.run.serves() else None
 
     def _correct(self, prediction: Tensor) -> Tensor:
         call = len(self.run.outputs)
