@@ -81,7 +81,8 @@ def test_presets_run_and_are_taken_out_exactly(case):
         with accel.accelerate(pipe, preset) as handle:
             first = case.latents(pipe, steps=10)
             assert torch.isfinite(first).all()
-            assert handle.stats.share < 0.95
+            # Of the image's tokens; those of references are merged into nothing.
+            assert 1 - handle.stats.share > 0.05 * case.tokens / (case.tokens + case.references)
             assert torch.equal(case.latents(pipe, steps=10), first)
             case.latents(pipe, steps=10, wide=True)
         assert torch.equal(case.latents(pipe, steps=10), plain)
