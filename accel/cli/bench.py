@@ -28,8 +28,8 @@ def peers(
     ],
     model: Annotated[str, typer.Option(help="builtin, a diffusers folder or a hub id.")] = "builtin",
     steps: Annotated[
-        int, typer.Option(min=1, max=10_000, help="Denoising steps of the plain pipeline.")
-    ] = 24,
+        str, typer.Option(help="Denoising steps of the plain pipeline; with --batch, several: 24,28,50.")
+    ] = "24",
     limit: Annotated[int, typer.Option(min=1, help="Number of prompts, tasks in turn.")] = 36,
     only: Annotated[
         str, typer.Option(help="Regular expression: only the settings whose name it finds.")
@@ -38,6 +38,15 @@ def peers(
         int | None, typer.Option(min=1, max=16_384, help="Height and width; default: the pipeline's.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=c.MAX_SEED, help="Base seed.")] = 0,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Images per call: distances per computed step, to plain and to a fine run; no clock."
+        ),
+    ] = None,
+    minutes: Annotated[
+        float, typer.Option(min=0, max=100_000, help="With --batch: after this long, no setting is started.")
+    ] = 60.0,
     device: c.Device = None,
     dtype: c.Dtype = None,
 ) -> None:
@@ -52,11 +61,16 @@ def peers(
     from accel.evaluation.bench.peers import fewer_steps, ours, theirs
     from accel.generation import Settings, is_autoregressive
 
-    wanted = _pattern(only)
-    chosen = [c for c in (*fewer_steps(steps), *theirs(steps), *ours(steps)) if wanted.search(c.name)]
+    wanted, counts = _pattern(only), _wholes(steps, "--steps", "24,28,50")
+    if batch is not None:
+        return _distances(out, model, counts, limit, size, seed, batch, minutes, wanted, device, dtype)
+    if len(counts) > 1:
+        raise ConfigError(f"--steps {steps}: one number, or add --batch")
+    (total,) = counts
+    chosen = [c for c in (*fewer_steps(total), *theirs(total), *ours(total)) if wanted.search(c.name)]
     if not chosen:
         raise ConfigError(f"--only {only!r} matches none of the settings")
-    settings = Settings(steps, None if size is None else (size, size))
+    settings = Settings(total, None if size is None else (size, size))
     pipe = c.load(model, device, dtype)
     if is_autoregressive(pipe):
         raise ConfigError(f"{model} is an autoregressive model: its comparison is accel bench ar")
@@ -73,6 +87,39 @@ def peers(
     )
     show_report(page.read_text(encoding="utf-8"))
     say(f"report: {page.with_name('index.html')}", to=_console)
+    return None
+
+
+def _distances(
+    out: Path,
+    model: str,
+    counts: list[int],
+    limit: int,
+    size: int | None,
+    seed: int,
+    batch: int,
+    minutes: float,
+    wanted: re.Pattern[str],
+    device: str | None,
+    dtype: str | None,
+) -> None:
+    """`peers --batch`."""
+    from accel.evaluation import suites
+    from accel.evaluation.bench.distance import Plan, measure, report
+    from accel.generation import Settings, is_autoregressive
+
+    pipe = c.load(model, device, dtype)
+    if is_autoregressive(pipe):
+        raise ConfigError(f"{model} is an autoregressive model: its comparison is accel bench ar")
+    call = Settings(None, None if size is None else (size, size))
+    call.check(pipe)
+    prompts = suites.take(suites.scenes(seed=seed).prompts, limit)
+    with _stages() as progress:
+        plan = Plan(call, batch, 1000 * seed, minutes=minutes, progress=progress)
+        rows = measure(out, pipe, prompts, counts, plan, wanted)
+    made_with = f"{model}, {c.precision(pipe)} on {pipe.device}; {size or 'default'} px, {limit} prompts of seed {seed}."
+    page = report(out, rows, made_with)
+    show_report(page.read_text(encoding="utf-8"))
 
 
 @app.command("ar")
@@ -107,7 +154,7 @@ def autoregressive(
 
     wanted = _pattern(only)
     chosen = [item for item in settings(window=window) if item.is_plain or wanted.search(item.name)]
-    sizes = _sizes(batch_sizes)
+    sizes = _wholes(batch_sizes, "--batch-sizes", "1,4,16")
     call = Settings(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
     pipe = c.load(model, device, dtype)
     if not is_autoregressive(pipe):
@@ -159,6 +206,16 @@ def kernels(
 
 
 @contextmanager
+def _stages() -> Iterator[Callable[[tuple[float, float, str]], None]]:
+    """A bar on a terminal; lines in a log."""
+    if not _console.is_terminal:
+        yield lambda state: say(f"{state[0]:.0f}/{state[1]:.0f} {state[2]}", to=_console)
+        return
+    with c.stages() as update:
+        yield update
+
+
+@contextmanager
 def _bar() -> Iterator[Callable[[tuple[int, int, str]], None]]:
     """A bar for what `accel.evaluation.run` says: (done, total, configuration) of the batch size at hand."""
     columns = (
@@ -181,8 +238,8 @@ def _pattern(text: str) -> re.Pattern[str]:
         raise ConfigError(f"--only {text!r} is not a regular expression: {error}") from error
 
 
-def _sizes(text: str) -> list[int]:
+def _wholes(text: str, option: str, such_as: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch("0*[1-9][0-9]{0,3}", part) for part in parts):
-        raise ConfigError(f"--batch-sizes {text!r}: expected whole numbers from 1 to 9999, such as 1,4,16")
+        raise ConfigError(f"{option} {text!r}: expected whole numbers from 1 to 9999, such as {such_as}")
     return [int(part) for part in parts]

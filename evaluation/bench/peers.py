@@ -9,6 +9,7 @@ import copy
 import importlib.util
 import io
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
@@ -139,15 +140,32 @@ def _broadcast(pipe: Any, total: int, options: Mapping[str, Any]) -> Callable[[]
     return _diffusers(PyramidAttentionBroadcastConfig(**now, **options), pipe)
 
 
+def _seacache(pipe: Any, total: int, options: Mapping[str, Any]) -> Callable[[], None]:
+    from diffusers import SeaCacheConfig
+
+    def latents(model: Any, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
+        """FLUX has no adapter of its own: its packed latents as pictures of one frame, squares."""
+        packed = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        side = math.isqrt(packed.shape[1])
+        return [picture.T.unflatten(1, (1, side, side)) for picture in packed]
+
+    return _diffusers(SeaCacheConfig(raw_vision_callback=latents, **options), pipe)
+
+
 def _cache_dit(pipe: Any, total: int, options: Mapping[str, Any]) -> Callable[[], None]:
     import cache_dit
 
     options = dict(options)
     order, policy = options.pop("taylorseer", None), options.pop("mask", None)
+    steps, kind = options.pop("steps", None), options.pop("calibrator", None)
     if policy is not None:
         mask = cache_dit.steps_mask(total_steps=total, mask_policy=policy)
         options["steps_computation_mask"] = mask
+    if steps is not None:
+        options["steps_computation_mask"] = [int(step in steps) for step in range(total)]
     calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=order) if order else None
+    if kind is not None:  # DMD and FoCa came with 1.5
+        calibrator = getattr(cache_dit, f"{kind}CalibratorConfig")()
     # It knows pipelines by class name; a subclass goes by the name of what it derives from.
     wrapped = _as_diffusers(pipe)
     config = cache_dit.DBCacheConfig(num_inference_steps=total, enable_separate_cfg=True, **options)
@@ -167,6 +185,7 @@ ENABLE: dict[str, Enable] = {
     "MagCache": _magcache,
     "PyramidAttentionBroadcast": _broadcast,
     "cache-dit": _cache_dit,
+    "SeaCache": _seacache,
 }
 
 

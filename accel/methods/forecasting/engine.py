@@ -164,7 +164,7 @@ class Forecasting(StepMethod):
             return
         if state.history is None or run.changed:
             state.wait = max(state.wait - 1, self.config.order if run.changed else 0)
-            state.history = History(self.config.order, trend=self.config.trend)
+            state.history = self.remember()
             state.history.start(outputs, run.time)
             return
         state.wait = max(state.wait - 1, 0)
@@ -174,6 +174,10 @@ class Forecasting(StepMethod):
             errors = [(v - f).float().norm() / v.float().norm() for v, f in pairs]
             state.error = torch.stack(errors).max() / growth(age, self.config.order)
         state.history.add(outputs, run.time)
+
+    def remember(self) -> History:
+        """What continues the predictions of a run; another forecast's may take its place."""
+        return History(self.config.order, trend=self.config.trend)
 
     # At the denoiser's gate.
 

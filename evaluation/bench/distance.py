@@ -1,0 +1,292 @@
+"""How far each setting's pictures are from the plain ones at what it computes: many prompts in one call, no clock games.
+
+The comparison that the clock cannot make on a busy machine, or on a GPU, where a small model's step is bound by launches:
+quality per computed step. To the plain pictures of N steps, which is what acceleration is to keep; and to a fine run
+of the same sampler, which is what plain itself approximates. They are not the same: a solver may be nearer to the
+latter than plain is, and far from plain.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from accel import generation
+from accel.core.capability import denoisers_of
+from accel.evaluation.bootstrap import mean_interval
+from accel.evaluation.configurations import PLAIN, Configuration
+from accel.evaluation.errors import EvaluationError
+from accel.evaluation.metrics.pixel import psnr
+from accel.evaluation.records import write_atomically
+from accel.evaluation.report.table import Markdown, Table
+from accel.evaluation.suites import Prompt
+from accel.generation import Job
+
+from .frontier import OURS, PEERS, STEPS
+from .lineup import Setting, settings
+from .peers import Peer
+
+FINE = "fine"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run.
+
+    Attributes:
+        call: of the pipeline, without steps.
+        batch: images per call.
+        fine: steps of the fine run.
+        minutes: after this long, no setting is started.
+        seed: of the first prompt's noise; each further one adds one.
+    """
+
+    call: generation.Settings
+    batch: int
+    seed: int = 0
+    fine: int = 200
+    minutes: float = float("inf")
+    progress: Callable[[tuple[float, float, str]], None] = field(default=lambda state: None)
+
+
+def measure(
+    path: Path,
+    pipe: Any,
+    prompts: Sequence[Prompt],
+    counts: Sequence[int],
+    plan: Plan,
+    only: re.Pattern[str] = re.compile(""),
+) -> list[dict[str, Any]]:
+    """Run every setting at every number of steps; returns the rows, those of earlier starts among them.
+
+    Args:
+        path: folder; `distances.jsonl` in it is continued.
+        counts: numbers of steps of the plain pipeline.
+        only: settings whose name it finds.
+
+    Raises:
+        EvaluationError: the folder is of other settings.
+    """
+    made = {
+        "call": str(plan.call),
+        "seed": plan.seed,
+        "fine": plan.fine,
+        "prompts": [p.text for p in prompts],
+    }
+    file = path / "distances.jsonl"
+    rows = (
+        [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    )
+    if any(row["made"] != made for row in rows):
+        raise EvaluationError(f"{file} was made with another call or other prompts: choose another folder")
+    jobs = [Job(prompt.text, plan.seed + i) for i, prompt in enumerate(prompts)]
+    known = {(row["steps"], row["name"]) for row in rows}
+    lines = {n: [s for s in settings(n) if only.search(s.item.name)] for n in counts}
+    todo = [
+        (n, line[i])
+        for i in range(max(map(len, lines.values())))
+        for n, line in lines.items()
+        if i < len(line)
+    ]
+    todo = [(n, s) for n, s in todo if (n, s.item.name) not in known]
+    path.mkdir(parents=True, exist_ok=True)
+
+    def keep(total: int, row: Mapping[str, Any]) -> None:
+        rows.append({"made": made, "steps": total, **row})
+        with file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(rows[-1]) + "\n")
+
+    until, plains = time.monotonic() + 60 * plan.minutes, {}
+    if todo:
+        plan.progress((0, len(todo), f"{plan.fine} steps, once"))
+        fine, _, _ = _pictures(pipe, Configuration(FINE, steps=plan.fine), jobs, plan.fine, plan)
+    for total in dict.fromkeys(n for n, _ in todo):
+        plan.progress((0, len(todo), f"{total} steps, plain"))
+        plains[total] = _pictures(pipe, Configuration(PLAIN), jobs, total, plan)
+        if (total, PLAIN) not in known:
+            pictures, _, seconds = plains[total]
+            row = {"name": PLAIN, "group": STEPS, "why": "", "computed": float(total), "seconds": seconds}
+            row |= {"psnr": None, "fine": _decibels(pictures, fine), "score": _scores(pictures, prompts)}
+            keep(total, row)
+    for done, (total, setting) in enumerate(todo):
+        if time.monotonic() > until:
+            break
+        plan.progress((done, len(todo), f"{total} steps, {setting.item.name}"))
+        keep(total, _row(pipe, setting, jobs, prompts, total, plan, plains[total], fine))
+    return rows
+
+
+def _row(
+    pipe: Any,
+    setting: Setting,
+    jobs: Sequence[Job],
+    prompts: Sequence[Prompt],
+    total: int,
+    plan: Plan,
+    plain_run: tuple[Tensor, int, float],
+    fine: Tensor,
+) -> dict[str, Any]:
+    plain, plain_calls, _ = plain_run
+    row: dict[str, Any] = {"name": setting.item.name, "group": setting.group, "why": ""}
+    empty = {"computed": None, "seconds": None, "psnr": None, "fine": None, "score": None}
+    if isinstance(setting.item, Peer) and setting.item.missing:
+        return row | empty | {"why": f"{setting.item.package} is not installed"}
+    try:
+        pictures, calls, seconds = _pictures(pipe, setting.item, jobs, total, plan)
+    except Exception as error:  # of another library: its problem, not the comparison's
+        if setting.group == OURS:
+            raise
+        return row | empty | {"why": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
+    computed = total * calls / plain_calls if plain_calls else None
+    if setting.group == PEERS and calls == plain_calls and torch.equal(pictures, plain):
+        return (
+            row
+            | empty
+            | {"why": "changed nothing: it is not made for this pipeline, and computed every step"}
+        )
+    values = {"psnr": _decibels(pictures, plain), "fine": _decibels(pictures, fine)}
+    return row | values | {"computed": computed, "seconds": seconds, "score": _scores(pictures, prompts)}
+
+
+def _decibels(pictures: Tensor, others: Tensor) -> list[float]:
+    return [round(min(value, 100.0), 4) for value in psnr(pictures, others).tolist()]
+
+
+def _scores(pictures: Tensor, prompts: Sequence[Prompt]) -> list[float] | None:
+    """1 where the picture shows what the prompt says, by the built-in world's detector; None: not its prompts."""
+    from accel.evaluation import scenes
+    from accel.evaluation.geneval.scorer import score
+
+    if not all(prompt.metadata for prompt in prompts):
+        return None
+    seen = scenes.detect(pictures)
+    return [float(score(s, p.metadata).correct) for s, p in zip(seen, prompts, strict=True) if p.metadata]
+
+
+def _pictures(
+    pipe: Any, item: Configuration, jobs: Sequence[Job], total: int, plan: Plan
+) -> tuple[Tensor, int, float]:
+    """(P, 3, H, W) uint8; how often attentions were computed; seconds."""
+    call = generation.Settings(item.steps or total, plan.call.size, plan.call.guidance)
+    pictures, calls, began = [], [], time.monotonic()
+    with item.attach(pipe), _attentions(pipe, calls):
+        for members in generation.batches(jobs, plan.batch):
+            made = generation.run(pipe, members, call)
+            pictures.append((made * 255).round().byte())
+    return torch.cat(pictures), len(calls), time.monotonic() - began
+
+
+@contextmanager
+def _attentions(pipe: Any, calls: list[int]) -> Iterator[None]:
+    """Counts what is computed by the attentions' projections of queries, behind whatever other libraries put in front."""
+    (_, denoiser), *_ = denoisers_of(pipe)
+    queries = [module for name, module in denoiser.named_modules() if name.endswith(".to_q")]
+    handles = [module.register_forward_pre_hook(lambda *_: calls.append(1)) for module in queries]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """For each number of steps: everything, by what it computes; then ours against the best of the others that compute
+    as much."""
+    found = []
+    for total in sorted({row["steps"] for row in rows}):
+        here = [row for row in rows if row["steps"] == total]
+        found += [_every(here, total), _against(here, total)]
+    return [table for table in found if table.rows]
+
+
+def _every(rows: Sequence[Mapping[str, Any]], total: int) -> Table:
+    header = [
+        "setting",
+        "whose",
+        "computed",
+        "PSNR to plain (dB)",
+        "p10",
+        "to a fine run",
+        "p10 ",
+        "score",
+        "time / plain",
+    ]
+    plain = next((row["seconds"] for row in rows if row["name"] == PLAIN), None)
+    body = []
+    for row in sorted(rows, key=lambda r: (r["computed"] is None, r["computed"], -np.mean(r["psnr"] or [0]))):
+        if row["computed"] is None:
+            continue
+        to_plain = (
+            ["", ""] if row["psnr"] is None else [_mean(row["psnr"]), f"{np.quantile(row['psnr'], 0.1):.1f}"]
+        )
+        to_fine = [f"{np.mean(row['fine']):.1f}", f"{np.quantile(row['fine'], 0.1):.1f}"]
+        score = "" if row["score"] is None else f"{np.mean(row['score']):.3f}"
+        clock = "" if not plain else f"{row['seconds'] / plain:.2f}"
+        body.append(
+            [
+                Markdown(f"`{row['name']}`"),
+                row["group"],
+                f"{row['computed']:.1f}",
+                *to_plain,
+                *to_fine,
+                score,
+                clock,
+            ]
+        )
+    return Table(header, body, f"{total} steps")
+
+
+def _against(rows: Sequence[Mapping[str, Any]], total: int) -> Table:
+    """Ours minus the best of each other group among those that compute at most half a step more, paired by prompt."""
+    header = ["ours", "computed", "the best of", "is", "computed ", "mean (dB)", "p10 (dB)"]
+    measured = [row for row in rows if row["psnr"] is not None]
+    body = []
+    for own in sorted((row for row in measured if row["group"] == OURS), key=lambda r: r["computed"]):
+        for group in (PEERS, STEPS):
+            close = [r for r in measured if r["group"] == group and r["computed"] <= own["computed"] + 0.5]
+            if not close or own["name"].endswith("-before"):
+                continue
+            best = max(close, key=lambda r: float(np.mean(r["psnr"])))
+            gain = np.asarray(own["psnr"]) - np.asarray(best["psnr"])
+            tail = np.quantile(own["psnr"], 0.1) - np.quantile(best["psnr"], 0.1)
+            cells = [
+                f"{own['computed']:.1f}",
+                group,
+                Markdown(f"`{best['name']}`"),
+                f"{best['computed']:.1f}",
+            ]
+            body.append([Markdown(f"`{own['name']}`"), *cells, _mean(list(gain), sign=True), f"{tail:+.1f}"])
+    return Table(header, body, f"{total} steps: ours against the best that computes no more")
+
+
+def _mean(values: Sequence[float], *, sign: bool = False) -> str:
+    plus = "+" if sign else ""
+    mean = mean_interval(values, range(len(values)))
+    if mean.low is None or mean.high is None:
+        return f"{mean.value:{plus}.1f}"
+    return f"{mean.value:{plus}.1f} [{mean.low:{plus}.1f}, {mean.high:{plus}.1f}]"
+
+
+def report(path: Path, rows: Sequence[Mapping[str, Any]], made_with: str) -> Path:
+    """distances.md, and distances.json with the environment."""
+    from accel.evaluation.environment import environment
+
+    missing = dict.fromkeys((row["name"], row["why"]) for row in rows if row["why"])
+    lines = [f"- `{name}`: {why}" for name, why in missing]
+    parts = ["# Distance per computed step", made_with, *(table.markdown() for table in tables(rows))]
+    parts += ["## Settings that did not run", "\n".join(lines)] if lines else []
+    write_atomically(
+        path / "distances.json", json.dumps({"environment": environment(), "rows": list(rows)}) + "\n"
+    )
+    write_atomically(path / "distances.md", "\n\n".join(parts) + "\n")
+    return path / "distances.md"
