@@ -42,7 +42,8 @@ class Stats:
     """Totals since `accelerate` (or `reset`), and the steps of the last run.
 
     `print(stats)` gives a summary, `as_dict()` the same for machines. Reading `seconds` waits for the GPU;
-    nothing before that does. `notes` says what the settings ask for that the last run could not do.
+    nothing before that does. `notes` says what the settings ask for that the last run could not do; `attention` how
+    keys weigh as many tokens as they stand for, where they do.
     """
 
     method: str
@@ -55,6 +56,7 @@ class Stats:
     branches_skipped: int = 0
     steps: list[StepStats] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    attention: str | None = None
     _seconds: float = 0.0
     _timed: int = 0
     _events: list[tuple[Any, Any]] = field(default_factory=list)
@@ -115,6 +117,8 @@ class Stats:
             lines.append(
                 f"  forecasts       oldest token {self.oldest_age} steps, caches {self.cache_bytes / 2**20:.1f} MiB"
             )
+        if self.attention:
+            lines.append(f"  attention       keys weigh as their tokens, by {self.attention}")
         if self.branches_skipped:
             last = sum(s.branch_skipped for s in self.steps)
             lines.append(f"  guidance        one branch only at {last} of {len(self.steps)} steps")

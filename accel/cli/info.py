@@ -54,6 +54,15 @@ def _presets() -> dict[str, list[str]]:
     return found
 
 
+def _weighing() -> dict[str, str]:
+    """Forms of attention whose keys weigh as many tokens as they stand for, with what each says here."""
+    import torch
+
+    from accel.core.weighted_attention import working
+
+    return working("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _models() -> list[dict[str, str]]:
     """What each described denoiser takes, in the words of the table in docs/models.md."""
     from accel.pipelines import registry
@@ -121,6 +130,7 @@ def _show_all(as_json: bool) -> None:
             "builtin_ar": built_in["builtin-ar"],
             "denoisers": registry.known(),
             "autoregressive_models": autoregressive.known(),
+            "weighted_attention": _weighing(),
         }
         typer.echo(dump_json(report))
         return
@@ -132,6 +142,10 @@ def _show_all(as_json: bool) -> None:
     console.print(table)
     lines = [f"presets, {method}: {', '.join(names)}" for method, names in presets.items()]
     lines += [f"model {name}: {where}" for name, where in built_in.items()]
+    forms = ", ".join(name if why == "works" else f"no {name} ({why})" for name, why in _weighing().items())
+    lines.append(
+        f"attention in which windows weigh as their tokens: {forms}; the fastest is found at the first call"
+    )
     lines.append(
         f"denoisers described: {len(registry.known())} (accel info --models); forecasts run on any other, too"
     )

@@ -23,7 +23,7 @@ CAPABILITIES = {
     "tokens": "where its image tokens are (Adapter.tokens)",
     "span": "tokens that can stay reduced from the first block to the last (not Tokens.convolutional)",
     "keys and values": "where its attentions make keys and values (Adapter.attentions)",
-    "key bias": "how its attentions take a bias per key (Site.bias)",
+    "key bias": "how its attentions take a bias per key (Site.bias, Site.keys)",
     "branches": "how its calls run the branches of guidance (Adapter.branches)",
 }
 
@@ -103,7 +103,7 @@ class Adapter:
             found.add("tokens")
             if not self.tokens.convolutional:
                 found.add("span")
-            if all(site.bias is not None for site in sites):
+            if all(site.weighs for site in sites):
                 found.add("key bias")
         if self.attentions is not None:
             found.add("keys and values")

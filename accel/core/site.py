@@ -30,6 +30,25 @@ class Side:
 
 
 @dataclass(frozen=True)
+class Keys:
+    """Where a module's attention makes the keys of its image tokens, for attentions that are given no mask.
+
+    Attributes:
+        paths: inside the module, of the parts whose output the keys are made of; of alternatives apart by "|" the first
+            one that there is.
+        first: the image's keys are the first that attention gets, not the last.
+    """
+
+    paths: tuple[str, ...]
+    first: bool = False
+
+    def parts(self, module: nn.Module) -> list[nn.Module]:
+        """The parts of a module."""
+        named = dict(module.named_modules())
+        return [next(named[path] for path in paths.split("|") if path in named) for paths in self.paths]
+
+
+@dataclass(frozen=True)
 class Site:
     """A module whose tokens can be reduced.
 
@@ -42,7 +61,8 @@ class Site:
         output: index of the image tokens in the output tuple; None when the output is that tensor.
         residual: the output contains the input (a whole block), so that the *change* is what is expanded.
         sides: the inputs that travel along.
-        bias: how to add a bias per key (proportional attention); None when the module's attention takes none.
+        bias: how to add a bias per key (proportional attention) to what the module is given; None: it is given none.
+        keys: where the keys are that carry the bias otherwise; None: not known.
         read_by: path of a later module that takes this one's output, too (a skip connection).
         valid: where samples are padded to one length, the name of the argument (B, L) that says which rows are not
             padding: the image is the last of those ("last"), at another place in every sample. If it is None in a
@@ -62,11 +82,17 @@ class Site:
     residual: bool = True
     sides: tuple[Side, ...] = ()
     bias: Side | None = None
+    keys: Keys | None = None
     read_by: str | None = None
     padded: bool = False
     valid: str | None = None
     stretch: str = ""
     scale: int = 1
+
+    @property
+    def weighs(self) -> bool:
+        """Its attention can be told how many tokens a key stands for."""
+        return self.bias is not None or self.keys is not None
 
     def check(self, family: str, denoiser: nn.Module) -> None:
         """Whether the denoiser has this site.
@@ -248,7 +274,7 @@ class Port:
     def __init__(self, site: Site, module: nn.Module, *, bias: bool = False) -> None:
         self.site = site
         self.position = {name: i for i, name in enumerate(_arguments(module))}
-        assert site.bias is not None or not bias
+        assert site.weighs or not bias
         self.sides = site.sides + ((site.bias,) if bias and site.bias else ())
 
     def get(self, name: str, args: tuple, kwargs: dict) -> Any:

@@ -30,6 +30,7 @@ from accel.errors import UnsupportedError
 
 from .plan import TokenPlan
 from .site import Port, Site
+from .weighted_attention import SizedKeys
 
 
 class Span:
@@ -83,10 +84,15 @@ class Span:
         ports: dict[tuple, Port] = {}
         carry: dict[tuple, Callable] = {}
         pad: dict[tuple, Callable] = {}
+        weighers: dict[bool, Callable] = {}
         modules = [denoiser.get_submodule(site.path) for site in sites]
         for i, (site, module) in enumerate(zip(sites, modules, strict=True)):
             key = (type(module), replace(site, path="", read_by=None, stretch=""))
             port = ports.setdefault(key, Port(site, module, bias=bias))
+            if bias and site.bias is None and site.keys is not None:
+                weigh = weighers.setdefault(site.keys.first, self._weigh(site.keys.first))
+                for part in site.keys.parts(module):
+                    stack.callback(part.register_forward_hook(weigh).remove)
             hook = self._enter(port) if i == 0 else carry.setdefault(key, self._carry(port))
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             if i == len(sites) - 1:
@@ -128,6 +134,15 @@ class Span:
             return port.put(port.site.tokens, port.join(others, x_BNC[:, : plan.slots]), new_args, new_kwargs)
 
         return carry
+
+    def _weigh(self, first: bool) -> Callable:
+        def weigh(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+            plan = self.plan
+            if plan is None or not self.serves():
+                return None
+            return SizedKeys.of(output, plan.size, plan.classes, first)
+
+        return weigh
 
     def _pad(self, port: Port) -> Callable:
         def pad(module: nn.Module, args: tuple, output: Any) -> Any:

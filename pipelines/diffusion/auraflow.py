@@ -11,15 +11,16 @@ from torch import nn
 
 from accel.core.capability import Adapter, Branches, Tokens
 from accel.core.keyvalues import Attention
-from accel.core.site import Site
+from accel.core.site import Keys, Site
 
 from .common import blocks, latent_grid, patches
 
 
 def _sites(denoiser: nn.Module) -> list[Site]:
+    keys = Keys(("attn.norm_k|attn.to_k",))
     return [
-        *blocks(denoiser, "joint_transformer_blocks", Site("", output=1)),
-        *blocks(denoiser, "single_transformer_blocks", Site("", image="last")),
+        *blocks(denoiser, "joint_transformer_blocks", Site("", output=1, keys=keys)),
+        *blocks(denoiser, "single_transformer_blocks", Site("", image="last", keys=keys)),
     ]
 
 

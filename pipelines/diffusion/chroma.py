@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from accel.core.capability import Adapter, Branches, Tokens
-from accel.core.site import Site, rotary, rows
+from accel.core.site import Keys, Site, rotary, rows
 
 from .common import PACKED, blocks, id_grid, refuse_each, refuse_inside, refuse_residuals
 
@@ -15,9 +15,10 @@ def _sites(denoiser: nn.Module) -> list[Site]:
         rotary("image_rotary_emb", image="last", dims=(0,)),
         rows("attention_mask", image="last"),
     )
+    keys = Keys(("attn.norm_k|attn.to_k",))
     return [
-        *blocks(denoiser, "transformer_blocks", Site("", output=1, sides=sides)),
-        *blocks(denoiser, "single_transformer_blocks", Site("", image="last", sides=sides)),
+        *blocks(denoiser, "transformer_blocks", Site("", output=1, sides=sides, keys=keys)),
+        *blocks(denoiser, "single_transformer_blocks", Site("", image="last", sides=sides, keys=keys)),
     ]
 
 

@@ -8,13 +8,13 @@ from torch import nn
 
 from accel.core.capability import Adapter, Branches, Tokens
 from accel.core.keyvalues import Attention
-from accel.core.site import Site
+from accel.core.site import Keys, Site
 
 from .common import blocks, latent_grid, patches
 
 
 def _sites(denoiser: nn.Module) -> list[Site]:
-    return blocks(denoiser, "transformer_blocks", Site("", output=0))
+    return blocks(denoiser, "transformer_blocks", Site("", output=0, keys=Keys(("attn1.norm_k|attn1.to_k",))))
 
 
 def _patch(denoiser: Any) -> int:

@@ -8,12 +8,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from accel.core.capability import Adapter, Branches, Tokens
-from accel.core.site import Site, rotary, rows
+from accel.core.site import Keys, Site, rotary, rows
 from accel.errors import UnsupportedError
 
 from .common import Grid, blocks, image_of, one_frame, patches, refuse_arguments
 
-_SITE = Site("", sides=(rotary("image_rotary_emb", dims=(0,)), rows("extra_pos_emb")))
+_SITE = Site(
+    "",
+    keys=Keys(("attn1.norm_k|attn1.to_k",)),
+    sides=(rotary("image_rotary_emb", dims=(0,)), rows("extra_pos_emb")),
+)
 
 
 def _sites(denoiser: nn.Module) -> list[Site]:

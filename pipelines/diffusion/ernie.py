@@ -7,12 +7,13 @@ from typing import Any
 from torch import nn
 
 from accel.core.capability import Adapter, Branches, Tokens
-from accel.core.site import Site, rotary, rows
+from accel.core.site import Keys, Site, rotary, rows
 
 from .common import blocks, latent_grid, patches
 
 _SITE = Site(
     "",
+    keys=Keys(("self_attention.norm_k|self_attention.to_k",), first=True),
     tokens="x",
     image="first",
     axis=0,

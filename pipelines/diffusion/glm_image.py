@@ -10,11 +10,13 @@ from typing import Any
 from torch import nn
 
 from accel.core.capability import Adapter, Branches, Tokens
-from accel.core.site import Site, rotary
+from accel.core.site import Keys, Site, rotary
 
 from .common import blocks, latent_grid, patches
 
-_SITE = Site("", output=0, sides=(rotary("image_rotary_emb", dims=(0,)),))
+_SITE = Site(
+    "", output=0, keys=Keys(("attn1.norm_k|attn1.to_k",)), sides=(rotary("image_rotary_emb", dims=(0,)),)
+)
 
 
 def _sites(denoiser: nn.Module) -> list[Site]:

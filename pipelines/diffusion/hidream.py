@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from accel.core.capability import Adapter, Branches, Tokens
-from accel.core.site import Site, rotary, rows
+from accel.core.site import Keys, Site, rotary, rows
 
 from .common import blocks, latent_grid, patches
 
@@ -18,8 +18,9 @@ _SIDES = (
     rotary("image_rotary_emb", image="first"),
 )
 # The model cuts at the length of the sequence ahead of the first single-stream block.
-_DUAL = Site("", image="first", output=0, sides=_SIDES, padded=True)
-_SINGLE = Site("", image="first", sides=_SIDES, padded=True)
+_KEYS = Keys(("block.attn1.k_rms_norm",), first=True)
+_DUAL = Site("", image="first", output=0, sides=_SIDES, padded=True, keys=_KEYS)
+_SINGLE = Site("", image="first", sides=_SIDES, padded=True, keys=_KEYS)
 
 
 def _sites(denoiser: nn.Module) -> list[Site]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from accel.core.capability import Adapter, Branches, Tokens
 from accel.core.plan import TokenPlan
-from accel.core.site import Get, Side, Site, rotary
+from accel.core.site import Get, Keys, Side, Site, rotary
 from accel.errors import UnsupportedError
 
 from .common import blocks, latent_grid, patches
@@ -23,7 +23,11 @@ def _follow_skip(get: Get, plan: TokenPlan) -> Tensor | None:
     return skip if skip is None or skip.shape[1] == plan.slots else plan.reduce(skip)
 
 
-_SITE = Site("", sides=(rotary("image_rotary_emb", dims=(0,)), Side("skip", _follow_skip)))
+_SITE = Site(
+    "",
+    keys=Keys(("attn1.norm_k|attn1.to_k",)),
+    sides=(rotary("image_rotary_emb", dims=(0,)), Side("skip", _follow_skip)),
+)
 
 
 def _sites(denoiser: nn.Module) -> list[Site]:

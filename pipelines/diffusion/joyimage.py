@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from accel.core.capability import Adapter, Branches, Tokens
-from accel.core.site import Site, rotary
+from accel.core.site import Keys, Site, rotary
 from accel.errors import UnsupportedError
 
 from .common import Grid, blocks, image_of, one_frame, patches
 
 _SITE = Site(
     "",
+    keys=Keys(("attn.img_attn_k_norm",), first=True),
     image="first",
     output=0,
     sides=(

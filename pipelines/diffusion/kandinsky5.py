@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from accel.core.capability import Adapter, Branches, Tokens
-from accel.core.site import Site, rotary
+from accel.core.site import Keys, Site, rotary
 
 from .common import Grid, blocks, image_of, one_frame, patches, refuse_arguments
 
-_SITE = Site("", tokens="visual_embed", sides=(rotary("rope"),))
+_SITE = Site("", tokens="visual_embed", keys=Keys(("self_attention.key_norm",)), sides=(rotary("rope"),))
 
 
 def _sites(denoiser: nn.Module) -> list[Site]:

@@ -13,6 +13,7 @@ import torch
 
 from accel.core.plan import TokenPlan
 from accel.core.site import Get, Side, rows
+from accel.core.weighted_attention import SizedMask
 
 
 def key_bias(
@@ -61,4 +62,9 @@ class _KeyBias:
         if mask is not None:
             bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
         bias = bias.to(get(self.tokens).dtype)
+        if mask is None and plan.classes:
+            others = (1, rest.shape[1])
+            bias = SizedMask.of(
+                bias, (*plan.classes, others) if self.image == "first" else (others, *plan.classes)
+            )
         return bias if self.key is None else {**(value or {}), self.key: bias}

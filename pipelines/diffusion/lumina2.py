@@ -8,12 +8,13 @@ from typing import Any
 from torch import nn
 
 from accel.core.capability import Adapter, Branches, Tokens
-from accel.core.site import Site, rotary, rows
+from accel.core.site import Keys, Site, rotary, rows
 
 from .common import blocks, latent_grid, patches
 
 _SITE = Site(
     "",
+    keys=Keys(("attn.norm_k|attn.to_k",)),
     image="last",
     valid="attention_mask",
     sides=(

@@ -11,11 +11,13 @@ from typing import Any
 from torch import nn
 
 from accel.core.capability import Adapter, Branches, Tokens
-from accel.core.site import Site, rotary, rows
+from accel.core.site import Keys, Site, rotary, rows
 
 from .common import blocks, latent_grid, patches
 
-_SITE = Site("", sides=(rows("attention_mask"), rotary("image_rotary_emb")))
+_SITE = Site(
+    "", keys=Keys(("attn1.norm_k|attn1.to_k",)), sides=(rows("attention_mask"), rotary("image_rotary_emb"))
+)
 
 
 def _sites(denoiser: nn.Module) -> list[Site]:

@@ -8,12 +8,13 @@ from typing import Any
 from torch import nn
 
 from accel.core.capability import Adapter, Branches, Tokens
-from accel.core.site import Site, rotary, rows
+from accel.core.site import Keys, Site, rotary, rows
 
 from .common import PACKED, Grid, blocks, one_frame
 
 _SITE = Site(
     "",
+    keys=Keys(("attn.norm_k|attn.to_k",), first=True),
     sides=(
         rotary("image_rotary_emb", dims=(0,), item=0),  # (of the image, of the text)
         rows("attention_kwargs", image="first", item="attention_mask"),

@@ -10,12 +10,13 @@ from typing import Any
 from torch import nn
 
 from accel.core.capability import Adapter, Branches, Tokens
-from accel.core.site import Site, rotary, rows
+from accel.core.site import Keys, Site, rotary, rows
 
 from .common import blocks, latent_grid, patches
 
 _SITE = Site(
     "",
+    keys=Keys(("self_attn.to_k",)),
     image="last",
     sides=(
         # (B, 1, L, L); text attends to what comes before it, the image to all.

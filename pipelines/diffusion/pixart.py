@@ -14,6 +14,7 @@ from accel.core.capability import Adapter, Branches, Tokens
 from accel.core.keyvalues import Attention
 from accel.core.plan import TokenPlan
 from accel.core.site import Get, Side, Site
+from accel.core.weighted_attention import SizedMask
 from accel.errors import UnsupportedError
 
 from .common import blocks, latent_grid, patches
@@ -22,7 +23,8 @@ from .common import blocks, latent_grid, patches
 def follow_key_bias(get: Get, plan: TokenPlan) -> Tensor:
     """log(slot size) as the bias that self-attention takes: (B, 1, K)."""
     tokens = get("hidden_states")
-    return plan.size.log().to(tokens.dtype)[:, None].expand(tokens.shape[0], -1, -1)
+    bias = plan.size.log().to(tokens.dtype)[:, None].expand(tokens.shape[0], -1, -1)
+    return SizedMask.of(bias, plan.classes) if plan.classes else bias
 
 
 def _sites(denoiser: nn.Module) -> list[Site]:

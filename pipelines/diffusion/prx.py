@@ -10,13 +10,17 @@ from typing import Any
 from torch import nn
 
 from accel.core.capability import Adapter, Branches, Tokens
-from accel.core.site import Site, rotary
+from accel.core.site import Keys, Site, rotary
 
 from .common import blocks, latent_grid, patches
 
 
 def _sites(denoiser: nn.Module) -> list[Site]:
-    return blocks(denoiser, "blocks", Site("", sides=(rotary("image_rotary_emb", dims=(2,)),)))
+    return blocks(
+        denoiser,
+        "blocks",
+        Site("", sides=(rotary("image_rotary_emb", dims=(2,)),), keys=Keys(("attention.norm_k",))),
+    )
 
 
 def _patch(denoiser: Any) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from accel.core.capability import Adapter, Branches, Tokens
 from accel.core.keyvalues import Attention
-from accel.core.site import Site, rotary, rows
+from accel.core.site import Keys, Site, rotary, rows
 
 from .common import PACKED, Grid, blocks, one_frame, refuse_residuals
 
@@ -23,7 +23,9 @@ def _sites(denoiser: nn.Module) -> list[Site]:
         rotary("image_rotary_emb", dims=(0,), item=0),
         rows("modulate_index"),  # which of two times a token's modulation is for (zero_cond_t)
     )
-    return blocks(denoiser, "transformer_blocks", Site("", output=1, sides=sides))
+    return blocks(
+        denoiser, "transformer_blocks", Site("", output=1, sides=sides, keys=Keys(("attn.norm_k|attn.to_k",)))
+    )
 
 
 def _shapes(arguments: Mapping[str, Any]) -> list[Any]:

@@ -11,13 +11,23 @@ from torch import nn
 
 from accel.core.capability import Adapter, Branches, Tokens
 from accel.core.keyvalues import Attention
-from accel.core.site import Site
+from accel.core.site import Keys, Site
 
-from .common import blocks, latent_grid, patches, refuse_arguments, refuse_each, refuse_residuals
+from .common import latent_grid, patches, refuse_arguments, refuse_each, refuse_residuals
+
+_KEYS = ("attn.norm_k|attn.to_k", "attn2.norm_k|attn2.to_k")
 
 
 def _sites(denoiser: nn.Module) -> list[Site]:
-    return blocks(denoiser, "transformer_blocks", Site("", output=1))
+    # The second attention of Stable Diffusion 3.5 medium is among image tokens alone.
+    return [
+        Site(
+            f"transformer_blocks.{i}",
+            output=1,
+            keys=Keys(_KEYS if block.attn2 is not None else _KEYS[:1], first=True),
+        )
+        for i, block in enumerate(denoiser.transformer_blocks)
+    ]
 
 
 def _patch(denoiser: Any) -> int:

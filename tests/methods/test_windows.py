@@ -189,6 +189,8 @@ def test_windows_run_and_keep_what_was_asked_for(family):
     with accel.accelerate(pipe, config) as handle:
         one = family.latents(pipe, steps=4, guidance=3.0)
         assert torch.equal(family.latents(pipe, steps=4, guidance=3.0), one)
+        assert handle.stats.attention in ("mask", "lse", "channel")
+        assert f"by {handle.stats.attention}" in str(handle.stats)
         blocks = handle.stats.steps[0].total // 96
         assert [s.computed for s in handle.stats.steps] == [96 * blocks, *[96 + 48 * (blocks - 1)] * 3]
     assert torch.equal(family.latents(pipe, steps=4, guidance=3.0), plain)
@@ -247,3 +249,17 @@ def test_scores_of_a_coarser_grid():
     score_GN = torch.arange(30.0).view(1, 30)
     assert windows.coarser(score_GN, (5, 6), (5, 6)) is score_GN
     assert windows.coarser(score_GN, (5, 6), (3, 3)).tolist() == [[7, 9, 11, 19, 21, 23, 25, 27, 29]]
+
+
+def test_compiled_whole_is_the_same_as_eager():
+    """In compiled code the sizes travel with masks (FLUX) as they do in eager code: one graph for dense steps, one for reduced
+    ones."""
+    config = Config(groups="windows", ratio=0.5, refresh_every=1, dense_steps_last=0)
+    family, pipe = FAMILIES["flux"], make_flux()
+    with accel.accelerate(pipe, config):
+        eager = family.latents(pipe, steps=4)
+    torch.compiler.reset()
+    pipe.transformer.compile(fullgraph=True, backend="eager")
+    with accel.accelerate(pipe, config):
+        assert relative(family.latents(pipe, steps=4), eager) <= 1e-5
+    torch.compiler.reset()

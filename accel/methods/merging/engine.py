@@ -23,6 +23,7 @@ from accel.core.run import Run, StepMethod
 from accel.core.schedule import slots
 from accel.core.span import Span
 from accel.core.target import Target
+from accel.core.weighted_attention import chosen
 from accel.errors import AccelWarning, UnsupportedError
 from accel.kernels.detail import detail
 from accel.kernels.match import match
@@ -188,6 +189,8 @@ class TokenMerging(StepMethod):
     def account(self, run: Run) -> StepStats:
         total = run.tokens
         self._learn(run)
+        if self.bias and 0 < run.phase.budget < 1:
+            run.stats.attention = ", ".join(sorted(set(chosen().values()))) or "mask"
         held = memory(self.state.history)
         if not run.computed:
             return StepStats(0, total, forecast=total, cache_bytes=held)
