@@ -95,7 +95,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, parts: Runs, scale: float) -> Tensor:
         return score + bias_S[j]
 
     call = _compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
-    return call(q, k, v, score_mod=add, scale=scale)  # type: ignore[operator,return-value]
+    return call(q, k, v, score_mod=add, scale=scale)  # type: ignore[operator]
 
 
 _COMPILED: list[Callable] = []

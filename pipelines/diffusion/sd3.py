@@ -18,7 +18,7 @@ from .common import latent_grid, patches, refuse_arguments, refuse_each, refuse_
 _KEYS = ("attn.norm_k|attn.to_k", "attn2.norm_k|attn2.to_k")
 
 
-def _sites(denoiser: nn.Module) -> list[Site]:
+def _sites(denoiser: Any) -> list[Site]:
     # The second attention of Stable Diffusion 3.5 medium is among image tokens alone.
     return [
         Site(
