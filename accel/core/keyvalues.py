@@ -57,6 +57,13 @@ class Attention:
     masks: tuple[str, ...] = ()
 
     @property
+    def kind(self) -> tuple:
+        """Equal for attentions that differ in their path alone."""
+        rotated = tuple(sorted((name, str(rows)) for name, rows in self.rotated.items()))
+        refused = tuple(sorted(self.refused.items()))
+        return (self.keys, self.values, self.table, rotated, self.rotate, refused, self.image)
+
+    @property
     def modules(self) -> frozenset[str]:
         """The submodules whose outputs are taken."""
         return frozenset({*self.rotated, self.keys, self.values})
@@ -73,6 +80,18 @@ class Attention:
             )
 
 
+@dataclass
+class _Rows:
+    """What is kept of a submodule, for one of the calls of a step; None: nothing yet."""
+
+    rows: Tensor | None = None
+
+
+#: Where a hook finds the `_Rows` of its submodule while a call runs. Hooks are shared by all layers: one that knew its
+#: layer would be compiled once per layer.
+_PLACE = "_accel_rows"
+
+
 class KeyValues:
     """The kept keys and values of a denoiser.
 
@@ -82,36 +101,63 @@ class KeyValues:
 
     Args:
         ours: whether the running call of the denoiser is the followed loop's.
-        call: the index of the running call within the step; each call of a step (the branches of guidance) has its
-            own keys and values.
     """
 
-    def __init__(self, ours: Callable[[], bool], call: Callable[[], int]) -> None:
-        self.ours, self.call = ours, call
+    def __init__(self, ours: Callable[[], bool]) -> None:
+        self.ours = ours
         self.layers = 0
         self._hooks = ExitStack()
         self._hooked: dict[str, nn.Module] = {}  # by path
+        self._keeping: list[nn.Module] = []  # those whose outputs are keys or values
+        self._calls: list[list[_Rows]] = []  # each call of a step (the branches of guidance) has its own
+        self._running: list[_Rows] = []
         self.clear()
 
     def clear(self) -> None:
         """Forget everything."""
         self.plan: TokenPlan | None = None
         self.storing = False
-        self.tables: dict[str, Table] = {}
-        self.kept: dict[tuple[int, str], Tensor] = {}
+        self.leave()
+        self.free()
+
+    def free(self) -> None:
+        """Give the memory back."""
+        self._calls, self._running = [], []
 
     @property
     def active(self) -> bool:
         return self.ours() and (self.storing or self.plan is not None)
 
     @property
+    def kept(self) -> list[Tensor]:
+        return [held.rows for call in self._calls for held in call if held.rows is not None]
+
+    @property
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.kept.values())
+        return sum(t.numel() * t.element_size() for t in self.kept)
+
+    def enter(self, call: int) -> None:
+        """The call of this index within its step is about to run."""
+        if not self.layers or not (self.storing or self.plan is not None):
+            return
+        while len(self._calls) <= call:
+            self._calls.append([_Rows() for _ in self._keeping])
+        self._running = self._calls[call]
+        for part, held in zip(self._keeping, self._running, strict=True):
+            if self.storing:
+                held.rows = None  # the memory is needed now
+            vars(part)[_PLACE] = held  # past nn.Module.__setattr__, which takes longer
+
+    def leave(self) -> None:
+        """It is over."""
+        self._table: Table = None
+        for part in self._keeping:
+            vars(part).pop(_PLACE, None)
 
     def clone(self) -> None:
         """What was stored in the last call must outlive it."""
-        if self.storing:
-            self.kept = {key: tensor.clone() for key, tensor in self.kept.items()}
+        for held in self._running if self.storing else ():
+            held.rows = None if held.rows is None else held.rows.clone()
 
     def check(self, calls: int) -> None:
         """After a step that stored in this many calls: every attention must have passed through the hooks.
@@ -128,7 +174,7 @@ class KeyValues:
                     f"{attention.path} has a {processor}: perturbed-attention guidance makes keys and values of its "
                     "branches apart. Use keys_values='none', or pag_scale=0."
                 )
-        seen = sum(call < calls for call, _ in self.kept)
+        seen = sum(held.rows is not None for call in self._calls[:calls] for held in call)
         if seen != 2 * self.layers * calls:
             raise UnsupportedError(
                 f"keys and values of {seen} of {2 * self.layers * calls} projections were seen: a custom "
@@ -150,58 +196,68 @@ class KeyValues:
                 torch.compiler.reset()
 
     def _detach(self) -> None:
+        self.leave()
         self._hooks.close()
         self._hooked.clear()
+        self._keeping.clear()
 
     def _hook(self) -> None:
+        hooks: dict[tuple, Callable] = {}
         for attention in self._attentions:
             attention.check(self._denoiser)
             module = self._denoiser.get_submodule(attention.path)
+            alike = (*attention.kind, type(module))
             if attention.table is not None:
-                hook = self._take_table(attention)
-                self._hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                take = hooks.setdefault(alike, self._take_table(attention))
+                self._hooks.callback(module.register_forward_pre_hook(take, with_kwargs=True).remove)
             for name in attention.modules:
-                made, part = self._made(attention, name), module.get_submodule(name)
+                made, part = (
+                    hooks.setdefault((*alike, name), self._made(attention, name)),
+                    module.get_submodule(name),
+                )
                 self._hooks.callback(part.register_forward_hook(made).remove)
                 self._hooked[f"{attention.path}.{name}"] = part
+                if name in (attention.keys, attention.values):
+                    self._keeping.append(part)
 
     # Inside the denoiser, possibly traced.
 
     def _take_table(self, attention: Attention) -> Callable:
-        path, name = attention.path, attention.table
+        name, refused = attention.table, attention.refused
         assert name is not None
 
         def take(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             if not self.active:
                 return None
-            for argument, reason in attention.refused.items():
+            for argument, reason in refused.items():
                 if kwargs.get(argument) is not None:
-                    raise UnsupportedError(f"{argument} in {path}: {reason}")
-            self.tables[path] = kwargs[name]
+                    raise UnsupportedError(f"{argument} in {type(module).__name__}: {reason}")
+            self._table = kwargs[name]
             return args, {**kwargs, name: None}
 
         return take
 
     def _made(self, attention: Attention, name: str) -> Callable:
-        path, rows, rotate = attention.path, attention.rotated.get(name), attention.rotate
-        kept = f"{path}.{name}" if name in (attention.keys, attention.values) else None
+        rows, rotate, image = attention.rotated.get(name), attention.rotate, attention.image
+        keeps = name in (attention.keys, attention.values)
 
         def made(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
             if not self.active:
                 return None
             if rows is not None:
                 assert rotate is not None
-                output = rotate(output, _part(self.tables[path], rows, output.shape[1]))
-            return output if kept is None else self._keep((self.call(), kept), output, attention.image)
+                output = rotate(output, _part(self._table, rows, output.shape[1]))
+            return self._keep(getattr(module, _PLACE), output, image) if keeps else output
 
         return made
 
-    def _keep(self, key: tuple[int, str], new_BL: Tensor, image: str) -> Tensor:
+    def _keep(self, held: _Rows, new_BL: Tensor, image: str) -> Tensor:
         plan = self.plan
         if plan is None:
-            self.kept[key] = new_BL
+            held.rows = new_BL
             return new_BL
-        kept_BL = self.kept[key]
+        kept_BL = held.rows
+        assert kept_BL is not None
         text = new_BL.shape[1] - plan.slots
         if image == "first":
             kept_BL[:, plan.tokens :].copy_(new_BL[:, plan.slots :])

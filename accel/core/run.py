@@ -76,6 +76,12 @@ class StepMethod(Method):
             UnsupportedError: the method cannot do with it.
         """
 
+    def entering(self, run: Run) -> None:
+        """A call of the step is about to run the module."""
+
+    def leaving(self, run: Run) -> None:
+        """It has come out; not told of one that failed, after which the loop ends."""
+
     def keep(self, run: Run) -> None:
         """A call is over that ran as a CUDA graph: clone what it made and a later step reads."""
 
@@ -385,6 +391,7 @@ class Run(Listener):
         """It is about to go into the module, whose hooks are `traced` along if it is compiled."""
         if traced:
             self._read(args, kwargs)
+        self.method.entering(self)
         device = next((t.device for t in tensors_of((*args, *kwargs.values()))), torch.device("cpu"))
         self.stats.call_starts(device)
 
@@ -441,6 +448,7 @@ class Run(Listener):
         """It came out with this; what the pipeline gets."""
         prediction = prediction_of(output)
         self._form = like(output)
+        self.method.leaving(self)
         if self.answers is None and any(gate.overwrites for gate in self._gates):
             self.method.keep(self)
             prediction = prediction.clone()

@@ -83,7 +83,7 @@ class TokenPruning(StepMethod):
         self.span = Span(
             self._plan_for, pick=True, tokens=lambda: self.run.image_tokens, serves=self.run.serves
         )
-        self.kept = KeyValues(self.run.serves, lambda: len(self.run.outputs))
+        self.kept = KeyValues(self.run.serves)
         attentions = target.adapter.attentions if self._keeps else None
         self.attentions = [] if attentions is None else list(attentions(target.denoiser))
         for attention in self.attentions:
@@ -125,9 +125,17 @@ class TokenPruning(StepMethod):
         self.state.forecasts = []
         computing = [s for s in range(step + 1, len(run.phases)) if run.phases[s].budget > 0]
         # Of each branch, the next step that computes it: a partial one needs what this one makes.
+<<<<<<< HEAD
         following = [next(iter(s), None) for s in (computing, [s for s in computing if run.phases[s].guided])]
         partial = any(s is not None and self._leaves_out(s) for s in following)
         self.kept.storing = bool(self.kept.layers) and partial and not self._leaves_out(step)
+=======
+        following = [next(iter(ps), None) for ps in (computing, [p for p in computing if p.guided])]
+        partial = any(p is not None and not p.dense for p in following)
+        self.kept.storing = bool(self.kept.layers) and run.phase.dense and partial
+        if not any(0 < phase.budget < 1 for phase in run.phases[step:]):
+            self.kept.free()
+>>>>>>> fd6b4cd (Kept keys and values are reached through the module: hooks shared by all layers, so that compiled blocks share their code; freed after the last partial step)
         if step == 0:
             return
         assert self.state.history is not None
@@ -341,6 +349,12 @@ class TokenPruning(StepMethod):
             "steps): what is kept for each token belongs to other calls. Token pruning needs the same calls at every "
             "step; forecasts (the presets quality, balanced, fast and draft) and merging follow."
         )
+
+    def entering(self, run: Run) -> None:
+        self.kept.enter(len(run.outputs))
+
+    def leaving(self, run: Run) -> None:
+        self.kept.leave()
 
     def keep(self, run: Run) -> None:
         self.kept.clone()
