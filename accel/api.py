@@ -8,12 +8,17 @@ from os import PathLike
 from typing import Any
 
 from . import configs, methods
+from .core import compiling
 from .handle import Handle, make_room
 from .pipelines import registry
 
 
 def accelerate(
-    pipe: Any, config: Any | str | PathLike | Mapping[str, Any] = "balanced", *, replace: bool = False
+    pipe: Any,
+    config: Any | str | PathLike | Mapping[str, Any] = "balanced",
+    *,
+    replace: bool = False,
+    compile: bool | str = False,
 ) -> Handle:
     """Make a pipeline faster, in place, until the handle is removed.
 
@@ -21,13 +26,17 @@ def accelerate(
         pipe: a diffusers pipeline of a known model family; for speculative decoding, an autoregressive pipeline.
         config: a configuration (`TokenMergingConfig(...)`), a preset name, a YAML file or a mapping.
         replace: if this method is already attached to the model, replace it.
+        compile: True: torch.compile of the model's repeated blocks (of all of it, where it names none), and on a GPU
+            CUDA graphs of the calls that are bound by launches. "blocks", "whole" or "graphs": that alone; with a "+"
+            both. Compiled and recorded in the first calls of each size, and undone by `remove()`; what cannot be runs
+            as it is, and `stats.notes` says why.
 
     Returns:
         A `Handle` with `stats` and `remove()`; also a context manager.
 
     Raises:
         UnknownNameError: unknown preset or model class.
-        ConfigError: a setting is out of range, or does not go with another method on this model.
+        ConfigError: a setting or `compile` is out of range, or does not go with another method on this model.
         UnsupportedError: this pipeline cannot be accelerated that way.
         AlreadyAcceleratedError: the method is attached already and `replace` is false.
 
@@ -36,6 +45,7 @@ def accelerate(
     >>> print(handle.stats)                                                     # doctest: +SKIP
     >>> handle.remove()                                                         # doctest: +SKIP
     """
+    compiling.check(compile)
     if isinstance(config, (str, PathLike, Mapping)):
         config = configs.load(config)
     cls = methods.of(config)
@@ -44,5 +54,7 @@ def accelerate(
     make_room(target, cls, replace=replace)
     with ExitStack() as stack:  # if attaching fails half-way, everything is undone
         method.attach(stack)
+        if compile is not False:
+            method.compile(compile, stack)
         method.handle = Handle(method, config, target, stats, stack.pop_all())
     return method.handle

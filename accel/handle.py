@@ -32,6 +32,7 @@ class Handle:
         method: its name.
         config: the configuration in use.
         stats: what was computed, skipped, rebuilt, and how long it took.
+        compiled: what of `compile` is in use.
     """
 
     def __init__(self, method: Method, config: Any, target: Any, stats: Any, undo: ExitStack) -> None:
@@ -48,6 +49,12 @@ class Handle:
     def attached(self) -> bool:
         subject, method = self._subject(), self._method()
         return subject is not None and method is not None and _ATTACHED[subject].get(self._key) is self
+
+    @property
+    def compiled(self) -> str:
+        """What of `compile` is in use now, such as "blocks+graphs"; "" for nothing."""
+        method = self._method()
+        return method.compiled if method is not None and self.attached else ""
 
     def of(self, pipe: Any) -> bool:
         """Whether it is this pipeline's."""

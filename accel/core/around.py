@@ -8,7 +8,7 @@ prefers, is the one place in front of both; torch leaves it out of copies and pi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -82,6 +82,25 @@ def compiled(module: nn.Module) -> bool:
     while isinstance(link, Around):
         link = link._inner
     return link is not None or hasattr(module, "_orig_mod")
+
+
+def compile_in_place(module: nn.Module, code: Callable[..., Any], stack: ExitStack) -> None:
+    """Until `stack` is unwound, `code` runs in place of the module's hooks and `forward`, inside of all who stand around
+    it; nothing else may run there."""
+    links = list(chain(module))
+    if links:
+        links[-1]._inner = code
+    else:
+        vars(module)[_PLACE] = code
+
+    def undo() -> None:
+        for link in chain(module):
+            if link._inner is code:
+                link._inner = None
+        if vars(module).get(_PLACE) is code:
+            del vars(module)[_PLACE]
+
+    stack.callback(undo)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from . import caller
 from .around import Around, answered, chain, compiled
 from .clock import Clock
+from .compiling import Compilation, room
+from .graphs import Held
 
 
 class Follower(Protocol):
@@ -21,13 +24,19 @@ class Follower(Protocol):
     active: bool
     clock: Clock
     detour: Callable[..., Any] | None
+    compilation: Compilation | None
     seen: int
+
+    @property
+    def kinds(self) -> int: ...
 
     def arrives(self, args: tuple, kwargs: dict[str, Any]) -> None: ...
 
     def enters(self, args: tuple, kwargs: dict[str, Any], *, traced: bool) -> None: ...
 
     def answer_now(self) -> Tensor | None: ...
+
+    def held(self) -> Held: ...
 
     def leaves(self, output: Any) -> Any: ...
 
@@ -46,6 +55,7 @@ class Gate(Around):
         super().__init__(module)
         self._lock = threading.RLock()
         self._runs: tuple[Follower, ...] = ()
+        self._compiled = False  # the module or parts of it, when the loop started
 
     @staticmethod
     def of(module: nn.Module) -> Gate:
@@ -59,6 +69,7 @@ class Gate(Around):
             self._runs = (*self._runs, run)
         # Inside of whoever measures the module's time.
         self.install(innermost=True)
+        self._compiled = any(compiled(part) for part in self._module.modules())
 
     def close(self, run: Follower) -> None:
         """None is any more."""
@@ -92,8 +103,9 @@ class Gate(Around):
         return through(*args, **kwargs) if detour is None else detour(through, args, kwargs)
 
     def _through(self, runs: list[Follower], *args: Any, **kwargs: Any) -> Any:
+        traced = compiled(self._module)
         for run in runs:
-            run.enters(args, kwargs, traced=compiled(self._module))
+            run.enters(args, kwargs, traced=traced or run.compilation is not None)
         answers = ((run, run.answer_now()) for run in runs)
         if (found := next(((r, a) for r, a in answers if a is not None), None)) is not None:
             with answered(self._module, found[0].like_output(found[1])):
@@ -101,12 +113,20 @@ class Gate(Around):
         else:
             if self.overwrites and runs[0].seen == 1:
                 torch.compiler.cudagraph_mark_step_begin()
-            output = self.call(*args, **kwargs)
+            with room() if self._compiled else nullcontext():
+                output = self._computed(runs, args, kwargs)
         for run in runs:
             output = run.leaves(output)
         return output
 
+    def _computed(self, runs: list[Follower], args: tuple, kwargs: dict[str, Any]) -> Any:
+        compilation = next((run.compilation for run in runs if run.compilation is not None), None)
+        if compilation is None:
+            return self.call(*args, **kwargs)
+        held = Held.together([Held((id(self),)), *(run.held() for run in runs)])
+        return compilation.call(self.call, args, kwargs, held, max(run.kinds for run in runs))
+
     @property
     def overwrites(self) -> bool:
         """What the module makes may be overwritten at the next step (CUDA graphs), unless it is cloned."""
-        return torch.cuda.is_available() and compiled(self._module)
+        return self._compiled and torch.cuda.is_available()

@@ -98,6 +98,7 @@ class KeyValues:
     Attributes:
         plan: the tokens that are computed in this call; None: all.
         storing: keep what a call with all tokens computes.
+        fixed: keep it where it was kept before, also in the runs after this one: CUDA graphs know the places.
 
     Args:
         ours: whether the running call of the denoiser is the followed loop's.
@@ -105,7 +106,7 @@ class KeyValues:
 
     def __init__(self, ours: Callable[[], bool]) -> None:
         self.ours = ours
-        self.layers = 0
+        self.layers, self.fixed = 0, False
         self._hooks = ExitStack()
         self._hooked: dict[str, nn.Module] = {}  # by path
         self._keeping: list[nn.Module] = []  # those whose outputs are keys or values
@@ -114,15 +115,20 @@ class KeyValues:
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget everything but fixed places."""
         self.plan: TokenPlan | None = None
         self.storing = False
         self.leave()
         self.free()
 
+    def fix(self, fixed: bool) -> None:
+        self.fixed = fixed
+        self.free()
+
     def free(self) -> None:
-        """Give the memory back."""
-        self._calls, self._running = [], []
+        """Give the memory back, unless the places are fixed."""
+        if not self.fixed:
+            self._calls, self._running = [], []
 
     @property
     def active(self) -> bool:
@@ -144,7 +150,7 @@ class KeyValues:
             self._calls.append([_Rows() for _ in self._keeping])
         self._running = self._calls[call]
         for part, held in zip(self._keeping, self._running, strict=True):
-            if self.storing:
+            if self.storing and not self.fixed:
                 held.rows = None  # the memory is needed now
             vars(part)[_PLACE] = held  # past nn.Module.__setattr__, which takes longer
 
@@ -153,6 +159,12 @@ class KeyValues:
         self._table: Table = None
         for part in self._keeping:
             vars(part).pop(_PLACE, None)
+
+    @property
+    def running(self) -> tuple[Tensor, ...]:
+        """What is kept for the running call."""
+        rows = [held.rows for held in self._running] if self.storing or self.plan is not None else []
+        return tuple(tensor for tensor in rows if tensor is not None)
 
     def clone(self) -> None:
         """What was stored in the last call must outlive it."""
@@ -254,7 +266,10 @@ class KeyValues:
     def _keep(self, held: _Rows, new_BL: Tensor, image: str) -> Tensor:
         plan = self.plan
         if plan is None:
-            held.rows = new_BL
+            if self.fixed and held.rows is not None and held.rows.shape == new_BL.shape:
+                held.rows.copy_(new_BL)
+            else:
+                held.rows = new_BL
             return new_BL
         kept_BL = held.rows
         assert kept_BL is not None

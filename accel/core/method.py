@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from accel.errors import UnsupportedError
 from accel.stats import Stats
 
 from .capability import Adapter
@@ -54,3 +55,19 @@ class Method(ABC):
     @abstractmethod
     def attach(self, stack: ExitStack) -> None:
         """Change the pipeline; every undo action goes onto `stack`."""
+
+    def compile(self, how: bool | str, stack: ExitStack) -> None:
+        """Run what the pipeline calls compiled, or as CUDA graphs; every undo action goes onto `stack`.
+
+        Raises:
+            UnsupportedError: the method is not for pipelines for which that can be done.
+        """
+        raise UnsupportedError(
+            f"compile={how!r} is for diffusers pipelines. An autoregressive pipeline has pipe.compile(), and "
+            "SpeculativeDecodingConfig(compile=True)."
+        )
+
+    @property
+    def compiled(self) -> str:
+        """What of that is in use; "" for nothing."""
+        return ""

@@ -26,8 +26,10 @@ from accel.stats import Stats, StepStats
 from . import caller, samplers
 from .capability import Adapter, denoisers_of
 from .clock import Clock, Listener
+from .compiling import Compilation
 from .copies import copies_plain
 from .gate import Gate
+from .graphs import Held
 from .method import Method
 from .prediction import like, prediction_of, put, shapes_of, tensors_of
 from .schedule import Phase, Schedule
@@ -42,6 +44,15 @@ class StepMethod(Method):
     """
 
     reduces = False
+
+    run: Run
+
+    def compile(self, how: bool | str, stack: ExitStack) -> None:
+        self.run.compile(how, stack)
+
+    @property
+    def compiled(self) -> str:
+        return "" if self.run.compilation is None else self.run.compilation.state
 
     @classmethod
     def take_apart(cls, pipe: Any, find: Callable[[nn.Module], Adapter]) -> Target:
@@ -82,6 +93,10 @@ class StepMethod(Method):
     def leaving(self, run: Run) -> None:
         """It has come out; not told of one that failed, after which the loop ends."""
 
+    def held(self, run: Run) -> Held:
+        """What its hooks read and write in the call that is about to run, which may be recorded as a CUDA graph."""
+        return Held()
+
     def keep(self, run: Run) -> None:
         """A call is over that ran as a CUDA graph: clone what it made and a later step reads."""
 
@@ -113,6 +128,7 @@ class Run(Listener):
         changed: calls of this step have other shapes, or are others, than those of the last computed step: what was
             learnt from that one is not about these.
         seen: calls of this step so far.
+        compilation: what runs the denoiser's calls compiled, or as CUDA graphs; None: they run as they are.
     """
 
     def __init__(
@@ -123,6 +139,7 @@ class Run(Listener):
         self.clock = Clock.of(target.scheduler)
         self._names = list(inspect.signature(type(target.denoiser).forward).parameters)[1:]
         self._gates: list[Gate] = []
+        self.compilation: Compilation | None = None
         self._form: Callable[[Tensor], Any] | None = None
         self.active = False
         self._thread = 0
@@ -151,6 +168,13 @@ class Run(Listener):
         stack.callback(self._close)
         stack.callback(self.clock.add(self, self.target.pipe()))
         stack.callback(self._drop)
+
+    def compile(self, how: bool | str, stack: ExitStack) -> None:
+        """See `accel.accelerate`."""
+        pipe = self.target.pipe()
+        quiet = bool(getattr(pipe, "_progress_bar_config", {}).get("disable"))
+        self.compilation = Compilation(how, self.target.modules, quiet=quiet)
+        self.compilation.attach(stack)
 
     def _open(self) -> None:
         """Gates around what the pipeline calls now; again when a loop starts, since it may have been compiled."""
@@ -193,6 +217,8 @@ class Run(Listener):
                 AccelWarning,
                 stacklevel=2,
             )
+        if self.compilation is not None:
+            self.compilation.begin()
         self._open()
 
     def _is_ours(self) -> bool:
@@ -312,6 +338,8 @@ class Run(Listener):
         if self.computed:
             self._shapes = self._shapes_now
         self.stats.record(done)
+        if self.compilation is not None:
+            self.stats.notes += [note for note in self.compilation.notes if note not in self.stats.notes]
 
     @property
     def computed_instead(self) -> bool:
@@ -345,6 +373,8 @@ class Run(Listener):
 
     def end(self, clock: Clock) -> None:
         self._drop()
+        if self.compilation is not None:
+            self.compilation.end()
 
     def _drop(self) -> None:
         self._idle()
@@ -433,6 +463,16 @@ class Run(Listener):
                     "of pictures); token reduction needs one. Use forecasts (preset 'balanced')."
                 )
             self._lose_grid()
+
+    def held(self) -> Held:
+        """What hooks read and write in the call that is about to run."""
+        held = self.method.held(self)
+        return held._replace(key=(id(self), self.grid, self.phase.budget, *held.key))
+
+    @property
+    def kinds(self) -> int:
+        """How many kinds of calls of the denoiser this run makes, at least."""
+        return len({phase.budget for phase in self.phases if phase.budget > 0})
 
     def answer_now(self) -> Tensor | None:
         """The forecast for this call; None: compute it."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from accel.core.capability import require
+from accel.core.graphs import Held
 from accel.core.history import History, memory
 from accel.core.noise_levels import clean
 from accel.core.plan import TokenPlan
@@ -171,6 +172,15 @@ class TokenMerging(StepMethod):
                 f"unmerge='carry' became 'copy': {type(self.target.scheduler).__name__} {reason}"
             )
 
+    def held(self, run: Run) -> Held:
+        if run.phase.dense:
+            return Held()
+        of_groups = [(group, name) for group in self.groups for name in group.written]
+        return Held(
+            (run.phase.budget, run.samples),
+            ((self.state, "draw"), (self.state, "guidance"), *of_groups),
+        )
+
     def keep(self, run: Run) -> None:
         self.state.draw = self.state.draw.clone()
         for group in self.groups:
@@ -302,6 +312,9 @@ class TokenMerging(StepMethod):
 
 class _Group:
     """Consecutive blocks that share a plan, built from the tokens at the entry of the first of them."""
+
+    #: What a call of the denoiser changes.
+    written = ("plan", "stale", "built", "budget", "baseline", "growth")
 
     def __init__(self, method: TokenMerging, blocks: range) -> None:
         self.method, self.blocks = method, blocks

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from accel.core.capability import require
+from accel.core.graphs import Held
 from accel.core.guidance import Guidance
 from accel.core.history import History, growth, memory
 from accel.core.keyvalues import KeyValues
@@ -102,6 +103,11 @@ class TokenPruning(StepMethod):
         sites = [replace(site, sides=kept) for site, kept in zip(self.sites, sides, strict=True)]
         self.span.attach(denoiser, sites, stack, bias=False)
         self.run.attach(stack)
+
+    def compile(self, how: bool | str, stack: ExitStack) -> None:
+        super().compile(how, stack)
+        stack.callback(self.kept.fix, False)
+        self.kept.fix(self.run.compilation is not None and self.run.compilation.graphs is not None)
 
     # Between steps (see StepMethod).
 
@@ -355,6 +361,10 @@ class TokenPruning(StepMethod):
 
     def leaving(self, run: Run) -> None:
         self.kept.leave()
+
+    def held(self, run: Run) -> Held:
+        key = (len(run.outputs), self.kept.storing)
+        return Held(key, ((self.state, "plan"), (self.kept, "plan")), lambda: self.kept.running)
 
     def keep(self, run: Run) -> None:
         self.kept.clone()
