@@ -23,6 +23,7 @@ CONFIGS = {
     "plain": accel.ForecastConfig(dense_steps_first=1000),
     "balanced": "balanced",
     "merging": MERGING,
+    "windows": accel.TokenMergingConfig(groups="windows", dense_steps_first=2),
     "groups": accel.TokenMergingConfig(
         ratio=0.5, refresh_layers=(2,), scope="block", drift=0.1, dense_steps_first=1, destinations="random"
     ),
@@ -46,14 +47,12 @@ def graphs_of(handle):
     return handle._method().run.compilation.graphs
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_replayed_calls_give_the_same_pictures(tape, name, guidance):
-    if name == "half of guidance" and guidance == 1:
-        pytest.skip("nothing to save")
-    pipe, config = make_flux(2, 2), CONFIGS[name]
+def test_replayed_calls_give_the_same_pictures(tape, name):
+    pipe, config = make_flux(1, 2), CONFIGS[name]
     sizes = [(32, 48), (32, 48), (48, 48), (32, 48)]
-    options = [{"height": h, "width": w, "steps": 9, "guidance": guidance} for h, w in sizes]
+    guidance = 1.0 if name in ("balanced", "windows") else 3.0  # one call a step, or two
+    options = [{"height": h, "width": w, "steps": 8, "guidance": guidance} for h, w in sizes]
     with accel.accelerate(pipe, config) as handle:
         expected = [FLUX.latents(pipe, **one) for one in options]
         shares = handle.stats.share

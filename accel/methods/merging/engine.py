@@ -178,7 +178,7 @@ class TokenMerging(StepMethod):
         of_groups = [(group, name) for group in self.groups for name in group.written]
         return Held(
             (run.phase.budget, run.samples),
-            ((self.state, "draw"), (self.state, "guidance"), *of_groups),
+            ((self.state, "draw"), (self.state, "guidance"), (self, "score"), *of_groups),
         )
 
     def keep(self, run: Run) -> None:
