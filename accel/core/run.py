@@ -467,7 +467,7 @@ class Run(Listener):
     def held(self) -> Held:
         """What hooks read and write in the call that is about to run."""
         held = self.method.held(self)
-        return held._replace(key=(id(self), self.grid, self.phase.budget, *held.key))
+        return held._replace(key=(id(self), self.grid, self.references, self.phase.budget, *held.key))
 
     @property
     def kinds(self) -> int:

@@ -131,17 +131,11 @@ class TokenPruning(StepMethod):
         self.state.forecasts = []
         computing = [s for s in range(step + 1, len(run.phases)) if run.phases[s].budget > 0]
         # Of each branch, the next step that computes it: a partial one needs what this one makes.
-<<<<<<< HEAD
         following = [next(iter(s), None) for s in (computing, [s for s in computing if run.phases[s].guided])]
         partial = any(s is not None and self._leaves_out(s) for s in following)
         self.kept.storing = bool(self.kept.layers) and partial and not self._leaves_out(step)
-=======
-        following = [next(iter(ps), None) for ps in (computing, [p for p in computing if p.guided])]
-        partial = any(p is not None and not p.dense for p in following)
-        self.kept.storing = bool(self.kept.layers) and run.phase.dense and partial
-        if not any(0 < phase.budget < 1 for phase in run.phases[step:]):
+        if not any(self._leaves_out(s) for s in [step, *computing]):
             self.kept.free()
->>>>>>> fd6b4cd (Kept keys and values are reached through the module: hooks shared by all layers, so that compiled blocks share their code; freed after the last partial step)
         if step == 0:
             return
         assert self.state.history is not None
@@ -364,7 +358,7 @@ class TokenPruning(StepMethod):
 
     def held(self, run: Run) -> Held:
         key = (len(run.outputs), self.kept.storing)
-        return Held(key, ((self.state, "plan"), (self.kept, "plan")), lambda: self.kept.running)
+        return Held(key, ((self.state, "sent"), (self.kept, "plan")), lambda: self.kept.running)
 
     def keep(self, run: Run) -> None:
         self.kept.clone()
