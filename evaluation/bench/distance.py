@@ -179,8 +179,10 @@ def _pictures(
 ) -> tuple[Tensor, int, float]:
     """(P, 3, H, W) uint8; how often attentions were computed; seconds."""
     call = generation.Settings(item.steps or total, plan.call.size, plan.call.guidance)
-    pictures, calls, began = [], [], time.monotonic()
+    pictures: list[Tensor] = []
+    calls: list[int] = []
     with item.attach(pipe), _attentions(pipe, calls):
+        began = time.monotonic()
         for members in generation.batches(jobs, plan.batch):
             made = generation.run(pipe, members, call)
             pictures.append((made * 255).round().byte())
