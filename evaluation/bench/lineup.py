@@ -1,4 +1,8 @@
-"""Who is compared per computed step: accel's schedules, other libraries' forecasts at the same steps, solvers on them."""
+"""Who is compared per computed step: accel's schedules, other libraries' forecasts at the same steps, solvers on them.
+
+Not diffusers' SeaCache: in 0.42 it has an adapter for Cosmos alone, and computes every step of a pipeline that, as FLUX's,
+does not tell it which step it is at.
+"""
 
 from __future__ import annotations
 
@@ -74,10 +78,6 @@ def settings(total: int) -> list[Setting]:
         Setting(Spectrum("spectrum-output-corrected", correct=True, computed=spectrum), BOTH),
         Setting(Configuration("ours-on-spectrum", at_spectrum), OURS),
         Setting(Configuration("quality", configs.load("quality")), OURS),
-        *(
-            Setting(Peer(f"seacache-{t}", package="diffusers", kind="SeaCache", total=total, options={"threshold": t}), PEERS)
-            for t in (0.25, 0.5)
-        ),
     ]  # fmt: skip
 
 

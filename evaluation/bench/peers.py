@@ -9,7 +9,6 @@ import copy
 import importlib.util
 import io
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
@@ -140,18 +139,6 @@ def _broadcast(pipe: Any, total: int, options: Mapping[str, Any]) -> Callable[[]
     return _diffusers(PyramidAttentionBroadcastConfig(**now, **options), pipe)
 
 
-def _seacache(pipe: Any, total: int, options: Mapping[str, Any]) -> Callable[[], None]:
-    from diffusers import SeaCacheConfig
-
-    def latents(model: Any, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
-        """FLUX has no adapter of its own: its packed latents as pictures of one frame, squares."""
-        packed = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        side = math.isqrt(packed.shape[1])
-        return [picture.T.unflatten(1, (1, side, side)) for picture in packed]
-
-    return _diffusers(SeaCacheConfig(raw_vision_callback=latents, **options), pipe)
-
-
 def _cache_dit(pipe: Any, total: int, options: Mapping[str, Any]) -> Callable[[], None]:
     import cache_dit
 
@@ -185,7 +172,6 @@ ENABLE: dict[str, Enable] = {
     "MagCache": _magcache,
     "PyramidAttentionBroadcast": _broadcast,
     "cache-dit": _cache_dit,
-    "SeaCache": _seacache,
 }
 
 
