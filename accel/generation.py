@@ -192,12 +192,18 @@ def size_multiple(pipe: Any) -> int:
 
 
 def run(
-    pipe: Any, jobs: Sequence[Job], settings: Settings, on_step: Callable[[int], None] = lambda steps: None
+    pipe: Any,
+    jobs: Sequence[Job],
+    settings: Settings,
+    on_step: Callable[[int], None] = lambda steps: None,
+    on_preview: Callable[[int, Callable[[], list[Any]]], None] | None = None,
 ) -> torch.Tensor:
     """One call of the pipeline for a batch of jobs: (B, 3, H, W) float in [0, 1] on the CPU.
 
     Args:
         on_step: called with the number of steps done since the last time: denoising steps, or image tokens.
+        on_preview: called after steps of an autoregressive pipeline with the finished tokens and a function that gives the
+            images as far as they are.
 
     Raises:
         UnsupportedError: the pipeline refuses the call; it says why.
@@ -210,6 +216,8 @@ def run(
             nonlocal before
             on_step(step - before if tokens else 1)  # tokens get finished several at a time
             before = step
+            if on_preview is not None and "preview" in tensors:
+                on_preview(step, tensors["preview"])
             return tensors
 
         arguments["callback_on_step_end"] = advance
@@ -335,6 +343,7 @@ def timed(
     settings: Settings,
     config: Any = None,
     on_step: Callable[[int], None] = lambda steps: None,
+    on_preview: Callable[[int, Callable[[], list[Any]]], None] | None = None,
 ) -> Generated:
     """`run`, measured; accelerated for just this call if a config is given.
 
@@ -346,10 +355,11 @@ def timed(
         if handle is not None:
             handle.stats.reset()
         with measure(called) as clock:
-            images = run(called, jobs, settings, on_step)
+            images = run(called, jobs, settings, on_step, on_preview)
         # A copy: the next call through a handle that stays starts counting anew.
         stats = copy.copy(handle.stats) if handle is not None else None
-        decoding = Decoding.of(stats, clock.calls) if is_autoregressive(called) else None
+        calls = clock.calls or default_steps(called, settings)  # plain decoding's, where nobody could count
+        decoding = Decoding.of(stats, calls) if is_autoregressive(called) else None
     return Generated(images, clock.seconds, clock.denoiser_seconds, stats, decoding)
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from accel.generation import Decoding, Way, is_autoregressive
+from accel.generation import Decoding, Way, default_steps, is_autoregressive
 from accel.pipelines.timing import is_compiled, measure
 
 from .configurations import Configuration, resolve
@@ -231,7 +231,8 @@ class _Runner:
                 stats.reset()
             with measure(pipe) as measured:
                 images = self._call(pipe, configuration, batch)
-            decoding = Decoding.of(stats, measured.calls) if self._draws else None
+            # Captured and compiled forwards cannot be counted; plain decoding has one per token.
+            decoding = Decoding.of(stats, measured.calls or default_steps(pipe)) if self._draws else None
         if len(images) != len(batch):
             raise EvaluationError(f"the pipeline returned {len(images)} images for {len(batch)} prompts")
         common = {

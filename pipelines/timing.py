@@ -111,9 +111,8 @@ def _denoiser(pipe: Any) -> torch.nn.Module | None:
         module = getattr(pipe, name, None)
         if isinstance(module, torch.nn.Module):
             return None if compiled(module) else module
-    backbone = getattr(getattr(pipe, "adapter", None), "backbone", None)
-    whole = hasattr(getattr(pipe, "_forward", None), "_torchdynamo_orig_callable")
-    return None if whole or not isinstance(backbone, torch.nn.Module) or compiled(backbone) else backbone
+    module = getattr(pipe, "timed", None)  # an autoregressive pipeline's
+    return None if not isinstance(module, torch.nn.Module) or compiled(module) else module
 
 
 def _device(pipe: Any) -> torch.device:

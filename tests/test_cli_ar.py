@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import tiny_janus
@@ -196,3 +197,28 @@ def test_evaluate_measures_forwards_and_makes_no_pairs(capsys, folder, tmp_path)
     code, _, err = accel(capsys, "evaluate", "run", tmp_path / "other", "--model", folder, "-c", "steps=2")
     assert code == 2
     assert "steps are for diffusion models" in err
+
+
+def test_previews_are_written_on_the_way(capsys, folder, tmp_path, monkeypatch):
+    """Whole files, several versions of each, the last one the image itself."""
+    versions = []
+    own = Path.replace
+
+    def replace(self, to):
+        versions.append(to)
+        return own(self, to)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    rows = generate(capsys, folder, "--out", tmp_path, "--batch", 2, "--preview")["images"]
+    for row in rows:
+        file = Path(row["file"])
+        preview = file.with_name(f"{file.stem}-preview.png")
+        assert versions.count(preview) > 2
+        assert torch.equal(pixels(preview), pixels(file))
+    assert not [*tmp_path.glob(".*")]
+
+
+def test_previews_need_pixels_token_by_token(capsys, tmp_path):
+    code, _, err = accel(capsys, "generate", "two", "--preview", "--out", tmp_path)
+    assert code != 0
+    assert "--preview needs an autoregressive model" in err

@@ -141,13 +141,42 @@ def autoregressive(
     top_k: c.TopK = None,
     top_p: c.TopP = None,
     seed: Annotated[int, typer.Option(min=0, max=c.MAX_SEED, help="Base seed.")] = 0,
+    arch: Annotated[
+        str,
+        typer.Option(
+            help="Instead of a model, random weights of published sizes, comma-separated: janus-1b, janus-7b, "
+            "llamagen-xl, emu3."
+        ),
+    ] = "",
+    windows: Annotated[str, typer.Option(help="With --arch: windows, comma-separated.")] = "8,16,32,64",
+    ways: Annotated[str, typer.Option(help="With --arch: what to run, comma-separated.")] = (
+        "captured,eager,compiled,transformers"
+    ),
+    minutes: Annotated[float, typer.Option(min=0, help="With --arch: begin nothing after these.")] = 60,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="With --arch: tiny sizes, to try the command.")
+    ] = False,
     device: c.Device = None,
     dtype: c.Dtype = None,
 ) -> None:
     """Autoregressive: transformers' generate, plain decoding and ways of speculative decoding, in one run.
 
-    Writes report/autoregressive.md, .json, .csv and plots. A stopped run continues.
+    Writes report/autoregressive.md, .json, .csv and plots. A stopped run continues. With --arch: milliseconds of a round at
+    the sizes of published models, in report/shapes.md and .json.
     """
+    if arch:
+        _shapes(
+            out,
+            arch,
+            _wholes(batch_sizes, "--batch-sizes", "1,4,16"),
+            windows,
+            ways,
+            minutes,
+            tiny,
+            device,
+            dtype,
+        )
+        return
     from accel.evaluation import suites
     from accel.evaluation.bench.autoregressive import bench, settings
     from accel.generation import Settings, is_autoregressive
@@ -213,6 +242,54 @@ def _stages() -> Iterator[Callable[[tuple[float, float, str]], None]]:
         return
     with c.stages() as update:
         yield update
+
+
+def _shapes(
+    out: Path,
+    arch: str,
+    batches: list[int],
+    windows: str,
+    ways: str,
+    minutes: float,
+    tiny: bool,
+    device: str | None,
+    dtype: str | None,
+) -> None:
+    import torch
+
+    from accel.evaluation.bench import autoregressive_shapes as shapes
+    from accel.evaluation.bench.autoregressive_rows import bench_shapes
+    from accel.pipelines.loading import DTYPES, check_device
+
+    known = [shapes.CAPTURED, shapes.EAGER, shapes.COMPILED, shapes.TRANSFORMERS]
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    if device is not None:
+        check_device(device)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    usual = torch.bfloat16 if place.type == "cuda" else torch.float32
+    chosen = [way for way in _names(ways, "ways", known) if way != shapes.CAPTURED or place.type == "cuda"]
+    page = bench_shapes(
+        out,
+        _names(arch, "arch", list(shapes.ARCHITECTURES)),
+        place,
+        DTYPES[dtype] if dtype else usual,
+        batches=batches,
+        windows=_wholes(windows, "--windows", "8,16"),
+        ways=chosen,
+        minutes=minutes,
+        dry=tiny,
+        say=lambda text: say(text, to=_console),
+    )
+    show_report(page.read_text(encoding="utf-8"))
+    say(f"report: {page}", to=_console)
+
+
+def _names(text: str, option: str, known: list[str]) -> list[str]:
+    names = list(dict.fromkeys(part.strip() for part in text.split(",")))
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"--{option}: {unknown[0]!r} is none of {', '.join(known)}")
+    return names
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +35,13 @@ def generate(
     compare: Annotated[
         bool, typer.Option("--compare", help="Also generate without acceleration, and show both.")
     ] = False,
+    preview: Annotated[
+        bool,
+        typer.Option(
+            "--preview",
+            help="Autoregressive models: keep each image, as far as it is, in a file of its name with -preview.",
+        ),
+    ] = False,
     device: c.Device = None,
     dtype: c.Dtype = None,
     force: c.Force = False,
@@ -61,10 +69,13 @@ def generate(
     ]
     label = preset or (config.stem if config else "plain")
     paths = [out / c.file_name(index, job, model, label) for index, job in enumerate(jobs)]
+    previews = [path.with_name(f"{path.stem}-preview.png") for path in paths] if preview else []
     extra = [path.with_name(f"{path.stem}-compare.png") for path in paths] if compare else []
-    c.check_out(out, paths + extra, force)
+    c.check_out(out, paths + extra + previews, force)
     pipe = c.load(model, device, dtype)
     settings.check(pipe)
+    if preview and not (g.is_autoregressive(pipe) and pipe.adapter.makes_pixels):
+        raise ConfigError(f"--preview needs an autoregressive model that makes pixels, not {model}")
     if chosen is not None:
         g.check_can_accelerate(pipe, chosen)
     made_by = c.recipe(pipe, settings, model, label, chosen)
@@ -83,7 +94,8 @@ def generate(
                 members = [jobs[i] for i in group]
                 if compare:
                     plain.append(g.timed(ways[0], members, settings, on_step=advance))
-                made.append(g.timed(ways[1], members, settings, on_step=advance))
+                show = Preview([previews[i] for i in group], per_call) if preview else None
+                made.append(g.timed(ways[1], members, settings, on_step=advance, on_preview=show))
                 files = [paths[i] for i in group]
                 c.save(made[-1].images, members, files, made_by)
                 if compare:
@@ -103,3 +115,25 @@ def generate(
     if compare:
         result["summary"] = results.summarise(rows, label, chosen)
     results.show(result, as_json, f"{model}, {c.describe(pipe, per_call)}")
+
+
+class Preview:
+    """Writes images as far as they are, eight times on their way.
+
+    Args:
+        files: one per image.
+        tokens: of an image.
+    """
+
+    def __init__(self, files: list[Path], tokens: int) -> None:
+        self._files, self._tokens, self._eighths = files, tokens, 0
+
+    def __call__(self, finished: int, images: Callable[[], list[Any]]) -> None:
+        eighths = 8 * finished // max(1, self._tokens)
+        if eighths == self._eighths:
+            return
+        self._eighths = eighths
+        for file, image in zip(self._files, images(), strict=False):  # none before the first row
+            part = file.with_name(f".{file.name}")  # whoever looks sees a whole file
+            image.save(part, format="PNG")
+            part.replace(file)

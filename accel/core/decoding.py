@@ -11,12 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .checks import check, is_number, is_whole
+from .randomness import Randomness
+from .readback import Readback
+from .rounds import reach, rounds_of
 
 
 class TokenModel(Protocol):
@@ -35,7 +39,10 @@ class TokenModel(Protocol):
 
     It may say more, which decoders can do without: `codebook_VD`, the code that each token stands for (`CheckpointAdapter`),
     and `row`, how many slots after a token the one right below it stands. If it has `at_most`, a decoder that knows
-    how far the images are sets it before each forward: no `at_B` is larger, so that nothing behind need be looked at.
+    how far the images are sets it before each forward: no `at_B` is larger, so that nothing behind need be looked at;
+    `seen(width)` then says what the forward's shapes depend on. `rounds` (`accel.core.rounds.Rounds`) says that all its
+    tensors stay where they are, and runs rounds. `nan_B` (int64) and `check(values of nan_B)` find NaN. A decoder puts the tokens
+    (B, N or more) that it writes, finished ones and drafts, where the model has `drawn_BS`, for previews.
     """
 
     images: int
@@ -111,12 +118,6 @@ class Sampling:
 Decoder = Callable[[TokenModel, Sampling, Sequence[torch.Generator], Callable[[int], None]], Tensor]
 
 
-def noise(generators: Sequence[torch.Generator], *shape: int) -> Tensor:
-    """(B, *shape) float32 exponential noise, each image's from its own generator."""
-    rows = [torch.empty(shape, device=g.device).exponential_(generator=g) for g in generators]
-    return torch.stack(rows)
-
-
 def draw(p: Tensor, exponential: Tensor) -> Tensor:
     """(..., V) probabilities and exponential noise → (...) tokens: an exact sample, without waiting for the device.
 
@@ -132,13 +133,97 @@ def decode(
     on_slots: Callable[[int], None] = lambda slots: None,
 ) -> Tensor:
     """Plain decoding, one token after the other: the `Decoder` that every other one is measured against."""
-    slots = model.forced_N.shape[0]
-    at_B = torch.zeros(model.images, dtype=torch.int64, device=model.first_BV.device)
-    logits_BV, tokens = model.first_BV, []
-    for slot in range(slots):
-        drawn_B = draw(sampling.probabilities(logits_BV), noise(generators, model.vocabulary))
-        tokens.append(torch.where(model.forced_N[slot] >= 0, model.forced_N[slot], drawn_B))
+    rounds, slots = rounds_of(model), model.forced_N.shape[0]
+    key = (decode, sampling)
+    plain = rounds.keep(key, lambda: PlainRound(model, sampling, generators))
+    plain.begin(model, generators)
+    show(model, plain.token_BN)
+    told = Told(model, rounds.captures)
+    on_slots(1)
+    for slot in range(1, slots):
+        plain.randomness.refill([slot] * model.images)
+        seen = reach(model, 1, slot - 1)
+        rounds.run((*key, seen), partial(plain, model))
+        told.read(plain.slot_B)
         on_slots(slot + 1)
-        if slot + 1 < slots:
-            logits_BV = model.forward(tokens[-1][:, None], at_B + slot)[:, 0]
-    return torch.stack(tokens, 1)
+    return plain.token_BN.clone()
+
+
+def show(model: Any, token_BS: Tensor) -> None:
+    """Let the model know where an image's tokens are written."""
+    if hasattr(model, "drawn_BS"):
+        model.drawn_BS = token_BS
+
+
+class PlainRound:
+    """Plain decoding's round and what it writes: each image's last token is fed, and the next one drawn.
+
+    Attributes:
+        token_BN: tokens so far.
+        slot_B: the slot that is drawn next.
+    """
+
+    def __init__(self, model: TokenModel, sampling: Sampling, generators: Sequence[torch.Generator]) -> None:
+        slots, device = model.forced_N.shape[0], model.first_BV.device
+        self.sampling = sampling
+        self.randomness = Randomness(generators, model.vocabulary, slots, 1, device)
+        self.token_BN = torch.zeros(model.images, slots, dtype=torch.int64, device=device)
+        self.slot_B = torch.zeros(model.images, dtype=torch.int64, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        return self.randomness.nbytes
+
+    def begin(self, model: TokenModel, generators: Sequence[torch.Generator]) -> None:
+        """A new batch, its slot 0 drawn from the prompt's logits."""
+        self.randomness.restart(generators)
+        self.randomness.refill([0] * model.images)
+        self.slot_B.zero_()
+        self._draw(model, model.first_BV)
+
+    def __call__(self, model: TokenModel) -> None:
+        at_B = self.slot_B - 1
+        self._draw(model, model.forward(self.token_BN.gather(1, at_B[:, None]), at_B)[:, 0])
+
+    def _draw(self, model: TokenModel, logits_BV: Tensor) -> None:
+        slot_B = self.slot_B.clamp(max=model.forced_N.shape[0] - 1)  # a round that is timed does not stop
+        drawn_B = draw(self.sampling.probabilities(logits_BV), self.randomness.at(slot_B[:, None])[:, 0])
+        forced_B = model.forced_N[slot_B]
+        token_B = torch.where(forced_B >= 0, forced_B, drawn_B)
+        self.token_BN.scatter_(1, slot_B[:, None], token_B[:, None])
+        torch.add(slot_B, 1, out=self.slot_B)
+
+
+class Told:
+    """What the host is told of each round: (B,) numbers, and whether logits were NaN.
+
+    Args:
+        late: reads the round before, so that a GPU always has a round to work on; None is read in the first. NaN
+            is then found a round later; else when the model is asked, at the end.
+    """
+
+    def __init__(self, model: Any, late: bool) -> None:
+        self._model, self._late = model, late
+        self._nan_B = getattr(model, "nan_B", None) if late else None
+        self._pending: list[Readback] = []
+
+    def read(self, values_B: Tensor) -> list[int] | None:
+        """Send the values off; what is known by now.
+
+        Raises:
+            NumericsError: the model's logits were NaN.
+        """
+        if not self._late:
+            return None
+        images = values_B.shape[0]
+        values_B = torch.cat(
+            [values_B] if self._nan_B is None else [values_B, self._nan_B]
+        )  # a copy of its own
+        spare = self._pending.pop(0) if len(self._pending) == 2 else None
+        self._pending.append(Readback(values_B, spare))
+        if len(self._pending) < 2:
+            return None
+        known = self._pending[0].read().tolist()
+        if self._nan_B is not None:
+            self._model.check(known[images:])
+        return known[:images]

@@ -11,16 +11,24 @@ class Readback:
 
     Reading at once would make the host wait for everything queued. One step later the device has a whole step
     of work queued behind the values, so it never runs dry, and the decision stays the same in every run.
+
+    Args:
+        values: read before anything that is queued after this.
+        into: one that has been read and is not needed any more; its pinned memory is used again.
     """
 
-    def __init__(self, values: Tensor) -> None:
-        self._event = None
+    def __init__(self, values: Tensor, into: Readback | None = None) -> None:
+        self._event: torch.cuda.Event | None = None
         self._host = values.detach()
         if values.is_cuda:
-            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            event = torch.cuda.Event() if into is None else into._event
+            assert event is not None, "its values were on another device"
+            self._host = (
+                torch.empty_like(values, device="cpu", pin_memory=True) if into is None else into._host
+            )
             self._host.copy_(values.detach(), non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+            event.record()
+            self._event = event
 
     def read(self) -> Tensor:
         """The values, on the host."""

@@ -28,6 +28,8 @@ from torch import Tensor, nn
 
 from accel.errors import ConfigError
 
+from .stack import Stack, llama
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -241,6 +243,17 @@ class CheckpointAdapter(ABC):
             use_cache=True,
             **cache,
         ).last_hidden_state
+
+    # The same, for families whose layers `stack` knows.
+
+    def stack(self) -> Stack | None:
+        """The backbone's layers in fewer kernels, instead of `hidden`; None: not known for this family or model."""
+        return llama(self.backbone)
+
+    def rotary(self, embedding_RWD: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (R, W, E) for what `positions` gave."""
+        backbone: Any = self.backbone
+        return backbone.rotary_emb(embedding_RWD, position)
 
     # After the last.
 

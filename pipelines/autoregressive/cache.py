@@ -29,6 +29,19 @@ class PlacedCache(Cache):
         self._layers = [_Layer(rows, places) for _ in range(layers)]
         super().__init__(layers=list(self._layers))
 
+    @property
+    def index(self) -> Tensor:
+        """(R W,) where the next forward writes, in rows of the memory."""
+        return self._layers[0].index
+
+    def memory(self, layer: int, heads: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, (R S, H, D) each, for a forward that writes to `index` itself."""
+        own = self._layers[layer]
+        if not own.is_initialized:
+            states = like.new_empty(1, heads, 1, width)
+            own.lazy_initialization(states, states)
+        return own._keys.flatten(0, 1), own._values.flatten(0, 1)
+
     def aim(self, place_RW: Tensor, seen: int) -> Tensor:
         """Say where the next forward writes and how far it looks: places 0 ... `seen` - 1.
 

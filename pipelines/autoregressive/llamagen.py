@@ -31,6 +31,7 @@ from .adapter import CheckpointAdapter, Defaults, Layout, Prefix
 from .llamagen_model import Gpt, load_gpt, read, rotary
 from .llamagen_vq import VqDecoder, load_vq
 from .loading import load_model, load_tokenizer, read_json
+from .stack import Layer, Shape, Stack
 
 _KEYS = {"architectures", "gpt", "vq", "image_size", "heads", "text_encoder"}
 
@@ -127,6 +128,22 @@ class LlamaGen(CheckpointAdapter):
 
     def hidden(self, embedding_RWD: Tensor, bias_R1WS: Tensor, position: Tensor, key_values: Any) -> Tensor:
         return self.gpt(embedding_RWD, position, bias_R1WS, key_values)
+
+    def stack(self) -> Stack:
+        shape = self.gpt.shape
+        layers = []
+        for name in range(shape.layers):
+            part = self.gpt.layers.get_submodule(str(name))
+            names = ("attention_norm", "attention.wqkv", "attention.wo", "ffn_norm")
+            norm_in, qkv, out, norm_mid = (part.get_parameter(f"{n}.weight") for n in names)
+            w1, w3, w2 = (part.get_parameter(f"feed_forward.{n}.weight") for n in ("w1", "w3", "w2"))
+            layers.append(Layer(norm_in, (qkv,), out, norm_mid, (w1, w3), w2))
+        own = Shape(shape.heads, shape.kv_heads, shape.width // shape.heads, 1e-5, interleaved=True)
+        return Stack(own, layers, self.gpt.norm.weight)
+
+    def rotary(self, embedding_RWD: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = position.unbind(-1)
+        return cos, sin
 
     def logits(self, hidden_RWD: Tensor) -> Tensor:
         return self.gpt.output(hidden_RWD)

@@ -15,13 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accel.core.rounds import Rounds
 from accel.errors import NumericsError, UnsupportedError
 
 from .adapter import CheckpointAdapter, Layout, Prefix
 from .cache import PlacedCache
+from .stack import Stack
 
 #: Cached places come in these steps, so that few shapes are compiled and rows of the mask stay aligned.
 _STEP = 64
+#: How many different numbers of places forwards look at, at most, where each is captured for itself.
+_BUCKETS = 8
 
 
 class PromptedModel:
@@ -33,8 +37,10 @@ class PromptedModel:
         prompts: one per image.
         guidance: 1 does not run unconditional rows; above 1, logits = u + guidance * (c - u) in float32.
         forward: runs a forward; `forward_once` or a compiled version of it.
-        grow: look only at the places that can have been written. Shapes then depend on how often `forward`
-            was called, too, which graphs do not take.
+        grow: look only at the places that can have been written. Shapes then depend on how far the images are,
+            too, which compiled code is compiled anew for.
+        stack: the backbone's layers, if they are to run as `Stack`.
+        rounds: how rounds of decoding run; what is kept there is good for all prompts that `read` takes.
 
     Raises:
         UnsupportedError: a prompt and the image do not fit into the model's context.
@@ -49,27 +55,55 @@ class PromptedModel:
         *,
         forward: Callable[..., Tensor] | None = None,
         grow: bool = False,
+        stack: Stack | None = None,
+        rounds: Rounds | None = None,
     ) -> None:
-        self.adapter, self.layout = adapter, layout
+        self.adapter, self.layout, self.stack = adapter, layout, stack
         self.images, self.vocabulary = len(prompts), adapter.vocabulary
         self.codebook_VD, self.row = adapter.codebook_VD, layout.row
         self.guided = guidance > 1
-        prefix = adapter.prefix(prompts, layout, self.guided)
-        _check_fits(prefix, adapter, layout, self.images)
+        prefix = self._prefix(prompts)
         device = prefix.embedding_RPD.device
-        self.guidance = torch.tensor(float(guidance), device=device)  # a tensor: no new graph for every value
-        self.start_R = torch.tensor(prefix.lengths, device=device)
+        self.rounds = rounds or Rounds()
+        self.guidance = torch.zeros((), device=device)  # a tensor: no new graph for every value
+        self.start_R = torch.zeros(len(prefix.lengths), dtype=torch.int64, device=device)
         self.forced_N = torch.tensor(layout.forced, device=device)
-        self._longest = max(prefix.lengths)
         # One place more than there are slots: tokens of windows that reach beyond the end go there.
-        self.places = -(-(self._longest + layout.slots + 1) // _STEP) * _STEP
+        self.places = _up(max(prefix.lengths) + layout.slots + 1, _STEP)
+        self._step = _up(-(-self.places // _BUCKETS), _STEP) if self.rounds.captures else _STEP
         self.key_values = PlacedCache(adapter.layers, len(prefix.lengths), self.places)
-        self._forward, self._grow, self._fed = forward or forward_once, grow, 0
+        self._forward, self._grow = forward or forward_once, grow
+        #: The image's tokens so far, if the decoder shows them.
+        self.drawn_BS: Tensor | None = None
+        #: The first place of each image whose logits were NaN; `places` if there is none.
+        self.nan_B = torch.full((self.images,), self.places, device=device)
+        self._read(prefix, guidance)
+
+    def read(self, prompts: Sequence[Any], guidance: float) -> bool:
+        """Take other prompts, as many and as guided as those before. False: they are too long for this memory."""
+        assert (len(prompts), guidance > 1) == (self.images, self.guided)
+        prefix = self._prefix(prompts)
+        if max(prefix.lengths) + self.layout.slots + 1 > self.places:
+            return False
+        self._read(prefix, guidance)
+        return True
+
+    def _prefix(self, prompts: Sequence[Any]) -> Prefix:
+        prefix = self.adapter.prefix(prompts, self.layout, self.guided)
+        _check_fits(prefix, self.adapter, self.layout, self.images)
+        return prefix
+
+    def _read(self, prefix: Prefix, guidance: float) -> None:
+        self._longest, self.drawn_BS = max(prefix.lengths), None
+        self.guidance.fill_(guidance)
+        self.start_R.copy_(torch.tensor(prefix.lengths))
+        self.nan_B.fill_(self.places)
         self.first_BV = self._prefill(prefix)
         #: The furthest slot that the next forward can begin at, if a decoder knows.
         self.at_most: int | None = None
-        #: The first place of each image whose logits were NaN; `places` if there is none.
-        self.nan_B = torch.where(self.first_BV.sum(-1).isnan(), self.start_R[: self.images] - 1, self.places)
+        self.nan_B.copy_(
+            torch.where(self.first_BV.sum(-1).isnan(), self.start_R[: self.images] - 1, self.nan_B)
+        )
 
     def _prefill(self, prefix: Prefix) -> Tensor:
         rows, length = prefix.embedding_RPD.shape[:2]
@@ -78,19 +112,39 @@ class PromptedModel:
         last_R1D = hidden_RPD[torch.arange(rows, device=place_RP.device), self.start_R - 1][:, None]
         return guide(self, self.adapter.logits(last_R1D))[:, 0]
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the cache and of what decoders keep, in bytes."""
+        return self.key_values.nbytes + self.rounds.nbytes
+
+    def seen(self, width: int) -> int:
+        """How many places the next forward of `width` tokens looks at: all that it can see, and few numbers."""
+        if not self._grow or self.at_most is None:
+            return self.places
+        return min(_up(self._longest + self.at_most + width, self._step), self.places)
+
     def forward(self, token_BW: Tensor, at_B: Tensor) -> Tensor:
         """See `accel.core.decoding.TokenModel`."""
-        # No image can be further than the number of tokens fed so far: all slots before a token were fed, too.
-        # Windows are fed again and again, so that this is soon far too much: then the decoder should know better.
-        width, seen = token_BW.shape[1], self.places
-        self._fed += width
-        if self._grow:
-            fed = self._fed if self.at_most is None else min(self._fed, self.at_most + width)
-            seen = min(-(-(self._longest + fed) // _STEP) * _STEP, self.places)
-        return self._forward(self, token_BW, at_B, seen)
+        return self._forward(self, token_BW, at_B, self.seen(token_BW.shape[1]))
 
-    def check(self) -> None:
-        """Say where logits were NaN, if they were. Waits for the device: call it once, at the end.
+    def so_far(self, finished: int) -> tuple[Tensor, int] | None:
+        """Tokens (B, rows * columns) of an image of which only some slots are finished, and how many of its rows are: those
+        below repeat the last of them. None if there is no row yet, or the decoder does not show its tokens.
+        """
+        layout = self.layout
+        rows = min(finished // layout.row, layout.rows)
+        if not rows or self.drawn_BS is None or layout.picture is not None:
+            return None
+        slot_N = torch.arange(layout.slots, device=self.drawn_BS.device)
+        done = rows * layout.row
+        slot_N = torch.where(slot_N < done, slot_N, done - layout.row + slot_N % layout.row)
+        return layout.finished(self.drawn_BS[:, slot_N]), rows
+
+    def check(self, nan: Sequence[int] | None = None) -> None:
+        """Say where logits were NaN, if they were.
+
+        Args:
+            nan: the values of `nan_B`; None waits for the device: call it so once, at the end.
 
         In a window, a later token's NaN shows from the window's first slot on: attention multiplies what it does
         not see by 0.
@@ -98,6 +152,8 @@ class PromptedModel:
         Raises:
             NumericsError: names the first image and its slot.
         """
+        if nan is not None and min(nan) >= self.places:
+            return
         slots = (self.nan_B - self.start_R[: self.images] + 1).tolist()
         bad = [(slot, image) for image, slot in enumerate(slots) if slot < self.layout.slots]
         if bad:
@@ -132,6 +188,10 @@ def run_rows(model: PromptedModel, embedding_RWD: Tensor, place_RW: Tensor, seen
     # A bias in the model's own type: attention would convert a boolean mask in every layer.
     bias_R1WK = torch.where(visible_R1WK, bias, -torch.inf)
     position = model.adapter.positions(place_RW, model.start_R, model.layout)
+    if model.stack is not None:
+        return model.stack(
+            embedding_RWD, bias_R1WK, *model.adapter.rotary(embedding_RWD, position), model.key_values
+        )
     return model.adapter.hidden(embedding_RWD, bias_R1WK, position, model.key_values)
 
 
@@ -142,6 +202,10 @@ def guide(model: PromptedModel, logits_RWV: Tensor) -> Tensor:
         return logits_RWV
     conditional_BWV, unconditional_BWV = logits_RWV.chunk(2)
     return unconditional_BWV + (conditional_BWV - unconditional_BWV) * model.guidance
+
+
+def _up(number: int, step: int) -> int:
+    return -(-number // step) * step
 
 
 def _check_fits(prefix: Prefix, adapter: CheckpointAdapter, layout: Layout, images: int) -> None:

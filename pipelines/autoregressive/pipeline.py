@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from accel.core.checks import check, is_number, is_whole
 from accel.core.decoding import Decoder, Sampling, decode
 from accel.errors import ConfigError, UnsupportedError
 
-from .adapter import CheckpointAdapter
+from .adapter import CheckpointAdapter, Layout
+from .kept import Kept, graphs_by_default
 from .loading import class_name
 from .model import PromptedModel, forward_once
 from .registry import find
@@ -24,7 +26,8 @@ from .registry import find
 Pipeline = TypeVar("Pipeline", bound="AutoregressivePipeline")
 OUTPUT_TYPES = ("pil", "np", "pt", "tokens")
 
-#: Called as diffusers calls it: (pipeline, finished slots, slots of an image, {}).
+#: Called as diffusers calls it: (pipeline, finished slots, slots of an image, {"preview": function}). The function gives PIL
+#: images as far as they are, grey below; [] where there is nothing to see yet. It waits for the device and runs the VQ decoder.
 Callback = Callable[["AutoregressivePipeline", int, int, dict[str, Any]], Any]
 
 
@@ -47,13 +50,21 @@ class AutoregressivePipeline:
         adapter: the loaded model and what is known about its family.
         decoder: how tokens are drawn, `accel.core.decoding.decode` unless `accel.accelerate` put another one there.
         model: the transformers model (or the family's own).
+        graphs: on a GPU, capture rounds of decoding in CUDA graphs, and compile the layers of families that
+            `Stack` knows. The first image of every batch size then takes seconds more, later ones a fraction. Where a
+            module of the backbone has hooks, or is compiled itself, all runs as it is.
+
+    Args:
+        graphs: None: unless the environment says ACCEL_GRAPHS=0.
 
     >>> pipe = AutoregressivePipeline.from_pretrained(folder).to("cuda")         # doctest: +SKIP
     >>> image = pipe("a red circle left of a blue square").images[0]             # doctest: +SKIP
     """
 
-    def __init__(self, adapter: CheckpointAdapter) -> None:
+    def __init__(self, adapter: CheckpointAdapter, *, graphs: bool | None = None) -> None:
         self.adapter = adapter
+        self.graphs = graphs_by_default() if graphs is None else graphs
+        self._kept = Kept()
         self.decoder: Decoder = decode
         self._forward: Callable[..., Tensor] = forward_once
         self._bar: dict[str, Any] = {}
@@ -65,6 +76,7 @@ class AutoregressivePipeline:
         *,
         torch_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
+        graphs: bool | None = None,
         **options: Any,
     ) -> Pipeline:
         """Load a checkpoint, onto the CPU. Only safetensors are read, and the tensors of LlamaGen's .pt files.
@@ -72,6 +84,7 @@ class AutoregressivePipeline:
         Args:
             source: a folder written by `save_pretrained`, or the id of a model on the hub.
             torch_dtype, dtype: of the weights (two names for one thing); default float32.
+            graphs: see the class.
             options: transformers' own: subfolder, revision, cache_dir, token, local_files_only.
 
         Raises:
@@ -81,7 +94,7 @@ class AutoregressivePipeline:
         """
         source = str(source)
         adapter = find(class_name(source, **options))
-        return cls(adapter.load(source, torch_dtype or dtype or torch.float32, **options))
+        return cls(adapter.load(source, torch_dtype or dtype or torch.float32, **options), graphs=graphs)
 
     @property
     def model(self) -> Any:
@@ -95,10 +108,25 @@ class AutoregressivePipeline:
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
 
+    @property
+    def timed(self) -> nn.Module | None:
+        """What every forward calls, for a clock to stand around; None where forwards are compiled or captured."""
+        if self._kept.look(self.adapter, self.graphs) or self._forward is not forward_once:
+            return None
+        return self._kept.stack or self.adapter.backbone
+
     def to(self: Pipeline, *args: Any, **kwargs: Any) -> Pipeline:
         """Move to a device, or to a dtype, as `torch.nn.Module.to`."""
+        self._kept.clear()
         self.model.to(*args, **kwargs)
         return self
+
+    def release(self, decoder: Any = None) -> None:
+        """Give back what is kept between calls: memory and graphs; with a decoder, only what it captured."""
+        if decoder is None:
+            self._kept.clear()
+        else:
+            self._kept.forget(decoder)
 
     def compile(self: Pipeline, **options: Any) -> Pipeline:
         """Compile the forward; the first images of every batch size and window width then take a while.
@@ -141,7 +169,7 @@ class AutoregressivePipeline:
             generator: one for the call, or one per image. An image depends on its own generator alone: the
                 same seed gives the same image in any batch. None: torch's global one.
             output_type: "pil", "np", "pt" or "tokens".
-            callback_on_step_end: called as slots get finished.
+            callback_on_step_end: called as slots get finished; can ask for a preview (`Callback`).
 
         Raises:
             ConfigError: an argument is out of range.
@@ -163,28 +191,53 @@ class AutoregressivePipeline:
         )
         generators = _generators(generator, len(prompts), self.device)
         layout = self.adapter.layout(height, width)
-        model = PromptedModel(
-            self.adapter,
-            layout,
-            prompts,
-            guidance,
-            forward=self._forward,
-            # Elsewhere, and compiled, the few places that need not be looked at cost less than new shapes.
-            grow=self.device.type == "cpu" and self._forward is forward_once,
-        )
+        model, key = self._prompted(prompts, layout, guidance)
         with tqdm(total=layout.slots, **self._bar) as bar:
 
             def on_slots(finished: int) -> None:
                 bar.update(finished - bar.n)
                 if callback_on_step_end is not None:
-                    callback_on_step_end(self, finished, layout.slots, {})
+                    preview = partial(self._preview, model, finished)
+                    callback_on_step_end(self, finished, layout.slots, {"preview": preview})
 
             token_BN = self.decoder(model, sampling, generators, on_slots)
         model.check()
+        if key is not None:
+            self._kept.give(key, model)
         token_BT = layout.finished(token_BN)
         if output_type == "tokens":
             return AutoregressiveOutput(token_BT)
         return AutoregressiveOutput(_as(output_type, self.adapter.images(token_BT, layout)))
+
+    def _preview(self, model: PromptedModel, finished: int) -> list[Any]:
+        drawn = model.so_far(finished) if self.adapter.makes_pixels else None
+        if drawn is None:
+            return []
+        token_BT, rows = drawn
+        image_B3HW = self.adapter.images(token_BT, model.layout)
+        image_B3HW[:, :, image_B3HW.shape[2] * rows // model.layout.rows :] = 0.5
+        return _as("pil", image_B3HW)
+
+    def _prompted(
+        self, prompts: list[Any], layout: Layout, guidance: float
+    ) -> tuple[PromptedModel, tuple | None]:
+        """The prompts, read; and under which key to keep the model afterwards, None: not at all."""
+        captures, plain = self._kept.look(self.adapter, self.graphs), self._forward is forward_once
+        key = (layout, len(prompts), guidance > 1, self._forward) if captures else None
+        model = self._kept.take(key) if captures else None
+        if model is None or not model.read(prompts, guidance):
+            model = PromptedModel(
+                self.adapter,
+                layout,
+                prompts,
+                guidance,
+                forward=self._forward,
+                # Elsewhere, and compiled, the few places that need not be looked at cost less than new shapes.
+                grow=plain and (captures or self.device.type == "cpu"),
+                stack=self._kept.stack,
+                rounds=self._kept.rounds(self.device) if captures else None,
+            )
+        return model, key
 
     def _prompts(self, prompt: Any, copies: int) -> list[Any]:
         check(is_whole(copies) and copies >= 1, "num_images_per_prompt", "a whole number >= 1", copies)

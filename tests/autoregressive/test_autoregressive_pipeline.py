@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 
@@ -305,3 +306,34 @@ def test_a_diffusion_method_refuses_it(pipe):
     with pytest.raises(UnsupportedError, match=r"AutoregressivePipeline .*take SpeculativeDecodingConfig"):
         accel.accelerate(pipe, accel.TokenMergingConfig())
     assert pipe.decoder is decode
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_preview_is_the_image_as_far_as_it_is(pipe, window):
+    """Its finished rows are those of an image of the same tokens; below it is grey; asking changes nothing."""
+    seen = {}
+
+    def look(pipe, finished, slots, given):
+        seen[finished] = given["preview"]()
+
+    def call(**options):
+        generator = torch.Generator().manual_seed(3)
+        return pipe(list(PROMPTS[:2]), generator=generator, output_type="tokens", **options).images
+
+    config = accel.SpeculativeDecodingConfig(window=window, auto_disable=False) if window else None
+    with accel.accelerate(pipe, config) if config else contextlib.nullcontext():
+        token_BT = call(callback_on_step_end=look)
+        assert torch.equal(call(), token_BT)
+    assert [len(images) for finished, images in seen.items() if finished < 4] == [0] * sum(
+        f < 4 for f in seen
+    )
+    whole = pipe.adapter.images(token_BT, pipe.adapter.layout(None, None))
+    last = np.asarray(seen[16][1]) / 255
+    np.testing.assert_allclose(last, whole[1].permute(1, 2, 0).numpy(), atol=0.51 / 255)
+    half = max(finished for finished in seen if 8 <= finished < 12)  # two of four rows, of two pixels each
+    picture = np.asarray(seen[half][1])
+    assert (picture[4:] == 128).all()
+    below = token_BT.clone()
+    below[:, 8:12] = below[:, 12:16] = token_BT[:, 4:8]
+    expected = pipe.adapter.images(below, pipe.adapter.layout(None, None))[1].permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(picture[:4] / 255, expected[:4], atol=0.51 / 255)

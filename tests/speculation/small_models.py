@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from accel.methods.speculation.randomness import Randomness
+from accel.core.randomness import Randomness
 
 
 class Written:

@@ -12,6 +12,7 @@ from small_models import OneGenerator, PictureModel, TableModel, generators
 
 import accel
 from accel.core.decoding import Sampling, decode
+from accel.core.randomness import Randomness
 from accel.errors import (
     AccelWarning,
     AlreadyAcceleratedError,
@@ -22,7 +23,6 @@ from accel.errors import (
 from accel.methods.speculation import SpeculativeDecodingConfig
 from accel.methods.speculation.decoder import SpeculativeDecoder
 from accel.methods.speculation.loop import ring_of, speculate, step_of
-from accel.methods.speculation.randomness import Randomness
 from accel.methods.speculation.verify import rule_of
 from accel.methods.speculation.windows import seconds
 

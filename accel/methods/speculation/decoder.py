@@ -8,21 +8,21 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from accel.core.decoding import Sampling, TokenModel, decode, draw
+from accel.core.decoding import PlainRound, Sampling, TokenModel, decode
+from accel.core.randomness import Randomness
+from accel.core.rounds import reach, rounds_of
 from accel.errors import AccelWarning, ConfigError, UnsupportedError
 
 from . import windows
 from .config import SpeculativeDecodingConfig
-from .loop import Step, ring_of, speculate, start, step_of
-from .randomness import Randomness
+from .loop import Step, begin_round, ring_of, speculate, step_of
 from .stats import SpeculationStats
-from .step import feed
 from .verify import rule_of
 
 
@@ -73,12 +73,10 @@ class SpeculativeDecoder:
             token_BN = decode(model, sampling, generators, on_slots)
             self.stats.record_plain(model.images, slots, time.perf_counter() - began)
             return token_BN
-        device = model.first_BV.device
-        late = device.type == "cuda"
-        ring = ring_of(self.config, width, late)
-        randomness = Randomness(generators, model.vocabulary, slots, ring, device)
+        late = _late(model)
+        randomness = self._randomness(model, sampling, width, generators)
         state, forwards = speculate(
-            model, sampling, self.config, width, step, randomness, on_slots, late=late
+            model, sampling, self.config, width, step, randomness, on_slots, late=late, key=(self, sampling)
         )
         self.stats.record(state, forwards, width, slots, time.perf_counter() - began)
         # A batch takes the forwards of its slowest image: the larger it is, the less it gains.
@@ -141,45 +139,51 @@ class SpeculativeDecoder:
             )
         return 1
 
+    def _randomness(
+        self, model: TokenModel, sampling: Sampling, width: int, generators: Sequence[torch.Generator]
+    ) -> Randomness:
+        device, slots = model.first_BV.device, model.forced_N.shape[0]
+        ring = ring_of(self.config, width, _late(model))
+        kept = rounds_of(model).keep(
+            (self, "randomness", width), lambda: Randomness(generators, model.vocabulary, slots, ring, device)
+        )
+        kept.restart(generators)
+        return kept
+
     def _seconds(self, model: TokenModel, sampling: Sampling, step: Step, width: int) -> float:
-        """Time of a round at the image's beginning; what it leaves in the cache is written over later."""
-        images, vocabulary, device = model.images, model.vocabulary, model.first_BV.device
-        ring = ring_of(self.config, width, late=False)
+        return self._timer(self.round(model, sampling, width, step), model.first_BV.device)
+
+    def round(
+        self, model: TokenModel, sampling: Sampling, width: int, step: Step | None = None
+    ) -> Callable[[], None]:
+        """A round in the middle of an image, to be timed; what it leaves in the cache is written over later.
+
+        Args:
+            width: 1: plain decoding's.
+        """
+        device, rounds = model.first_BV.device, rounds_of(model)
         # Made-up numbers: the images' own generators must not notice.
-        randomness = _Constant(images, vocabulary, ring, device)
+        generators = [torch.Generator(device).manual_seed(0)] * model.images
+        turn: Callable[[TokenModel], None]
         if width == 1:
-            token_B1 = torch.zeros(images, 1, dtype=torch.int64, device=device)
-            one_BV = torch.ones(images, vocabulary, device=device)
+            key: tuple = (decode, sampling)
+            plain = rounds.keep(key, lambda: PlainRound(model, sampling, generators))
+            plain.begin(model, generators)
+            turn = plain
+        else:
+            step = step or self._step(model, sampling)
+            randomness = self._randomness(model, sampling, width, generators)
+            turn = begin_round(model, sampling, self.config, width, step, randomness, (self, sampling))
+            key = (self, sampling, width)
+        seen = reach(model, width, model.forced_N.shape[0] // 2)
+        return lambda: rounds.run((*key, seen), partial(turn, model))
 
-            def plain_round() -> Tensor:
-                logits_BWV = model.forward(token_B1, token_B1[:, 0])
-                return draw(sampling.probabilities(logits_BWV[:, 0]), one_BV)
 
-            return self._timer(plain_round, device)
-
-        forced_S = pad(model.forced_N, (0, 2 * width), value=-1)
-        state = start(model, sampling, self.config, width, randomness, forced_S)
-        uniform_BW4 = randomness.uniform(width, 4) if self.config.verifies_by == "ratio" else None
-
-        def window_round() -> Tensor:
-            logits_BWV = model.forward(*feed(state, width))
-            return step(state, logits_BWV, uniform_BW4, randomness.exponential_BRV, forced_S).finished_B
-
-        return self._timer(window_round, device)
+def _late(model: TokenModel) -> bool:
+    """Whether the host reads of each round only when the next is on its way: where rounds are queued."""
+    return model.first_BV.device.type == "cuda" or rounds_of(model).captures
 
 
 def _kind(model: TokenModel) -> tuple:
     """What the time of a round, and what it yields, are remembered for."""
     return model.images, model.vocabulary, model.forced_N.shape[0], model.first_BV.device
-
-
-class _Constant(Randomness):
-    """No generators: what a round takes does not depend on the numbers."""
-
-    def __init__(self, images: int, vocabulary: int, ring: int, device: torch.device) -> None:
-        super().__init__((), vocabulary, 0, 0, device)
-        self._like = torch.full((images,), 0.5, device=device)
-        self.exponential_BRV = torch.ones(images, ring, vocabulary, device=device)
-
-    def uniform(self, *shape: int) -> Tensor:
-        return self._like.reshape(-1, *(1 for _ in shape)).repeat(1, *shape)

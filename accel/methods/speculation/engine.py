@@ -67,6 +67,8 @@ class SpeculativeDecoding(Method):
         pipe = self._target.subject
         if pipe is None:
             return
+        if callable(release := getattr(pipe, "release", None)):
+            release(self.decoder)  # rounds that it captured
         if before is _MISSING:
             del pipe.decoder  # it was the class's
         else:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from accel.core.decoding import Sampling, TokenModel, draw
-from accel.core.readback import Readback
+from accel.core.decoding import Sampling, TokenModel, Told, draw, show
+from accel.core.randomness import Randomness
+from accel.core.rounds import reach, rounds_of
 
 from .config import SpeculativeDecodingConfig
 from .draft import inverse_cdf
-from .randomness import Randomness
 from .step import State, begin, feed, noise_step, ratio_step
 from .verify import Rule
 
@@ -99,6 +99,41 @@ def start(
     return begin(model.first_BV, forced_S, token_B, draft_BW, width, q_BWV)
 
 
+class WindowRound:
+    """A round of windows and what it writes: feed, forward, step, and the new state over the old.
+
+    Attributes:
+        state: where the images are.
+    """
+
+    def __init__(
+        self, model: TokenModel, width: int, step: Step, randomness: Randomness, state: State, uniform: bool
+    ):
+        self.width, self.step, self.randomness = width, step, randomness
+        self.state = State(*(torch.empty_like(part, memory_format=torch.contiguous_format) for part in state))
+        self.forced_S = pad(model.forced_N, (0, 2 * width), value=-1)
+        self.uniform_BW4 = (
+            torch.zeros(model.images, width, 4, device=model.first_BV.device) if uniform else None
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.state)
+
+    def begin(self, state: State) -> None:
+        """A new batch."""
+        self._write(state)
+
+    def __call__(self, model: TokenModel) -> None:
+        logits_BWV = model.forward(*feed(self.state, self.width))
+        noise_BRV = self.randomness.exponential_BRV
+        self._write(self.step(self.state, logits_BWV, self.uniform_BW4, noise_BRV, self.forced_S))
+
+    def _write(self, state: State) -> None:
+        for mine, new in zip(self.state, state, strict=True):
+            mine.copy_(new)
+
+
 def speculate(
     model: TokenModel,
     sampling: Sampling,
@@ -109,6 +144,7 @@ def speculate(
     on_slots: Callable[[int], None] = lambda slots: None,
     *,
     late: bool = False,
+    key: tuple = ("speculate",),
 ) -> tuple[State, int]:
     """Decode a batch.
 
@@ -119,30 +155,45 @@ def speculate(
         on_slots: called with the number of slots that are finished in every image.
         late: the host reads how far the images are once per round. True: of the round before, so that a GPU
             always has a round to work on; a batch then runs one forward more than it needs.
+        key: under which the model keeps the round for the next batch; the decoder first.
 
     Returns:
         The last state, all finished, and the number of forwards.
     """
-    slots = model.forced_N.shape[0]
-    forced_S = pad(model.forced_N, (0, 2 * width), value=-1)
-    known = [1] * model.images
-    randomness.refill([0] * model.images)  # slot 0's noise, too
-    state = start(model, sampling, config, width, randomness, forced_S)
-    uses_uniform = config.verifies_by == "ratio"
+    slots, rounds = model.forced_N.shape[0], rounds_of(model)
+    known: list[int] = [1] * model.images
+    turn = begin_round(model, sampling, config, width, step, randomness, key)
+    show(model, turn.state.token_BS)
+    told = Told(model, late)
     forwards = 0
-    pending: Readback | None = None
     while min(known) < slots:
         randomness.refill(known)
-        if hasattr(model, "at_most"):
-            model.at_most = max(known) - 1 + (width if late else 0)
-        token_BW, at_B = feed(state, width)
-        logits_BWV = model.forward(token_BW, at_B)
-        uniform_BW4 = randomness.uniform(width, 4) if uses_uniform else None
-        state = step(state, logits_BWV, uniform_BW4, randomness.exponential_BRV, forced_S)
+        if turn.uniform_BW4 is not None:
+            turn.uniform_BW4.copy_(randomness.uniform(width, 4))
+        seen = reach(model, width, max(known) - 1 + (width if late else 0))
+        rounds.run((*key, width, seen), partial(turn, model))
         forwards += 1
-        before, pending = pending, Readback(state.finished_B)
-        readable = before if late else pending
-        if readable is not None:
-            known = readable.read().tolist()
+        known = told.read(turn.state.finished_B) or known if late else turn.state.finished_B.tolist()
         on_slots(min(known))
-    return state, forwards
+    return State(*(part.clone() for part in turn.state)), forwards
+
+
+def begin_round(
+    model: TokenModel,
+    sampling: Sampling,
+    config: SpeculativeDecodingConfig,
+    width: int,
+    step: Step,
+    randomness: Randomness,
+    key: tuple,
+) -> WindowRound:
+    """The model's round for this key, at the beginning of a batch."""
+    forced_S = pad(model.forced_N, (0, 2 * width), value=-1)
+    randomness.refill([0] * model.images)  # slot 0's noise, too
+    state = start(model, sampling, config, width, randomness, forced_S)
+    uniform = config.verifies_by == "ratio"
+    turn = rounds_of(model).keep(
+        (*key, width), lambda: WindowRound(model, width, step, randomness, state, uniform)
+    )
+    turn.begin(state)
+    return turn

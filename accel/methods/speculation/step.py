@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from accel.core.decoding import Sampling, draw
+from accel.core.randomness import noise_at
 
 from .draft import above, carry, inverse_cdf, residual
 from .verify import Rule, accepted, exact
@@ -39,6 +40,8 @@ class State(NamedTuple):
         round_BS: int32, which forward made each slot final, from 1; 0: the prompt's.
         spent_BS: float32, total variation spent at each finished slot.
         q_BWV: (B, W - 1, V), what the drafts in the window were drawn from; (B, 0, V) if noise verifies.
+
+    Steps make a new one. A decoder's round writes it over the one that it keeps, so that it can be captured.
     """
 
     token_BS: Tensor
@@ -118,7 +121,7 @@ def ratio_step(
     replaced_BW = inverse_cdf(residual(drafted_p, state.q_BWV), uniform_BW4[:, :-1, 1])
 
     if drafting == "gumbel":
-        tail_BW = draw(p_BWV, _noise_at(exponential_BRV, window.slot_BW))
+        tail_BW = draw(p_BWV, noise_at(exponential_BRV, window.slot_BW))
     else:
         last_B1 = inverse_cdf(p_BWV[:, -1:], uniform_BW4[:, -1:, 1])  # no draft yet, so none to couple with
         if drafting == "independent":
@@ -143,7 +146,7 @@ def ratio_step(
     elif fresh == "last":
         enters_BWV = p_BWV[:, -1:].expand_as(p_BWV)
         if drafting == "gumbel":
-            enters_BW = draw(p_BWV[:, -1:], _noise_at(exponential_BRV, window.slot_BW + width))
+            enters_BW = draw(p_BWV[:, -1:], noise_at(exponential_BRV, window.slot_BW + width))
         else:
             enters_BW = inverse_cdf(enters_BWV, uniform_BW4[..., 3])
     else:
@@ -171,25 +174,19 @@ def noise_step(
     width = logits_BWV.shape[1]
     p_BWV = sampling.probabilities(logits_BWV)
     window = _window(state, width, forced_S)
-    token_BW = draw(p_BWV, _noise_at(exponential_BRV, window.slot_BW))
+    token_BW = draw(p_BWV, noise_at(exponential_BRV, window.slot_BW))
     pass_BW = (token_BW == window.draft_BW)[:, :-1] | (window.forced_BW >= 0)[:, :-1]
     token_BS = _written(state, window, token_BW)
     if fresh == "above":
         enters_BW = _from_above(token_BS, window, row, p_BWV.shape[-1])
     else:
-        enters_BW = draw(p_BWV[:, -1:], _noise_at(exponential_BRV, window.slot_BW + width))
+        enters_BW = draw(p_BWV[:, -1:], noise_at(exponential_BRV, window.slot_BW + width))
     return _advance(state, window, token_BS, accepted(pass_BW), enters_BW, forced_S, slots)
 
 
 def _window(state: State, width: int, forced_S: Tensor) -> Window:
     slot_BW = state.finished_B[:, None] + torch.arange(width, device=forced_S.device)
     return Window(slot_BW, state.token_BS.gather(1, slot_BW), forced_S[slot_BW])
-
-
-def _noise_at(exponential_BRV: Tensor, slot_BW: Tensor) -> Tensor:
-    """(B, W, V) noise of slots, from the ring."""
-    ring, vocabulary = exponential_BRV.shape[1:]
-    return exponential_BRV.gather(1, (slot_BW % ring)[..., None].expand(-1, -1, vocabulary))
 
 
 def _from_above(token_BS: Tensor, window: Window, row: int, vocabulary: int) -> Tensor:

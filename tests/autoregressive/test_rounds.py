@@ -1,0 +1,227 @@
+"""Captured rounds draw what eager ones draw: on the CPU replayed by a tape of operators, on a GPU by CUDA graphs."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import tape
+import tiny_janus
+import torch
+from tiny_janus import PROMPTS
+
+import accel
+from accel.errors import AccelWarning, NumericsError
+from accel.methods.speculation import SpeculativeDecodingConfig, decoder, verify
+from accel.pipelines.autoregressive import AutoregressivePipeline
+from accel.pipelines.autoregressive import model as model_module
+from accel.pipelines.autoregressive.janus import Janus
+from accel.pipelines.autoregressive.kept import Kept, compiled
+
+Config = SpeculativeDecodingConfig
+CONFIGS = {
+    "plain": None,
+    "noise": Config(window=4, auto_disable=False),
+    "maximal": Config(window=4, auto_disable=False, drafting="maximal"),
+    "gumbel": Config(window=4, auto_disable=False, drafting="gumbel", verification="ratio"),
+    "grouped": Config(window=4, auto_disable=False, group_size=8),
+}
+
+
+@pytest.fixture(autouse=True)
+def short_steps(monkeypatch):
+    """Several numbers of places to look at, although the image is small."""
+    monkeypatch.setattr(model_module, "_STEP", 16)
+
+
+def kept(way: str) -> Kept:
+    """How rounds run: recorded on a tape; as they are, with compiled layers; in CUDA graphs."""
+    if way == "captured":
+        return Kept()
+    capture, compiler = (
+        (lambda body: body, compiled) if way == "compiled" else (tape.capture, lambda function: function)
+    )
+    return Kept(lambda device, failed: capture, compiler, devices=("cpu",))
+
+
+def pipeline(device: str = "cpu", **options) -> AutoregressivePipeline:
+    options = {"grid": 5, "context": 64, **options}
+    janus = Janus(tiny_janus.model(**options).requires_grad_(False), tiny_janus.tokenizer())
+    pipe = AutoregressivePipeline(janus, graphs=False).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tokens(pipe, prompts=PROMPTS, seeds=(1, 2, 3, 4), **options):
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds[: len(prompts)]]
+    options = {"temperature": 1.0, "top_k": 20, **options}
+    return pipe(list(prompts), generator=generators, output_type="tokens", **options).images
+
+
+WAYS = [
+    "taped",
+    pytest.param("compiled", marks=pytest.mark.slow),
+    pytest.param("captured", marks=pytest.mark.gpu),
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_captured_rounds_draw_what_eager_ones_draw(way, name, monkeypatch):
+    """Greedy and sampled, other prompts, seeds and guidance on the same captured rounds, ragged, over the end."""
+    # Read late by both: where noise and uniform numbers come from one generator, it decides on their order.
+    monkeypatch.setattr(decoder, "_late", lambda model: True)
+    # On the CPU numpy sorts, which a tape of torch's operators does not see.
+    monkeypatch.setattr(verify, "ranked", lambda p_BWV: p_BWV.sort(dim=-1, stable=True))
+    pipe = pipeline("cuda" if way == "captured" else "cpu")
+    calls = (
+        {"temperature": 0},
+        {},
+        {"prompts": PROMPTS[::-1], "seeds": (9, 8, 8, 6), "guidance_scale": 5.0},
+    )
+
+    def all_of_them():
+        if CONFIGS[name] is None:
+            return [tokens(pipe, **call) for call in calls]
+        with accel.accelerate(pipe, CONFIGS[name]):
+            return [tokens(pipe, **call) for call in calls]
+
+    expected = all_of_them()
+    assert not torch.equal(expected[1], expected[2])
+    pipe.graphs, pipe._kept = True, kept(way)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AccelWarning)  # a capture that failed would be one
+        got = all_of_them()
+    for eager, captured in zip(expected, got, strict=True):
+        assert torch.equal(eager, captured)
+
+
+def models(pipe) -> list:
+    return list(pipe._kept._models.values())
+
+
+def replays(pipe) -> int:
+    return sum(replay is not None for model in models(pipe) for replay in model.rounds._replays.values())
+
+
+def test_rounds_are_captured_once_and_kept(monkeypatch):
+    pipe = pipeline()
+    pipe.graphs, pipe._kept = True, kept("taped")
+    tokens(pipe)
+    (model,), captured = models(pipe), replays(pipe)
+    assert captured == 3, "looking at 16, 32 and 48 places"
+    recorded = []
+    monkeypatch.setattr(tape, "_Tape", lambda: recorded.append(1))
+    tokens(pipe, seeds=(5, 6, 7, 8))
+    assert models(pipe) == [model]
+    monkeypatch.undo()
+    assert recorded == []
+    tokens(pipe, PROMPTS[:1])  # another batch size; on a CPU there is no room beside the last used
+    assert len(models(pipe)) == 1
+    assert models(pipe) != [model]
+
+
+def test_a_round_that_python_decides_would_be_seen():
+    """The negative control: a number that Python counts stays what it was while the round was recorded."""
+    counter, total = [0], torch.zeros(())
+
+    def body():
+        counter[0] += 1
+        total.add_(counter[0])
+
+    replay = tape.capture(body)
+    assert total == 0, "a recording changes nothing"
+    body()
+    replay()
+    assert total == 2 + 1
+
+
+@pytest.mark.parametrize("change", ["replaced", "hook", "to", "in place"])
+def test_what_was_captured_goes_with_the_weights(change):
+    pipe = pipeline()
+    pipe.graphs, pipe._kept = True, kept("taped")
+    before = tokens(pipe)
+    head = pipe.model.model.generation_head.vision_head.weight
+    layer = pipe.adapter.backbone.layers[0].mlp
+    if change == "hook":
+        layer.register_forward_hook(lambda module, args, out: out * 0.5)
+    elif change == "replaced":
+        head.data = head.data.flip(0).clone()
+    elif change == "in place":
+        head.data.copy_(head.data.flip(0).clone())
+    else:
+        pipe.to(torch.float64)
+    changed = tokens(pipe)
+    pipe.graphs = False
+    assert torch.equal(tokens(pipe), changed)
+    if change != "to":
+        assert not torch.equal(before, changed)
+
+
+def test_rounds_go_when_the_decoder_is_removed():
+    pipe = pipeline()
+    pipe.graphs, pipe._kept = True, kept("taped")
+    tokens(pipe)
+    plain = replays(pipe)
+    with accel.accelerate(pipe, CONFIGS["noise"]):
+        tokens(pipe)
+        assert replays(pipe) > plain
+    assert replays(pipe) == plain
+    pipe.release()
+    assert models(pipe) == []
+
+
+def test_a_capture_that_fails_is_told_once_and_decoding_goes_on():
+    pipe = pipeline()
+    expected = tokens(pipe)
+
+    def refuses(device, failed):
+        def capture(body):
+            failed("RuntimeError: no")
+
+        return capture
+
+    pipe.graphs, pipe._kept = True, Kept(refuses, lambda function: function, devices=("cpu",))
+    with pytest.warns(
+        AccelWarning, match=r"without CUDA graphs.*: RuntimeError: no\. graphs=False"
+    ) as warned:
+        got = [tokens(pipe), tokens(pipe)]
+    assert len(warned) == 1
+    assert all(torch.equal(one, expected) for one in got)
+
+
+def test_nan_stops_the_image_in_the_round_after(monkeypatch):
+    """With its position, and long before the image's end."""
+    pipe = pipeline()
+    pipe.graphs, pipe._kept = True, kept("taped")
+    tokens(pipe)
+    with torch.no_grad():
+        pipe.model.model.generation_embeddings.weight.fill_(torch.nan)  # in place: what was captured stays
+    seen = []
+    with pytest.raises(NumericsError, match=r"4 of 4 images, first in image 0 at slot 1 \(row 0, column 1\)"):
+        pipe(
+            list(PROMPTS),
+            output_type="tokens",
+            callback_on_step_end=lambda p, slots, n, k: seen.append(slots),
+        )
+    assert max(seen) < 5
+    assert models(pipe) == [], "its cache holds NaN"
+
+
+def test_merged_weights_are_the_models_own(tmp_path):
+    """Views of one matrix under the old names: saved, loaded and moved as before."""
+    pipe = pipeline()
+    before = {name: value.clone() for name, value in pipe.model.state_dict().items()}
+    pipe.graphs, pipe._kept = True, kept("taped")
+    expected = tokens(pipe)
+    attention = pipe.adapter.backbone.layers[0].self_attn
+    assert (
+        attention.q_proj.weight.untyped_storage().data_ptr()
+        == attention.v_proj.weight.untyped_storage().data_ptr()
+    )
+    assert all(torch.equal(before[name], value) for name, value in pipe.model.state_dict().items())
+    pipe.model.save_pretrained(tmp_path)
+    again = type(pipe.model).from_pretrained(tmp_path)
+    assert all(torch.equal(before[name], value) for name, value in again.state_dict().items())
+    assert pipe._kept.look(pipe.adapter, True)
+    assert torch.equal(tokens(pipe), expected)
