@@ -33,19 +33,14 @@ def load_pipeline(model: str = BUILTIN, device: str | None = None, dtype: str | 
         UnknownNameError: an autoregressive model of a class that no adapter knows.
         ConfigError: unknown dtype, or a device that this machine or this torch does not have.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
-    if device is not None:
-        check_device(device)
+    device, torch_dtype = place(device, dtype)
     require_sound_stack()
     quiet_torchvision()
     if model in (BUILTIN, BUILTIN_AR):
         from . import builtin
 
         load = builtin.load_pipeline if model == BUILTIN else builtin.load_autoregressive
-        return load(device, DTYPES[dtype] if dtype else None)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    torch_dtype = DTYPES[dtype] if dtype else (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+        return load(device, torch_dtype)
     options = {} if Path(model).exists() else _on_hub(model)
     if not _is_diffusers(model, **options):
         return _autoregressive(model, torch_dtype, **options).to(device)
@@ -75,6 +70,21 @@ def _autoregressive(model: str, dtype: torch.dtype, **options: Any) -> Any:
         raise WeightsError(
             f"{model}: cannot be loaded: {folders.said(error)}. Download or save it again"
         ) from error
+
+
+def place(device: str | None, dtype: str | None) -> tuple[str, torch.dtype]:
+    """The device and precision that are asked for, or the defaults: see `load_pipeline`.
+
+    Raises:
+        ConfigError: unknown dtype, or a device that this machine or this torch does not have.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    if device is not None:
+        check_device(device)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    by_device = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    return device, DTYPES[dtype] if dtype else by_device
 
 
 def check_device(device: str) -> None:

@@ -259,21 +259,17 @@ def _shapes(
 
     from accel.evaluation.bench import autoregressive_shapes as shapes
     from accel.evaluation.bench.autoregressive_rows import bench_shapes
-    from accel.pipelines.loading import DTYPES, check_device
+    from accel.pipelines.loading import place
 
     known = [shapes.CAPTURED, shapes.EAGER, shapes.COMPILED, shapes.TRANSFORMERS]
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
-    if device is not None:
-        check_device(device)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    usual = torch.bfloat16 if place.type == "cuda" else torch.float32
-    chosen = [way for way in _names(ways, "ways", known) if way != shapes.CAPTURED or place.type == "cuda"]
+    where, precision = place(device, dtype)
+    on_gpu = where.startswith("cuda")
+    chosen = [way for way in _names(ways, "ways", known) if way != shapes.CAPTURED or on_gpu]
     page = bench_shapes(
         out,
         _names(arch, "arch", list(shapes.ARCHITECTURES)),
-        place,
-        DTYPES[dtype] if dtype else usual,
+        torch.device(where),
+        precision,
         batches=batches,
         windows=_wholes(windows, "--windows", "8,16"),
         ways=chosen,
@@ -281,6 +277,57 @@ def _shapes(
         dry=tiny,
         say=lambda text: say(text, to=_console),
     )
+    show_report(page.read_text(encoding="utf-8"))
+    say(f"report: {page}", to=_console)
+
+
+@app.command("model")
+def model_speed(
+    arch: Annotated[str, typer.Option(help="flux1, flux2, qwen, zimage, sd3 or builtin.")] = "flux1",
+    size: Annotated[str, typer.Option(help="Sides of square pictures in pixels, comma-separated.")] = "1024",
+    rows: Annotated[
+        str, typer.Option(help="Comma-separated, such as plain,plain+compiled,merging-0.5. Default: all.")
+    ] = "",
+    steps: Annotated[int, typer.Option(min=6, max=10_000, help="Denoising steps of a picture.")] = 24,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed loops of each row.")] = 2,
+    minutes: Annotated[float | None, typer.Option(min=0.1, help="Start no row that would end later.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the results, continued if it exists. Default: model-ARCH.")
+    ] = None,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="A few narrow blocks and nothing compiled: tries every row out.")
+    ] = False,
+    device: c.Device = None,
+    dtype: c.Dtype = None,
+) -> None:
+    """Milliseconds of a step of denoisers of the real shapes, with random weights: speed, never quality.
+
+    Plain, compiled, in CUDA graphs; merging, pruning and presets; cache-dit and diffusers' TaylorSeer at equal computed
+    steps. Writes model.json, model.md and, of several sizes, model.svg. A stopped bench continues.
+    """
+    from accel import backends
+
+    backends.require_sound_stack()
+    from accel.evaluation.bench.model import bench
+    from accel.evaluation.bench.model_rows import every
+    from accel.pipelines.loading import place
+
+    where, precision = place(device, dtype)
+    with _bar() as update:
+        page = bench(
+            out or Path(f"model-{arch}"),
+            arch,
+            _wholes(size, "--size", "512,1024"),
+            rows or ",".join(every(where)),
+            steps=steps,
+            rounds=rounds,
+            minutes=minutes,
+            device=where,
+            dtype=precision,
+            tiny=tiny,
+            progress=update,
+            done=lambda line: say(line, to=_console),
+        )
     show_report(page.read_text(encoding="utf-8"))
     say(f"report: {page}", to=_console)
 

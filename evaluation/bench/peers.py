@@ -155,7 +155,9 @@ def _cache_dit(pipe: Any, total: int, options: Mapping[str, Any]) -> Callable[[]
         calibrator = getattr(cache_dit, f"{kind}CalibratorConfig")()
     # It knows pipelines by class name; a subclass goes by the name of what it derives from.
     wrapped = _as_diffusers(pipe)
-    config = cache_dit.DBCacheConfig(num_inference_steps=total, enable_separate_cfg=True, **options)
+    # Calls alternate between the branches of guidance, unless told otherwise.
+    options = {"enable_separate_cfg": True, **options}
+    config = cache_dit.DBCacheConfig(num_inference_steps=total, **options)
     cache_dit.enable_cache(wrapped, cache_config=config, calibrator_config=calibrator)
     return lambda: cache_dit.disable_cache(wrapped)
 

@@ -1,0 +1,215 @@
+"""What `accel bench model` compares: a method or a peer, and how it runs (compiled, in CUDA graphs, without kernels).
+
+A row is named `BASE[+compiled][+graphs][+auto][+reference]`. A number in BASE is the share of the tokens that are
+computed.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import accel
+from accel import configs
+from accel.errors import AccelWarning, UnknownNameError
+from accel.evaluation.configurations import PLAIN, Configuration
+from accel.methods.forecasting import ForecastConfig
+from accel.methods.merging import TokenMergingConfig
+from accel.methods.pruning import TokenPruningConfig
+
+from .peers import Peer
+
+Kind = Literal["dense", "reduced", "skipped"]
+KINDS: tuple[Kind, ...] = ("dense", "reduced", "skipped")
+COMPILED, GRAPHS, AUTO, REFERENCE = "compiled", "graphs", "auto", "reference"
+_SHORT = 10  # steps of a loop that has nothing to forecast: one like the other
+_PRESETS = ("quality", "balanced", "fast", "draft", "few-step", "merging", "tomesd")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the comparison.
+
+    Attributes:
+        name: as asked for.
+        configuration: a method of ours, a peer's, or none.
+        total: denoising steps of a picture.
+        ways: of `COMPILED`, `GRAPHS`, `AUTO`, `REFERENCE`.
+    """
+
+    name: str
+    configuration: Configuration
+    total: int
+    ways: frozenset[str] = frozenset()
+
+    @property
+    def base(self) -> str:
+        return self.configuration.name
+
+    @property
+    def steps(self) -> int:
+        """Of a timed loop: all, where a step depends on where in the picture it is."""
+        whole = isinstance(self.configuration, Peer) or "skipped" in (self.schedule() or ())
+        return self.total if whole else min(self.total, _SHORT)
+
+    def schedule(self) -> list[Kind] | None:
+        """What each step of a picture does; None where only the run can tell."""
+        if isinstance(self.configuration, Peer):
+            return None
+        if self.configuration.method is None:
+            return ["dense"] * self.total
+        phases = self.configuration.method.schedule().phases(self.total)
+        return [kind(phase.budget, 1) for phase in phases]
+
+    @contextmanager
+    def attached(self, pipe: Any) -> Iterator[Any]:
+        """The pipeline as this row has it; gives the handle, or None where accel is not attached."""
+        with ExitStack() as stack:
+            if REFERENCE in self.ways:
+                stack.enter_context(accel.kernels.use("reference"))
+            if self.compile is False:
+                yield stack.enter_context(self.configuration.attach(pipe))
+            elif isinstance(self.configuration, Peer):
+                stack.enter_context(self.configuration.attach(pipe))
+                pipe.transformer.compile_repeated_blocks()  # as cache-dit's manual has it
+                yield None
+            else:
+                yield stack.enter_context(_compiled(pipe, self.configuration.method, self.compile))
+
+    @property
+    def compile(self) -> str | bool:
+        """What `accel.accelerate` takes as `compile`."""
+        if AUTO in self.ways:
+            return True
+        parts = [{COMPILED: "blocks", GRAPHS: "graphs"}[w] for w in (COMPILED, GRAPHS) if w in self.ways]
+        return "+".join(parts) or False
+
+
+def kind(computed: float, total: float) -> Kind:
+    return "dense" if computed >= total else "reduced" if computed else "skipped"
+
+
+def _compiled(pipe: Any, method: Any, compile: str | bool) -> Any:
+    """A pipeline without a method goes the same way, by a schedule that leaves nothing out."""
+    if isinstance(compile, str) and not getattr(pipe.transformer, "_repeated_blocks", None):
+        compile = compile.replace("blocks", "whole")
+    with warnings.catch_warnings():
+        if method is None:
+            warnings.simplefilter("ignore", AccelWarning)  # that it accelerates nothing
+            method = ForecastConfig(dense_steps_first=10_000)
+        return accel.accelerate(pipe, method, compile=compile)
+
+
+def parse(names: str, total: int, calls: int = 1) -> list[Row]:
+    """Rows from a comma-separated list.
+
+    Args:
+        total: denoising steps of a picture.
+        calls: of the denoiser in a step, which cache-dit has to be told.
+
+    Raises:
+        UnknownNameError: no such base or way.
+    """
+    return [_row(name.strip(), total, calls) for name in names.split(",") if name.strip()]
+
+
+def _row(name: str, total: int, calls: int) -> Row:
+    base, *ways = (PLAIN + "+compiled" if name == COMPILED else name).split("+")
+    for way in ways:
+        if way not in (COMPILED, GRAPHS, AUTO, REFERENCE):
+            raise UnknownNameError("way to run", way, (COMPILED, GRAPHS, AUTO, REFERENCE))
+    return Row(name, _configuration(base, total, calls), total, frozenset(ways))
+
+
+def _configuration(base: str, total: int, calls: int) -> Configuration:
+    if base == PLAIN:
+        return Configuration(PLAIN)
+    if base in _PRESETS:
+        return Configuration(base, configs.load(base))
+    if base in PEERS:
+        return PEERS[base](total, calls)
+    match = re.fullmatch(r"([a-z]+)-(0?\.\d*[1-9]\d*)(-alone)?", base)
+    if match is None or match[1] not in _SHARES:
+        known = (PLAIN, *_PRESETS, *PEERS, *(f"{method}-0.5" for method in _SHARES))
+        raise UnknownNameError("row", base, known)
+    return Configuration(base, _SHARES[match[1]](float(match[2]), bool(match[3])))
+
+
+# As much of the picture as can be is reduced: a step is what is measured.
+def _merging(share: float, alone: bool) -> Any:
+    return TokenMergingConfig(ratio=1 - share, dense_steps_first=2, dense_steps_last=0, refresh_every=1)
+
+
+def _pruning(share: float, alone: bool) -> Any:
+    return TokenPruningConfig(
+        budget=share, cycle=(share,), keys_values="none" if alone else "all", dense_steps_last=0
+    )
+
+
+#: Method -> (share of the tokens, without keys and values of the others) -> its configuration.
+_SHARES: dict[str, Callable[[float, bool], Any]] = {"merging": _merging, "pruning": _pruning}
+
+
+def mask(total: int, preset: str) -> list[int]:
+    """1 for each step that a preset of forecasts computes."""
+    return [int(phase.budget > 0) for phase in configs.load(preset).schedule().phases(total)]
+
+
+def _cache_dit(preset: str, total: int, calls: int) -> Peer:
+    """The preset's very steps, by cache-dit's own mask; its first block runs at every step, as by default."""
+    computed = mask(total, preset)
+    options: Mapping[str, Any] = {
+        "Fn_compute_blocks": 1,
+        "Bn_compute_blocks": 0,
+        "residual_diff_threshold": 9,
+        "steps_computation_mask": computed,
+        "steps_computation_policy": "static",
+        "max_warmup_steps": (*computed, 0).index(
+            0
+        ),  # its default computes the first eight whatever the mask says
+        "enable_separate_cfg": calls > 1,
+        "taylorseer": 1,
+    }
+    return Peer(f"cache-dit-{preset}", package="cache_dit", kind="cache-dit", total=total, options=options)
+
+
+def _taylorseer(total: int, calls: int) -> Peer:
+    """diffusers' lighter form, which forecasts the last projection alone."""
+    options = {"cache_interval": 3, "max_order": 1, "use_lite_mode": True, "disable_cache_before_step": 6}
+    return Peer("taylorseer", package="diffusers", kind="TaylorSeer", total=total, options=options)
+
+
+def _every_third(total: int, calls: int) -> Configuration:
+    """`taylorseer`'s very steps by our forecasts."""
+    config = ForecastConfig(cycle=(0, 1, 0), dense_steps_first=6, dense_steps_last=0)
+    return Configuration("forecast-3rd", config)
+
+
+#: Name -> (denoising steps, calls in each) -> what runs. Each peer stands beside a row of ours that computes the same
+#: steps: the preset it is named after, and `forecast-3rd` for `taylorseer`.
+PEERS: dict[str, Callable[[int, int], Configuration]] = {
+    "cache-dit-balanced": partial(_cache_dit, "balanced"),
+    "cache-dit-fast": partial(_cache_dit, "fast"),
+    "taylorseer": _taylorseer,
+    "forecast-3rd": _every_third,
+}
+
+
+def every(device: str) -> list[str]:
+    """All rows, what matters most first."""
+    methods = ["merging-0.5", "merging-0.25", "pruning-0.3", "pruning-0.3-alone"]
+    ways: Sequence[str] = ("graphs", "compiled+graphs") if device.startswith("cuda") else ()
+    return [
+        *(base + way for base in (PLAIN, *methods) for way in ("", "+compiled")),
+        *(f"{base}+{way}" for base in (PLAIN, *methods, "balanced") for way in ways),
+        *_PRESETS,
+        *PEERS,
+        *(f"{base}+{way}" for base in ("balanced", "cache-dit-balanced") for way in (COMPILED,)),
+        *(f"{base}+{AUTO}" for base in (PLAIN, "merging-0.5", "balanced")),
+        *(f"{base}+{REFERENCE}" for base in methods[:3]),
+    ]
