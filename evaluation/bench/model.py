@@ -166,6 +166,7 @@ def _measured(model: Model, row: Row, size: int, rounds: int) -> Result:
             with _peak(peaks):
                 loops.append(_loop(model, pipe, size, row.steps))
         plain += _loop(model, model.pipe, size, _PLAIN_STEPS).step_ms[1:]
+        plans = _plans(model, pipe, row, size, handle)
         waiting = _loop(model, pipe, size, row.steps, waiting=True) if peaks else None
         return {
             "tokens": model.tokens(size),
@@ -174,6 +175,7 @@ def _measured(model: Model, row: Row, size: int, rounds: int) -> Result:
             "ms": _by_kind(kinds, loops),
             "plain_ms": _summary(plain),
             "host_ms": _by_kind(kinds, [waiting]) if waiting else {},
+            "plan_build_ms": _summary(plans) if plans else None,
             "first_seconds": first_seconds,
             "loop_seconds": [loop.seconds for loop in loops],
             "peak_bytes": max(peaks, default=None),
@@ -216,6 +218,30 @@ def _kinds(model: Model, pipe: Any, row: Row, size: int, handle: Any) -> list[Ki
     if handle is None:
         return ["dense"] * row.steps
     return [kind(step.computed, step.total) for step in handle.stats.steps]
+
+
+def _plans(model: Model, pipe: Any, row: Row, size: int, handle: Any) -> list[float]:
+    """Milliseconds of every plan that merging builds in a loop, from an idle device until the plan is there."""
+    method = handle and handle._method()
+    if row.compile is not False or not hasattr(method, "build"):
+        return []
+    device, build = torch.device(pipe._execution_device), method.build
+    times: list[float] = []
+
+    def timed(*arguments: Any) -> Any:
+        _synchronise(device)
+        started = time.perf_counter()
+        plan = build(*arguments)
+        _synchronise(device)
+        times.append(1e3 * (time.perf_counter() - started))
+        return plan
+
+    method.build = timed
+    try:
+        _loop(model, pipe, size, row.steps)
+    finally:
+        del method.build
+    return times
 
 
 def _inside(denoiser: nn.Module) -> nn.Module:

@@ -20,8 +20,9 @@ Random weights: these are times, and say nothing about pictures. Milliseconds ar
 that the pipeline's loop does in it, by what the step computes: all tokens (dense), some (reduced), none (skipped: a
 forecast). "step" is plain's dense step divided by the row's reduced one, or dense where it reduces none; plain was
 timed before and after each row, in one process. "picture" is the same of a whole picture: steps of each kind times
-their medians. "to compiled" divides `plain+compiled` by the row. "host" is the time from an idle device until a step
-is launched. "steps" are those that compute something. "peak" is all that torch had allocated, weights among it."""
+their medians. "to compiled" divides `plain+compiled` by the row. "plan" is the time of building one, from an
+idle device until it is there (in "reduced", already); "host" that from an idle device until a step is launched.
+"steps" are those that compute something. "peak" is all that torch had allocated, weights among it."""
 
 
 def line(data: Mapping[str, Any], size: int, name: str) -> str:
@@ -57,7 +58,7 @@ def write(path: Path, data: Mapping[str, Any]) -> Path:
 
 
 _HEADER = (
-    *("row", "dense ms", "reduced ms", "skipped ms", "host ms", "step", "to compiled"),
+    *("row", "dense ms", "reduced ms", "skipped ms", "plan ms", "host ms", "step", "to compiled"),
     *("s/picture", "picture", "to compiled picture", "peak GiB", "steps"),
 )
 
@@ -109,6 +110,7 @@ def _cells(row: Mapping[str, Any], compiled: Mapping[str, Any] | None) -> list[s
     return [
         row["row"],
         *(_ms(row["ms"].get(which)) for which in KINDS),
+        _ms(row["plan_build_ms"]),
         _ms(row["host_ms"].get(row["main"])),
         f"{row['step_speedup']:.2f}x",
         over("step_speedup"),

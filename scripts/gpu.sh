@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show, in one command: the tests marked `gpu`, and the benches of kernels,
+# autoregressive models and denoisers. Each part has its own time limit, runs even if another fails, and keeps its
+# output in a file; what it printed last is repeated at the end.
+#
+#   scripts/gpu.sh [OUT]                          # default: gpu-report
+#   PARTS="model" MODEL_SECONDS=150 scripts/gpu.sh
+#   TINY=1 scripts/gpu.sh                         # tries everything out on a CPU
+#
+# From a bare checkout, too: accel is copied onto the path as pyproject.toml maps it, and wheels in .whl/ are unpacked
+# beside it; nothing is installed over what the machine has.
+set -uo pipefail
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+mkdir -p "${1:-gpu-report}"
+out=$(cd "${1:-gpu-report}" && pwd)
+python=${PYTHON:-python3}
+tiny=${TINY:+--tiny}
+parts=${PARTS:-tests kernels ar model}
+arch=${ARCH:-flux1} sizes=${SIZES:-512,1024} rows=${ROWS:-}
+export CACHE_DIT_LOG_LEVEL=${CACHE_DIT_LOG_LEVEL:-error} PYTHONUNBUFFERED=1 COLUMNS=${COLUMNS:-200}
+
+# Never the checkout itself: its folder `kernels` would be taken for Hugging Face's package of that name.
+cd "$out" || exit 1
+if ! "$python" -c "import accel.kernels, diffusers" 2>/dev/null; then
+  site=$(mktemp -d)
+  trap 'rm -rf "$site"' EXIT
+  cp -r "$root/accel" "$site/accel"
+  for folder in pipelines kernels evaluation configs; do cp -r "$root/$folder" "$site/accel/$folder"; done
+  if compgen -G "$root/.whl/*.whl" >/dev/null; then
+    "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" "$root"/.whl/*.whl
+  fi
+  export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+fi
+
+failed=0
+# part NAME SECONDS COMMAND...: stdout into NAME.txt, stderr into NAME.log, and both to the terminal.
+part() {
+  local name=$1 seconds=$2 began=$SECONDS code
+  shift 2
+  [[ " $parts " == *" $name "* ]] || return 0
+  echo "== $name, at most $seconds s: $*"
+  timeout --kill-after=10 "$seconds" "$@" > >(tee "$name.txt") 2> >(tee "$name.log" >&2)
+  code=$?
+  wait # for what they still have to write
+  ((code == 0)) || failed=1
+  echo "$name: exit $code after $((SECONDS - began)) s" | tee "$name.end"
+}
+
+"$python" -m accel info >info.txt 2>info.log || { cat info.log; exit 1; }
+rm -f ./*.end
+part tests "${TESTS_SECONDS:-150}" "$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -q -m gpu -p no:cacheprovider "$root/tests"
+part kernels "${KERNELS_SECONDS:-110}" "$python" -m accel bench kernels kernels
+part ar "${AR_SECONDS:-100}" "$python" -m accel bench ar ar
+model_seconds=${MODEL_SECONDS:-170}
+part model "$model_seconds" "$python" -m accel bench model --arch "$arch" --size "$sizes" --rounds "${ROUNDS:-1}" \
+  --minutes "$(awk "BEGIN {print ($model_seconds - 15) / 60}")" --out model ${rows:+--rows "$rows"} $tiny
+
+echo "== what each part printed last"
+for name in tests kernels ar model; do
+  [[ -f $name.end ]] || continue
+  tail -n "${LAST_LINES:-30}" "$name.txt"
+  cat "$name.end"
+done
+exit $failed
