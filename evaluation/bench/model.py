@@ -69,7 +69,8 @@ def bench(
         rows: see `model_rows.parse`.
         steps: of a picture.
         rounds: timed loops of each row.
-        minutes: no row is started that would, going by the longest so far, end later.
+        minutes: no row is started that would end later if it takes as long as the longest so far, of those that
+            compile or of those that do not.
         tiny: a few narrow blocks, and nothing is compiled: tries the bench itself out.
         progress: told (rows done, rows, name of the row).
         done: told the line of each row when it is there.
@@ -85,20 +86,21 @@ def bench(
     results = _Results(
         path, {**settings, "device": environment()["device"] if device.startswith("cuda") else device}
     )
-    missing = [(size, row) for size in sizes for row in chosen if not results.has(size, row)]
+    wanted = [(size, row) for row in chosen for size in sizes if row.size in (None, size)]
+    missing = [(size, row) for size, row in wanted if not results.has(size, row)]
     if missing:
         model = build(arch, torch.device(device), dtype, tiny=tiny)
         _check(model, sizes)
-        longest = 0.0
+        longest: dict[bool, float] = {}
         for number, (size, row) in enumerate(missing):
             progress((number, len(missing), f"{size} px, {row.name}"))
-            begun = time.monotonic()
-            if minutes is not None and begun - started + longest > 60 * minutes:
+            begun, compiles = time.monotonic(), row.compile is not False
+            if minutes is not None and begun - started + longest.get(compiles, 0) > 60 * minutes:
                 results.add(size, row, {"problem": f"not run: the {minutes:g} minutes are over"}, keep=False)
                 continue
             with _uncompiled() if tiny else nullcontext():
                 results.add(size, row, _tried(model, row, size, rounds))
-            longest = max(longest, time.monotonic() - begun)
+            longest[compiles] = max(longest.get(compiles, 0), time.monotonic() - begun)
             done(model_report.line(results.data, size, row.name))
         progress((len(missing), len(missing), ""))
     return model_report.write(path, results.data)

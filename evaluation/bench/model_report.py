@@ -41,7 +41,7 @@ def line(data: Mapping[str, Any], size: int, name: str) -> str:
 def write(path: Path, data: Mapping[str, Any]) -> Path:
     """Write model.md and, of several sizes, model.svg."""
     rows = _rows(data)
-    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    sizes = sorted({row["size"] for row in rows})
     parts = [f"# Speed of a step: {data['settings']['arch']}", "", _made_with(data), "", _EXPLAINED, ""]
     if problems := [row for row in rows if "problem" in row]:
         listed = [[f"{row['size']} px", row["row"], row["problem"]] for row in problems]

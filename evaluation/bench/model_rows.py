@@ -1,7 +1,7 @@
 """What `accel bench model` compares: a method or a peer, and how it runs (compiled, in CUDA graphs, without kernels).
 
-A row is named `BASE[+compiled][+graphs][+auto][+reference]`. A number in BASE is the share of the tokens that are
-computed.
+A row is named `BASE[+compiled][+graphs][+auto][+reference][@SIZE]`. A number in BASE is the share of the tokens that
+are computed; SIZE, in pixels, is the only one at which the row runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import accel
 from accel import configs
-from accel.errors import AccelWarning, UnknownNameError
+from accel.errors import AccelWarning, ConfigError, UnknownNameError
 from accel.evaluation.configurations import PLAIN, Configuration
 from accel.methods.forecasting import ForecastConfig
 from accel.methods.merging import TokenMergingConfig
@@ -36,16 +36,18 @@ class Row:
     """One row of the comparison.
 
     Attributes:
-        name: as asked for.
+        name: as asked for, without a size.
         configuration: a method of ours, a peer's, or none.
         total: denoising steps of a picture.
         ways: of `COMPILED`, `GRAPHS`, `AUTO`, `REFERENCE`.
+        size: the only one at which it runs; None: all.
     """
 
     name: str
     configuration: Configuration
     total: int
     ways: frozenset[str] = frozenset()
+    size: int | None = None
 
     @property
     def base(self) -> str:
@@ -94,15 +96,15 @@ def kind(computed: float, total: float) -> Kind:
     return "dense" if computed >= total else "reduced" if computed else "skipped"
 
 
-def _compiled(pipe: Any, method: Any, compile: str | bool) -> Any:
+@contextmanager
+def _compiled(pipe: Any, method: Any, compile: str | bool) -> Iterator[Any]:
     """A pipeline without a method goes the same way, by a schedule that leaves nothing out."""
-    if isinstance(compile, str) and not getattr(pipe.transformer, "_repeated_blocks", None):
-        compile = compile.replace("blocks", "whole")
     with warnings.catch_warnings():
         if method is None:
             warnings.simplefilter("ignore", AccelWarning)  # that it accelerates nothing
             method = ForecastConfig(dense_steps_first=10_000)
-        return accel.accelerate(pipe, method, compile=compile)
+        with accel.accelerate(pipe, method, compile=compile) as handle:
+            yield handle
 
 
 def parse(names: str, total: int, calls: int = 1) -> list[Row]:
@@ -113,17 +115,20 @@ def parse(names: str, total: int, calls: int = 1) -> list[Row]:
         calls: of the denoiser in a step, which cache-dit has to be told.
 
     Raises:
-        UnknownNameError: no such base or way.
+        ConfigError: no such base or way; a size that is no number.
     """
     return [_row(name.strip(), total, calls) for name in names.split(",") if name.strip()]
 
 
 def _row(name: str, total: int, calls: int) -> Row:
+    name, at, size = name.partition("@")
+    if at and not size.isdecimal():
+        raise ConfigError(f"row {name}@{size}: a size in pixels follows the @, such as {name}@512")
     base, *ways = (PLAIN + "+compiled" if name == COMPILED else name).split("+")
     for way in ways:
         if way not in (COMPILED, GRAPHS, AUTO, REFERENCE):
             raise UnknownNameError("way to run", way, (COMPILED, GRAPHS, AUTO, REFERENCE))
-    return Row(name, _configuration(base, total, calls), total, frozenset(ways))
+    return Row(name, _configuration(base, total, calls), total, frozenset(ways), int(size) if at else None)
 
 
 def _configuration(base: str, total: int, calls: int) -> Configuration:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import flux_call, make_flux
 
-from accel.errors import AccelError, UnknownNameError
+from accel.errors import AccelError, ConfigError, UnknownNameError
 from accel.evaluation.bench import architectures, model, model_report, model_rows
 from accel.evaluation.bench.peers import Peer
 from accel.methods.merging import TokenMergingConfig
@@ -84,6 +84,15 @@ def test_rows_are_read_as_they_are_named(steps):
     assert (fast.compile, fast.schedule().count("skipped")) == (True, model_rows.mask(steps, "fast").count(0))
     # Steps that are all alike are timed in a short loop, forecasts where they are in the picture.
     assert (merging.steps, fast.steps) == (10, steps)
+
+
+def test_a_row_may_run_at_one_size_only(tmp_path):
+    assert model_rows.parse("plain+compiled@512", 24)[0].size == 512
+    with pytest.raises(ConfigError, match="plain@512"):
+        model_rows.parse("plain@small", 24)
+    model.bench(tmp_path, "flux1", [96, 128], "plain@128,balanced@128", tiny=True, steps=6, rounds=1, **CPU)
+    rows = json.loads((tmp_path / model.RESULTS).read_text())["rows"]
+    assert [(row["row"], row["size"]) for row in rows] == [("plain", 128), ("balanced", 128)]
 
 
 @pytest.mark.parametrize("name", ["mergin-0.5", "merging-1.5", "merging", "plain+compile", "merging-0"])
@@ -193,7 +202,7 @@ def test_the_report_has_every_row_at_every_size_and_says_what_it_is(finished):
     assert "say nothing about pictures" in text
     assert "a trial of the bench" in text
     assert len(finished.said) == 12
-    assert "merging-0.5: dense ms" in finished.said[1]
+    assert "merging-0.5: dense ms" in finished.said[2]
     assert "<svg" in (finished.folder / "model.svg").read_text()
 
 
