@@ -32,7 +32,7 @@ from .model_rows import COMPILED, GRAPHS, Kind, Row, kind, parse
 from .peers import Peer
 
 RESULTS = "model.json"
-_PLAIN_STEPS = 5  # of the plain loops between which a row is timed
+_PLAIN_STEPS = 4  # of the plain loops between which a row is timed
 
 Result = dict[str, Any]
 
