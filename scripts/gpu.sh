@@ -53,7 +53,7 @@ part tests "${TESTS_SECONDS:-150}" "$python" -m pytest -c "$root/pyproject.toml"
 part kernels "${KERNELS_SECONDS:-110}" "$python" -m accel bench kernels kernels
 part ar "${AR_SECONDS:-100}" "$python" -m accel bench ar ar
 model_seconds=${MODEL_SECONDS:-170}
-part model "$model_seconds" "$python" -m accel bench model --arch "$arch" --size "$sizes" --rounds "${ROUNDS:-1}" \
+part model "$model_seconds" "$python" -m accel bench model --arch "$arch" --size "$sizes" --rounds "${ROUNDS:-1}" --steps "${STEPS:-24}" \
   --minutes "$(awk "BEGIN {print ($model_seconds - 15) / 60}")" --out model ${rows:+--rows "$rows"} $tiny
 
 echo "== what each part printed last"
