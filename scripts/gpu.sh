@@ -54,7 +54,7 @@ part kernels "${KERNELS_SECONDS:-110}" "$python" -m accel bench kernels kernels
 part ar "${AR_SECONDS:-100}" "$python" -m accel bench ar ar
 model_seconds=${MODEL_SECONDS:-170}
 part model "$model_seconds" "$python" -m accel bench model --arch "$arch" --size "$sizes" --rounds "${ROUNDS:-1}" --steps "${STEPS:-24}" \
-  --minutes "$(awk "BEGIN {print ($model_seconds - 15) / 60}")" --out model ${rows:+--rows "$rows"} $tiny
+  --minutes "$("$python" -c "print(($model_seconds - 15) / 60)")" --out model ${rows:+--rows "$rows"} $tiny
 
 echo "== what each part printed last"
 for name in tests kernels ar model; do

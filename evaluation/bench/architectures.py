@@ -232,6 +232,7 @@ def _arguments(
     return {**own.call, **embeds, **masks}
 
 
+@torch.no_grad()
 def _builtin(device: torch.device, dtype: torch.dtype) -> Model:
     from accel.pipelines import builtin
 

@@ -201,25 +201,33 @@ def _copy(pipe: Any) -> Any:
 
 def _kinds(model: Model, pipe: Any, row: Row, size: int, handle: Any) -> list[Kind]:
     """Run a loop, which warms up and compiles, and see what its steps compute."""
+    if isinstance(row.configuration, Peer):
+        with _uncompiled():  # a hook that counts would be compiled along, and stay
+            kinds = _observed(model, pipe, row, size)
+        if row.compile is not False:
+            _loop(model, pipe, size, row.steps)
+        return kinds
+    _loop(model, pipe, size, row.steps)
+    if handle is None:
+        return ["dense"] * row.steps
+    return [kind(step.computed, step.total) for step in handle.stats.steps]
+
+
+def _observed(model: Model, pipe: Any, row: Row, size: int) -> list[Kind]:
+    """What the steps of a peer compute, seen from inside its last block."""
     calls = 0
-    computed: list[int] = []
+    after_steps = [0]
 
     def called(*_: Any) -> None:
         nonlocal calls
         calls += 1
 
-    peer = isinstance(row.configuration, Peer)
-    hook = _inside(pipe.transformer).register_forward_pre_hook(called) if peer else None
+    hook = _inside(pipe.transformer).register_forward_pre_hook(called)
     try:
-        _loop(model, pipe, size, row.steps, each=lambda: computed.append(calls))
+        _loop(model, pipe, size, row.steps, each=lambda: after_steps.append(calls))
     finally:
-        if hook is not None:
-            hook.remove()
-    if peer:
-        return ["dense" if after > before else "skipped" for before, after in pairwise([0, *computed])]
-    if handle is None:
-        return ["dense"] * row.steps
-    return [kind(step.computed, step.total) for step in handle.stats.steps]
+        hook.remove()
+    return ["dense" if after > before else "skipped" for before, after in pairwise(after_steps)]
 
 
 def _plans(model: Model, pipe: Any, row: Row, size: int, handle: Any) -> list[float]:
