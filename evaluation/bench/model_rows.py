@@ -138,26 +138,26 @@ def _configuration(base: str, total: int, calls: int) -> Configuration:
         return Configuration(base, configs.load(base))
     if base in PEERS:
         return PEERS[base](total, calls)
-    match = re.fullmatch(r"([a-z]+)-(0?\.\d*[1-9]\d*)(-alone)?", base)
-    if match is None or match[1] not in _SHARES:
-        known = (PLAIN, *_PRESETS, *PEERS, *(f"{method}-0.5" for method in _SHARES))
-        raise UnknownNameError("row", base, known)
-    return Configuration(base, _SHARES[match[1]](float(match[2]), bool(match[3])))
+    match = re.fullmatch(r"([a-z]+)-(0?\.\d*[1-9]\d*)((?:-alone)?)", base)
+    make = _SHARES.get(match[1] + match[3]) if match else None
+    if match is None or make is None:
+        shares = [name.replace("-", "-0.5-") if "-" in name else f"{name}-0.5" for name in _SHARES]
+        raise UnknownNameError("row", base, (PLAIN, *_PRESETS, *PEERS, *shares))
+    return Configuration(base, make(float(match[2])))
 
 
 # As much of the picture as can be is reduced: a step is what is measured.
-def _merging(share: float, alone: bool) -> Any:
-    return TokenMergingConfig(ratio=1 - share, dense_steps_first=2, dense_steps_last=0, refresh_every=1)
+_MERGED: dict[str, Any] = {"dense_steps_first": 2, "dense_steps_last": 0, "refresh_every": 1}
 
-
-def _pruning(share: float, alone: bool) -> Any:
-    return TokenPruningConfig(
-        budget=share, cycle=(share,), keys_values="none" if alone else "all", dense_steps_last=0
-    )
-
-
-#: Method -> (share of the tokens, without keys and values of the others) -> its configuration.
-_SHARES: dict[str, Callable[[float, bool], Any]] = {"merging": _merging, "pruning": _pruning}
+#: Method -> share of the tokens -> its configuration.
+_SHARES: dict[str, Callable[[float], Any]] = {
+    "merging": lambda share: TokenMergingConfig(ratio=1 - share, **_MERGED),
+    "windows": lambda share: TokenMergingConfig(ratio=1 - share, groups="windows", **_MERGED),
+    "pruning": lambda share: TokenPruningConfig(budget=share, cycle=(share,), dense_steps_last=0),
+    "pruning-alone": lambda share: TokenPruningConfig(
+        budget=share, cycle=(share,), keys_values="none", dense_steps_last=0
+    ),
+}
 
 
 def mask(total: int, preset: str) -> list[int]:
@@ -207,7 +207,7 @@ PEERS: dict[str, Callable[[int, int], Configuration]] = {
 
 def every(device: str) -> list[str]:
     """All rows, what matters most first."""
-    methods = ["merging-0.5", "merging-0.25", "pruning-0.3", "pruning-0.3-alone"]
+    methods = ["merging-0.5", "windows-0.5", "merging-0.25", "pruning-0.3", "pruning-0.3-alone"]
     ways: Sequence[str] = ("graphs", "compiled+graphs") if device.startswith("cuda") else ()
     return [
         *(base + way for base in (PLAIN, *methods) for way in ("", "+compiled")),
@@ -216,5 +216,5 @@ def every(device: str) -> list[str]:
         *PEERS,
         *(f"{base}+{way}" for base in ("balanced", "cache-dit-balanced") for way in (COMPILED,)),
         *(f"{base}+{AUTO}" for base in (PLAIN, "merging-0.5", "balanced")),
-        *(f"{base}+{REFERENCE}" for base in methods[:3]),
+        *(f"{base}+{REFERENCE}" for base in ("merging-0.5", "windows-0.5", "pruning-0.3")),
     ]

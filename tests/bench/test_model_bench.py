@@ -95,7 +95,9 @@ def test_a_row_may_run_at_one_size_only(tmp_path):
     assert [(row["row"], row["size"]) for row in rows] == [("plain", 128), ("balanced", 128)]
 
 
-@pytest.mark.parametrize("name", ["mergin-0.5", "merging-1.5", "merging", "plain+compile", "merging-0"])
+@pytest.mark.parametrize(
+    "name", ["mergin-0.5", "merging-1.5", "merging", "plain+compile", "merging-0", "merging-0.5-alone"]
+)
 def test_unknown_rows_are_named_with_the_known_ones(name):
     if name == "merging":  # the preset
         assert model_rows.parse(name, 24)[0].configuration.method.ratio == 0.5
@@ -115,7 +117,7 @@ def test_every_row_can_be_read():
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench") / "flux1"
     said: list[str] = []
-    rows = "plain,merging-0.5,pruning-0.3,balanced,taylorseer,forecast-3rd"
+    rows = "plain,merging-0.5,windows-0.5,pruning-0.3,balanced,taylorseer,forecast-3rd"
     page = model.bench(
         folder, "flux1", [128, 256], rows, tiny=True, steps=12, rounds=1, done=said.append, **CPU
     )
@@ -131,6 +133,7 @@ def test_what_steps_computed_is_what_the_configuration_says(finished):
     assert found(finished, "plain")["kinds"] == ["dense"] * 10
     assert found(finished, "merging-0.5")["kinds"] == ["dense"] * 2 + ["reduced"] * 8
     assert found(finished, "pruning-0.3")["ms"]["reduced"]["n"] == 8
+    assert found(finished, "windows-0.5")["kinds"] == found(finished, "merging-0.5")["kinds"]
     balanced = found(finished, "balanced")["kinds"]
     assert [kind != "skipped" for kind in balanced] == [bool(x) for x in model_rows.mask(12, "balanced")]
 
@@ -201,7 +204,7 @@ def test_the_report_has_every_row_at_every_size_and_says_what_it_is(finished):
     assert text.count("| merging-0.5 |") == text.count("| forecast-3rd |") == 2
     assert "say nothing about pictures" in text
     assert "a trial of the bench" in text
-    assert len(finished.said) == 12
+    assert len(finished.said) == 14
     assert "merging-0.5: dense ms" in finished.said[2]
     assert "<svg" in (finished.folder / "model.svg").read_text()
 
