@@ -189,19 +189,26 @@ def _taylorseer(total: int, calls: int) -> Peer:
     return Peer("taylorseer", package="diffusers", kind="TaylorSeer", total=total, options=options)
 
 
-def _every_third(total: int, calls: int) -> Configuration:
-    """`taylorseer`'s very steps by our forecasts."""
-    config = ForecastConfig(cycle=(0, 1, 0), dense_steps_first=6, dense_steps_last=0)
-    return Configuration("forecast-3rd", config)
+def _magcache(total: int, calls: int) -> Peer:
+    """Bound by its number of skipped steps alone: what it measures of random weights means nothing."""
+    options = {"threshold": 1e9, "max_skip_steps": 1, "retention_ratio": 6.2 / total}
+    return Peer("magcache", package="diffusers", kind="MagCache", total=total, options=options)
+
+
+def _forecast(name: str, cycle: tuple[float, ...], total: int, calls: int) -> Configuration:
+    return Configuration(name, ForecastConfig(cycle=cycle, dense_steps_first=6, dense_steps_last=0))
 
 
 #: Name -> (denoising steps, calls in each) -> what runs. Each peer stands beside a row of ours that computes the same
-#: steps: the preset it is named after, and `forecast-3rd` for `taylorseer`.
+#: steps: the preset it is named after, or the forecasts that follow it here. FirstBlockCache and TeaCache have none:
+#: what they skip depends on the picture.
 PEERS: dict[str, Callable[[int, int], Configuration]] = {
     "cache-dit-balanced": partial(_cache_dit, "balanced"),
     "cache-dit-fast": partial(_cache_dit, "fast"),
     "taylorseer": _taylorseer,
-    "forecast-3rd": _every_third,
+    "forecast-3rd": partial(_forecast, "forecast-3rd", (0, 1, 0)),
+    "magcache": _magcache,
+    "forecast-2nd": partial(_forecast, "forecast-2nd", (0, 1)),
 }
 
 

@@ -117,7 +117,7 @@ def test_every_row_can_be_read():
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench") / "flux1"
     said: list[str] = []
-    rows = "plain,merging-0.5,windows-0.5,pruning-0.3,balanced,taylorseer,forecast-3rd"
+    rows = "plain,merging-0.5,windows-0.5,pruning-0.3,balanced,taylorseer,forecast-3rd,magcache,forecast-2nd"
     page = model.bench(
         folder, "flux1", [128, 256], rows, tiny=True, steps=12, rounds=1, done=said.append, **CPU
     )
@@ -139,9 +139,10 @@ def test_what_steps_computed_is_what_the_configuration_says(finished):
 
 
 def test_peers_compute_the_very_steps_of_the_row_beside_them(finished):
-    theirs, ours = found(finished, "taylorseer"), found(finished, "forecast-3rd")
-    assert theirs["kinds"] == ours["kinds"]
-    assert theirs["kinds"].count("skipped") == 4
+    for peer, like, skipped in (("taylorseer", "forecast-3rd", 4), ("magcache", "forecast-2nd", 3)):
+        theirs, ours = found(finished, peer), found(finished, like)
+        assert theirs["kinds"] == ours["kinds"]
+        assert theirs["kinds"].count("skipped") == skipped
     assert ours["ms"]["skipped"]["median"] < theirs["ms"]["dense"]["median"] / 3
 
 
@@ -204,7 +205,7 @@ def test_the_report_has_every_row_at_every_size_and_says_what_it_is(finished):
     assert text.count("| merging-0.5 |") == text.count("| forecast-3rd |") == 2
     assert "say nothing about pictures" in text
     assert "a trial of the bench" in text
-    assert len(finished.said) == 14
+    assert len(finished.said) == 18
     assert "merging-0.5: dense ms" in finished.said[2]
     assert "<svg" in (finished.folder / "model.svg").read_text()
 
