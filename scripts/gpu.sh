@@ -34,6 +34,9 @@ if ! "$python" -c "import accel.kernels, diffusers" 2>/dev/null; then
 fi
 
 failed=0
+
+# minutes SECONDS: what a bench may take, its start and its end left out.
+minutes() { "$python" -c "print(($1 - 15) / 60)"; }
 # part NAME SECONDS COMMAND...: stdout into NAME.txt, stderr into NAME.log, and both to the terminal.
 part() {
   local name=$1 seconds=$2 began=$SECONDS code
@@ -49,12 +52,14 @@ part() {
 
 "$python" -m accel info >info.txt 2>info.log || { cat info.log; exit 1; }
 rm -f ./*.end
-part tests "${TESTS_SECONDS:-150}" "$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -q -m gpu -p no:cacheprovider "$root/tests"
-part kernels "${KERNELS_SECONDS:-110}" "$python" -m accel bench kernels kernels
-part ar "${AR_SECONDS:-100}" "$python" -m accel bench ar ar
-model_seconds=${MODEL_SECONDS:-170}
-part model "$model_seconds" "$python" -m accel bench model --arch "$arch" --size "$sizes" --rounds "${ROUNDS:-1}" --steps "${STEPS:-24}" \
-  --minutes "$("$python" -c "print(($model_seconds - 15) / 60)")" --out model ${rows:+--rows "$rows"} $tiny
+part tests "${TESTS_SECONDS:-240}" "$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -q -m gpu \
+  -p no:cacheprovider "$root/tests"
+part kernels "${KERNELS_SECONDS:-110}" "$python" -m accel bench kernels kernels --budget "$((${KERNELS_SECONDS:-110} - 45))"
+part ar "${AR_SECONDS:-110}" "$python" "$root/scripts/autoregressive_on_gpu.py" ar \
+  --minutes "$(minutes "${AR_SECONDS:-110}")" $tiny
+part model "${MODEL_SECONDS:-170}" "$python" -m accel bench model --arch "$arch" --size "$sizes" \
+  --rounds "${ROUNDS:-1}" --steps "${STEPS:-24}" --minutes "$(minutes "${MODEL_SECONDS:-170}")" --out model \
+  ${rows:+--rows "$rows"} $tiny
 
 echo "== what each part printed last"
 for name in tests kernels ar model; do
