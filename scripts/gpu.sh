@@ -37,6 +37,7 @@ failed=0
 
 # minutes SECONDS: what a bench may take, its start and its end left out.
 minutes() { "$python" -c "print(($1 - 15) / 60)"; }
+
 # part NAME SECONDS COMMAND...: stdout into NAME.txt, stderr into NAME.log, and both to the terminal.
 part() {
   local name=$1 seconds=$2 began=$SECONDS code
@@ -53,8 +54,9 @@ part() {
 "$python" -m accel info >info.txt 2>info.log || { cat info.log; exit 1; }
 rm -f ./*.end
 part tests "${TESTS_SECONDS:-240}" "$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -q -m gpu \
-  -p no:cacheprovider "$root/tests"
-part kernels "${KERNELS_SECONDS:-110}" "$python" -m accel bench kernels kernels --budget "$((${KERNELS_SECONDS:-110} - 45))"
+  -p no:cacheprovider ${TINY:+--collect-only} "$root/tests"
+part kernels "${KERNELS_SECONDS:-110}" "$python" -m accel bench kernels kernels \
+  --budget "$((${KERNELS_SECONDS:-110} - 45))" ${TINY:+--compile-only}
 part ar "${AR_SECONDS:-110}" "$python" "$root/scripts/autoregressive_on_gpu.py" ar \
   --minutes "$(minutes "${AR_SECONDS:-110}")" $tiny
 part model "${MODEL_SECONDS:-170}" "$python" -m accel bench model --arch "$arch" --size "$sizes" \
