@@ -195,7 +195,7 @@ def _magcache(total: int, calls: int) -> Peer:
     return Peer("magcache", package="diffusers", kind="MagCache", total=total, options=options)
 
 
-def _forecast(name: str, cycle: tuple[float, ...], total: int, calls: int) -> Configuration:
+def _forecast(name: str, cycle: tuple[int, ...], total: int, calls: int) -> Configuration:
     return Configuration(name, ForecastConfig(cycle=cycle, dense_steps_first=6, dense_steps_last=0))
 
 
