@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .api import accelerate
     from .errors import AccelError, AccelWarning
     from .handle import Handle
+    from .methods.chunking.config import DynamicChunkingConfig
     from .methods.forecasting.config import ForecastConfig
     from .methods.merging.config import TokenMergingConfig
     from .methods.pruning.config import TokenPruningConfig
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AccelError",
     "AccelWarning",
+    "DynamicChunkingConfig",
     "ForecastConfig",
     "Handle",
     "SpeculativeDecodingConfig",
@@ -47,6 +49,7 @@ __all__ = [
 _HOME = {
     "AccelError": "accel.errors",
     "AccelWarning": "accel.errors",
+    "DynamicChunkingConfig": "accel.methods.chunking.config",
     "ForecastConfig": "accel.methods.forecasting.config",
     "Handle": "accel.handle",
     "SpeculativeDecodingConfig": "accel.methods.speculation.config",

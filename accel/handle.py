@@ -60,6 +60,19 @@ class Handle:
         """Whether it is this pipeline's."""
         return pipe is not None and self._pipe() is pipe
 
+    def boundary_maps(self) -> list[Any]:
+        """Where dynamic chunking computed what in the last run: of every step a tensor (images that have plans of their own or 1,
+        rows, columns) of how many tokens were computed together with each, 1 for one of its own; None for a step that
+        computed all. Inside parts of depth, of the first part.
+
+        Raises:
+            ConfigError: the method has none.
+        """
+        maps = getattr(self._method(), "maps", None)
+        if maps is None:
+            raise ConfigError(f"{self.method} has no boundary maps; DynamicChunkingConfig has")
+        return list(maps)
+
     def remove(self) -> None:
         """Detach. The pipeline is bit-exactly what it was. Calling it twice is fine."""
         subject, method = self._subject(), self._method()

@@ -122,6 +122,66 @@ def _distances(
     show_report(page.read_text(encoding="utf-8"))
 
 
+@app.command("few-step")
+def few_step(
+    out: Annotated[
+        Path, typer.Argument(help="Folder for one folder per number of steps; continued if it exists.")
+    ],
+    model: Annotated[str, typer.Option(help="builtin, a diffusers folder or a hub id.")] = "builtin",
+    steps: Annotated[str, typer.Option(help="Numbers of steps, comma-separated.")] = "4,6,8",
+    limit: Annotated[int, typer.Option(min=1, help="Number of prompts, tasks in turn.")] = 48,
+    only: Annotated[
+        str, typer.Option(help="Regular expression: only the settings whose name it finds.")
+    ] = "",
+    size: Annotated[
+        int | None, typer.Option(min=1, max=16_384, help="Height and width; default: the pipeline's.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=c.MAX_SEED, help="Base seed.")] = 0,
+    device: c.Device = None,
+    dtype: c.Dtype = None,
+) -> None:
+    """Models of few steps: windows and forecasts in one schedule, against matching, ToMeSD's scheme, caches, fewer steps.
+
+    One comparison for each number of steps, as `accel bench peers` makes it, and who is fastest at each distance from the
+    plain pictures: OUT/4-steps/report/report.md and so on.
+    """
+    from accel.evaluation import suites
+    from accel.evaluation.bench.compare import compare
+    from accel.evaluation.bench.peers import few_step as settings_for
+    from accel.generation import Settings, is_autoregressive
+
+    wanted, counts = _pattern(only), _wholes(steps, "--steps", "4,6,8")
+    chosen = {n: [c for c in settings_for(n) if wanted.search(c.name)] for n in counts}
+    if not all(chosen.values()):
+        raise ConfigError(f"--only {only!r} matches none of the settings")
+    square = None if size is None else (size, size)
+    pipe = c.load(model, device, dtype)
+    if is_autoregressive(pipe):
+        raise ConfigError(f"{model} is an autoregressive model: its comparison is accel bench ar")
+    pipe.set_progress_bar_config(disable=True)
+    for count in counts:
+        settings = Settings(count, square)
+        settings.check(pipe)
+        call = settings.arguments(pipe)
+
+        def progress(state: tuple[int, int, str]) -> None:
+            say(f"{state[0]}/{state[1]} {state[2]}", to=_console)
+
+        page = compare(
+            out / f"{count}-steps",
+            pipe,
+            suites.scenes(),
+            chosen[count],
+            call=call,
+            model=model,
+            limit=limit,
+            seed=seed,
+            progress=progress,
+        )
+        say(f"# {count} steps")
+        show_report(page.read_text(encoding="utf-8"))
+
+
 @app.command("ar")
 def autoregressive(
     out: Annotated[

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from accel.errors import ConfigError, UnknownNameError
 
+from .chunking.config import DynamicChunkingConfig
 from .forecasting.config import ForecastConfig
 from .merging.config import TokenMergingConfig
 from .pruning.config import TokenPruningConfig
@@ -14,6 +15,12 @@ from .speculation.config import SpeculativeDecodingConfig
 
 if TYPE_CHECKING:
     from accel.core.method import Method
+
+
+def _chunking() -> type[Method]:
+    from .chunking.engine import DynamicChunking
+
+    return DynamicChunking
 
 
 def _forecasting() -> type[Method]:
@@ -43,6 +50,7 @@ def _speculation() -> type[Method]:
 #: Configuration class -> (the method's name in presets, what imports its class). Configurations cost nothing to
 #: import; engines bring torch.
 TABLE: dict[type, tuple[str, Callable[[], type[Method]]]] = {
+    DynamicChunkingConfig: ("dynamic_chunking", _chunking),
     ForecastConfig: ("forecast", _forecasting),
     SpeculativeDecodingConfig: ("speculative_decoding", _speculation),
     TokenMergingConfig: ("token_merging", _merging),

@@ -17,8 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from accel.core.noise_levels import clean
 from accel.core.plan import TokenPlan
+from accel.core.run import Run
 from accel.errors import UnsupportedError
+
+#: Measured on the built-in model, 4 steps, half of the tokens, 24 pictures: 35.5 dB with the bias, 26.6 without.
+NO_BIAS = (
+    "windows ran without a bias in attention, in which each then counts as one token: quality is much lower"
+)
 
 #: Tokens in a cell of either size.
 SMALL, LARGE = 4, 16
@@ -95,6 +102,27 @@ def _interpolate(budget: float) -> float:
         if budget <= x1:
             return y0 + (y1 - y0) * (max(budget, x0) - x0) / (x1 - x0)
     raise AssertionError(budget)
+
+
+def picture(run: Run) -> Tensor:
+    """The picture that the last step's (guided) prediction shows, up to a factor, as the model's tokens: (B, N, c), float32.
+
+    Raises:
+        UnsupportedError: it cannot be told from what the scheduler is given.
+    """
+    clock, adapter, scheduler = run.clock, run.target.adapter, run.target.scheduler
+    output, sample = clock.model_output, clock.sample
+    x0 = None
+    if run.grid is not None and isinstance(output, Tensor) and isinstance(sample, Tensor):
+        x0 = clean(scheduler, output.float(), sample.float(), clock.times[clock.step - 1])
+    assert adapter.tokens is not None
+    x0_BNc = None if x0 is None or run.grid is None else adapter.tokens.of(run.target.denoiser, x0, run.grid)
+    if x0_BNc is None or run.grid is None or x0_BNc.shape[1] != run.grid[0] * run.grid[1]:
+        raise UnsupportedError(
+            "windows are chosen by the picture that a step predicts, and from what "
+            f'{type(scheduler).__name__} is given it cannot be told. Use groups="matching" of TokenMergingConfig.'
+        )
+    return x0_BNc
 
 
 def variance(x_BNC: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -20,6 +20,7 @@ from torch import nn
 from accel import configs
 from accel.evaluation.configurations import Configuration
 from accel.methods.forecasting import ForecastConfig
+from accel.methods.merging import TokenMergingConfig
 from accel.methods.pruning import TokenPruningConfig
 
 #: What each peer has to do: (pipeline, number of steps, options) -> the undo action.
@@ -315,6 +316,50 @@ def _few() -> dict[str, Any]:
         "prune-50-clusters": TokenPruningConfig(cycle=(0.5,), clusters=16, **dense),
         "guidance-2nd": ForecastConfig(cycle=(1,), guidance_every=2),
     }
+
+
+def few_step(steps: int) -> list[Configuration]:
+    """For `accel bench few-step`: today's ways with 4 to 8 steps, and windows of several budgets, alone and with forecast steps
+    in one schedule."""
+    settings = {**_few(), **_composed(steps)}
+    wanted = ("fbc-0.1", "fbc-0.2", "dbcache-0.16", "dbcache-0.32", "dbcache-0.32-taylor1")
+    caches = [peer for peer in theirs(steps) if peer.name in wanted]
+    ours = [Configuration(name, config) for name, config in settings.items()]
+    return [*(c for c in fewer_steps(steps) if c.steps != 1), *caches, *ours]
+
+
+def _windows(*cycle: float, order: int = 0) -> TokenMergingConfig:
+    """A dense first step, then these budgets in turn."""
+    return TokenMergingConfig(
+        groups="windows", cycle=cycle, dense_steps_first=1, dense_steps_last=0, refresh_every=1, order=order
+    )
+
+
+def _composed(steps: int) -> dict[str, Any]:
+    matched = TokenMergingConfig(dense_steps_first=1, dense_steps_last=0, refresh_every=1)
+    found = {
+        "matching-50": matched,
+        "matching-33": replace(matched, ratio=0.67),
+        "few-step-fast": configs.load("few-step-fast"),
+        "windows-25": _windows(0.25),
+        "windows-50-copy": replace(_windows(0.5), unmerge="copy"),
+    }
+    # After the dense first step: 1 dense, 0 forecast, between a share of the tokens.
+    for name, cycle in _SCHEDULES.get(steps, {}).items():
+        found[name] = _windows(*cycle, order=1)
+    return found
+
+
+#: Number of steps -> schedules of dense, windowed and forecast steps.
+_SCHEDULES: dict[int, dict[str, tuple[float, ...]]] = {
+    4: {"mixed-50-50-0": (0.5, 0.5, 0), "mixed-33-33-0": (0.33, 0.33, 0)},
+    6: {"mixed-50-50-50-0-50": (0.5, 0.5, 0.5, 0, 0.5), "mixed-33-33-33-0-33": (0.33, 0.33, 0.33, 0, 0.33)},
+    8: {
+        "mixed-1-1-1-0-1-0-1": (1, 1, 1, 0, 1, 0, 1),
+        "mixed-50-50-50-0-50-0-50": (0.5, 0.5, 0.5, 0, 0.5, 0, 0.5),
+        "mixed-33-33-33-0-33-0-33": (0.33, 0.33, 0.33, 0, 0.33, 0, 0.33),
+    },
+}
 
 
 def _label(option: tuple[str, Any]) -> str:

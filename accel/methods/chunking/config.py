@@ -1,0 +1,142 @@
+"""Dynamic chunking for diffusion transformers: a router says which tokens say something new, the others are computed together,
+and the results are handed back to all.
+
+DC-DiT (arXiv:2603.06351) and H-Net (arXiv:2507.07955), which train for it; here by default without training, with a router that
+measures better (docs/measured/few-step.md), budgets that grow as noise falls, and over depth as in FlexDiT.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from accel.core.checks import check, is_number, is_whole
+from accel.core.schedule import Phase, Schedule
+
+ROUTERS = ("windows", "cosine", "predictability")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicChunkingConfig:
+    """Settings of dynamic chunking. Steps and blocks count from 0.
+
+    Attributes:
+        router: what scores the tokens. "windows": the local variance of the picture that the last step predicted. "cosine" and
+            "predictability": DC-DiT's two routers as they are before training, from the tokens themselves (measured to rank
+            noise, for comparison). A path: a learned one (.safetensors, `examples/upcycle_chunking.py`).
+        adapter: path of low-rank changes of the model, trained at reduced tokens (.safetensors); on at reduced steps only.
+        chunks: "windows" computes the mean of whole 2x2 and 4x4 cells of low scores, at their centre and with their weight in
+            attention; "tokens" the tokens of highest scores (DC-DiT), whose result the nearest other tokens take over.
+            None: windows for the windows router and for learned ones.
+        dechunk: "carry" gives every token its chunk's result and, on top, its own deviation as forecast from the steps
+            before; "copy" the chunk's result alone; "gaussian" first smooths among kept tokens, by distance and score
+            (DC-DiT, chunks="tokens" only).
+        sigma: of the Gaussian, in tokens.
+        budget: share of the tokens to compute at the first reduced step, in (0, 1].
+        last_budget: at the last one, reached in equal parts: more as noise falls. None: the same at all.
+        depth: factors on the budget for equal parts of the blocks, from the first on; (): the same everywhere. Each part has
+            a plan of its own, and tokens are whole between two.
+        unconditional: budget of the unconditional branch of guidance, where that is a call of its own (Lite-CFG); None: the
+            same, and the same plan. Measured to be much worse without training: errors cancel only with equal plans.
+        dense_steps_first, dense_steps_last: steps at either end that compute all tokens.
+        dense_blocks_first, dense_blocks_last: blocks at either end that compute all tokens.
+
+    Raises:
+        ConfigError: a value is outside its range.
+    """
+
+    router: str = "windows"
+    adapter: str | None = None
+    chunks: Literal["windows", "tokens"] | None = None
+    dechunk: Literal["carry", "copy", "gaussian"] = "carry"
+    sigma: float = 1.0
+    budget: float = 0.5
+    last_budget: float | None = None
+    depth: tuple[float, ...] = ()
+    unconditional: float | None = None
+    dense_steps_first: int = 1
+    dense_steps_last: int = 0
+    dense_blocks_first: int = 1
+    dense_blocks_last: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.depth, list):  # YAML has lists
+            object.__setattr__(self, "depth", tuple(self.depth))
+        for name in ("budget", "last_budget", "unconditional"):
+            value = getattr(self, name)
+            valid = is_number(value) and 0 < value <= 1
+            check(valid or (value is None and name != "budget"), name, "in (0, 1]", value)
+        check(is_number(self.sigma) and self.sigma > 0, "sigma", "> 0", self.sigma)
+        valid = isinstance(self.depth, tuple) and all(is_number(f) and f > 0 for f in self.depth)
+        check(valid, "depth", "a list of factors > 0", self.depth)
+        for name in ("dense_steps_first", "dense_steps_last", "dense_blocks_first", "dense_blocks_last"):
+            value = getattr(self, name)
+            check(is_whole(value) and value >= 0, name, "a whole number >= 0", value)
+        check(self.dense_steps_first >= 1, "dense_steps_first", ">= 1", self.dense_steps_first)
+        check(
+            self.dechunk in ("carry", "copy", "gaussian"),
+            "dechunk",
+            "one of carry, copy, gaussian",
+            self.dechunk,
+        )
+        check(self.chunks in (None, "windows", "tokens"), "chunks", "windows, tokens or None", self.chunks)
+        for name in ("router", "adapter"):
+            value = getattr(self, name)
+            path = isinstance(value, str) and value.endswith(".safetensors")
+            known = value in ROUTERS if name == "router" else value is None
+            what = (
+                "a .safetensors file" if name == "adapter" else f"{', '.join(ROUTERS)} or a .safetensors file"
+            )
+            check(known or path, name, what, value)
+        check(
+            self.dechunk != "gaussian" or not self.in_windows,
+            "dechunk",
+            'not "gaussian" with windows',
+            self.dechunk,
+        )
+
+    @property
+    def in_windows(self) -> bool:
+        if self.chunks is None:
+            return self.router not in ("cosine", "predictability")
+        return self.chunks == "windows"
+
+    @classmethod
+    def dc_dit(
+        cls, budget: float = 0.5, *, router: str = "cosine", sigma: float = 1.0
+    ) -> DynamicChunkingConfig:
+        """DC-DiT's scheme without its training: tokens kept by its router, Gaussian smoothing, nearest kept token."""
+        return cls(router=router, chunks="tokens", dechunk="gaussian", budget=budget, sigma=sigma)
+
+    def schedule(self) -> Schedule:
+        return _Growing(
+            cycle=(self.budget,),
+            dense_first=self.dense_steps_first,
+            dense_last=self.dense_steps_last,
+            refresh_every=1,
+            last=self.budget if self.last_budget is None else self.last_budget,
+        )
+
+
+@dataclass(frozen=True)
+class _Growing(Schedule):
+    """From the cycle's one budget to `last`, in equal parts of 1/16 of the tokens, so that few different shapes occur."""
+
+    last: float = 1.0
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        return (*self.cycle, self.last)
+
+    def phases(self, total: int) -> tuple[Phase, ...]:
+        phases = super().phases(total)
+        (first,), end = self.cycle, self.last
+        middle = range(self.dense_first, total - self.dense_last)
+        if first == end or len(middle) < 2:
+            return phases
+        grown = list(phases)
+        for i, step in enumerate(middle):
+            budget = first + (end - first) * i / (len(middle) - 1)
+            budget = budget if i in (0, len(middle) - 1) else round(budget * 16) / 16
+            grown[step] = Phase(1.0) if budget >= 1 else replace(phases[step], budget=budget, refresh=True)
+        return tuple(grown)
