@@ -109,3 +109,20 @@ def test_keys_carry_their_sizes_to_attention(first, mask, ordered):
     bias = sizes.log().masked_fill(~keep, -math.inf)
     wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels", [64, 128])
+def test_every_form_on_cuda(dtype, channels):
+    """At FLUX's length, with half of the tokens and all of its text."""
+    parts = ((1, 512 + 1344), (4, 640), (16, 12))
+    count = sum(n for _, n in parts)
+    q, k, v = (numbers(1, 4, count, channels, seed=s).to("cuda", dtype) for s in (1, 2, 3))
+    size_S = torch.tensor([float(s) for s, n in parts for _ in range(n)], device="cuda").double()
+    weight = (channels**-0.5 * q.double() @ k.double().transpose(-1, -2)).exp() * size_S
+    wanted = (weight / weight.sum(-1, keepdim=True)) @ v.double()
+    for name, form in wa.FORMS.items():
+        found = form(q, k, v, parts, channels**-0.5).double()
+        assert (found - wanted).abs().max() < 0.02, name
+    assert wa.fastest(q, k, v, parts, channels**-0.5) in wa.FORMS

@@ -5,7 +5,7 @@ Shapes: G plan rows, B batch, N = H*W tokens, K kept ones, C channels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,8 +33,8 @@ class KeptPlan(TokenPlan):
         return x_BNC + self.expand(y_BKC if reduced_BKC is None else y_BKC - reduced_BKC)
 
     def repeat(self, times: int) -> TokenPlan:
-        mixing = None if self.mixing is None or len(self.mixing) == 1 else self.mixing.repeat(times, 1, 1)
-        return super().repeat(times) if mixing is None else replace(super().repeat(times), mixing=mixing)
+        mixing = None if self.mixing is None else self.mixing.repeat(times, 1, 1)
+        return KeptPlan(**{**vars(super().repeat(times)), "mixing": mixing})
 
 
 def kept_plan(score_GN: Tensor, grid: tuple[int, int], keep: int, sigma: float | None = None) -> TokenPlan:
