@@ -169,8 +169,8 @@ def freeze(pipe):
     first = {}
 
     def repeat(module, args, kwargs):
-        if args:  # PixArt passes its latents by position
-            kwargs = {**kwargs, "hidden_states": args[0]}
+        # PixArt passes its latents by position, Hunyuan-DiT its time, too.
+        kwargs = {**kwargs, **dict(zip(("hidden_states", "timestep"), args, strict=False))}
         now = {k: kwargs[k] for k in ("hidden_states", "timestep")}
         return (), {**kwargs, **first.setdefault("inputs", now)}
 

@@ -38,6 +38,7 @@ class Attention:
         keys, values: its submodules whose outputs are all keys and all values of the image tokens, (B, L, ...);
             there may be text in the same tensors.
         image: whether the image's rows come first or last in those.
+        heads_first: what those submodules put out is (B, H, L, d); `rotate` is given it turned round.
         table: the argument that holds the rotary table; None without one.
         rotated: the submodules whose outputs the table applies to, and which part of it is theirs: the "first" or
             the "last" L rows of (cos, sin), (L, d) each; "all"; or an element of a tuple.
@@ -55,13 +56,15 @@ class Attention:
     refused: Mapping[str, str] = field(default_factory=dict)
     image: Literal["first", "last"] = "last"
     masks: tuple[str, ...] = ()
+    heads_first: bool = False
 
     @property
     def kind(self) -> tuple:
         """Equal for attentions that differ in their path alone."""
         rotated = tuple(sorted((name, str(rows)) for name, rows in self.rotated.items()))
         refused = tuple(sorted(self.refused.items()))
-        return (self.keys, self.values, self.table, rotated, self.rotate, refused, self.image)
+        names = (self.keys, self.values, self.table, self.image, self.heads_first)
+        return (*names, rotated, self.rotate, refused)
 
     @property
     def modules(self) -> frozenset[str]:
@@ -252,14 +255,18 @@ class KeyValues:
     def _made(self, attention: Attention, name: str) -> Callable:
         rows, rotate, image = attention.rotated.get(name), attention.rotate, attention.image
         keeps = name in (attention.keys, attention.values)
+        turned = attention.heads_first and rows is not None
 
         def made(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
             if not self.active:
                 return None
+            output = output.transpose(1, 2) if turned else output
             if rows is not None:
                 assert rotate is not None
                 output = rotate(output, _part(self._table, rows, output.shape[1]))
-            return self._keep(getattr(module, _PLACE), output, image) if keeps else output
+            if keeps:
+                output = self._keep(getattr(module, _PLACE), output, image)
+            return output.transpose(1, 2) if turned else output
 
         return made
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from accel.core.keyvalues import Attention
 from accel.core.site import Site
 from accel.errors import UnsupportedError
 
@@ -87,6 +88,44 @@ def blocks(denoiser: nn.Module, group: str, template: Site, inner: str = "") -> 
         found = denoiser.get_submodule(group)
     names = [] if found is None else [name for name, _ in found.named_children()]
     return [replace(template, path=".".join(filter(None, [group, name, inner]))) for name in names]
+
+
+#: Where the attention processor makes the mask itself, of as many image columns as it gets queries.
+PADDED = (
+    "prompts of different lengths in one batch need a mask over keys, which keys_values='all' keeps for all tokens. "
+    "Use keys_values='none', or one prompt a call."
+)
+
+
+def rotate_halves(x_BLHd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """The last rows, those of the image, rotated by a table whose pairs are the halves of d."""
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    text = x_BLHd.shape[1] - len(table[0])
+    image = apply_rotary_emb(x_BLHd[:, text:], table, sequence_dim=1, use_real_unbind_dim=-2)
+    return torch.cat([x_BLHd[:, :text], image], 1)
+
+
+def attentions_of(
+    denoiser: nn.Module, group: str, rotate: Callable[[Tensor, Any], Tensor], **options: Any
+) -> list[Attention]:
+    """The self-attention `attn1` of every block of a module list, where one rotary table serves queries and keys.
+
+    Args:
+        rotate, options: as in `Attention`.
+    """
+    return [
+        Attention(
+            path=f"{group}.{name}.attn1",
+            keys="norm_k",
+            values="to_v",
+            table="image_rotary_emb",
+            rotated={"norm_q": "all", "norm_k": "all"},
+            rotate=rotate,
+            **options,
+        )
+        for name, _ in denoiser.get_submodule(group).named_children()
+    ]
 
 
 def refuse_arguments(*reasons: tuple[str, str]) -> Callable[[Mapping[str, Any], bool], None]:

@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from accel.core.capability import Adapter, Branches, Tokens
+from accel.core.keyvalues import Attention
 from accel.core.site import Keys, Site, rotary, rows
 from accel.errors import UnsupportedError
 
-from .common import Grid, blocks, image_of, one_frame, patches, refuse_arguments
+from .common import Grid, attentions_of, blocks, image_of, one_frame, patches, refuse_arguments, rotate_halves
 
 _SITE = Site(
     "",
@@ -22,6 +23,10 @@ _SITE = Site(
 
 def _sites(denoiser: nn.Module) -> list[Site]:
     return blocks(denoiser, "transformer_blocks", _SITE)
+
+
+def _attentions(denoiser: nn.Module) -> list[Attention]:
+    return attentions_of(denoiser, "transformer_blocks", rotate_halves, heads_first=True)
 
 
 def _patch(denoiser: Any) -> int:
@@ -62,4 +67,5 @@ ADAPTER = Adapter(
         shared_plan=True,
         refuse=_refuse,
     ),
+    attentions=_attentions,
 )

@@ -10,9 +10,10 @@ from typing import Any
 from torch import nn
 
 from accel.core.capability import Adapter, Branches, Tokens
+from accel.core.keyvalues import Attention
 from accel.core.site import Keys, Site, rotary
 
-from .common import blocks, latent_grid, patches
+from .common import PADDED, attentions_of, blocks, latent_grid, patches, rotate_halves
 
 _SITE = Site(
     "", output=0, keys=Keys(("attn1.norm_k|attn1.to_k",)), sides=(rotary("image_rotary_emb", dims=(0,)),)
@@ -21,6 +22,10 @@ _SITE = Site(
 
 def _sites(denoiser: nn.Module) -> list[Site]:
     return blocks(denoiser, "transformer_blocks", _SITE)
+
+
+def _attentions(denoiser: nn.Module) -> list[Attention]:
+    return attentions_of(denoiser, "transformer_blocks", rotate_halves, refused={"attention_mask": PADDED})
 
 
 def _patch(denoiser: Any) -> int:
@@ -36,4 +41,5 @@ ADAPTER = Adapter(
         **patches(_patch),
         shared_plan=True,
     ),
+    attentions=_attentions,
 )

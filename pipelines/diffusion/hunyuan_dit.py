@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from accel.core.capability import Adapter, Branches, Tokens
+from accel.core.keyvalues import Attention
 from accel.core.plan import TokenPlan
 from accel.core.site import Get, Keys, Side, Site, rotary
 from accel.errors import UnsupportedError
 
-from .common import blocks, latent_grid, patches
+from .common import attentions_of, blocks, latent_grid, patches
 
 
 def _follow_skip(get: Get, plan: TokenPlan) -> Tensor | None:
@@ -35,6 +36,16 @@ def _sites(denoiser: nn.Module) -> list[Site]:
     # Block i is read by block -1 - i, but for the two in the middle; their number is even.
     readers = {i: sites[-1 - i].path for i in range(len(sites) // 2 - 1)}
     return [replace(site, read_by=readers.get(i)) for i, site in enumerate(sites)]
+
+
+def _rotate(x_BLHd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    return apply_rotary_emb(x_BLHd, table, sequence_dim=1)  # what the attention processor calls
+
+
+def _attentions(denoiser: nn.Module) -> list[Attention]:
+    return attentions_of(denoiser, "blocks", _rotate, heads_first=True)
 
 
 def _patch(denoiser: Any) -> int:
@@ -60,4 +71,5 @@ ADAPTER = Adapter(
         shared_plan=True,
         refuse=_refuse,
     ),
+    attentions=_attentions,
 )

@@ -15,7 +15,7 @@ from accel.core.capability import Adapter, Branches, Tokens
 from accel.core.keyvalues import Attention
 from accel.core.site import Keys, Site, rotary, rows
 
-from .common import PACKED, Grid, blocks, one_frame, refuse_residuals
+from .common import PACKED, PADDED, Grid, blocks, one_frame, refuse_residuals
 
 
 def _sites(denoiser: nn.Module) -> list[Site]:
@@ -45,13 +45,6 @@ def _rotate(x_BLHd: Tensor, table: Tensor) -> Tensor:
     return apply_rotary_emb_qwen(x_BLHd, table, use_real=False)  # what the attention processor calls
 
 
-#: The processor makes the mask itself, of as many image columns as it gets queries.
-_PADDED = (
-    "prompts of different lengths in one batch need a mask over keys, which keys_values='all' keeps for all tokens. "
-    "Use keys_values='none', or one prompt a call."
-)
-
-
 def _attentions(denoiser: nn.Module) -> list[Attention]:
     image, text = 0, 1  # of the pair of tables
     return [
@@ -62,7 +55,7 @@ def _attentions(denoiser: nn.Module) -> list[Attention]:
             table="image_rotary_emb",
             rotated={"norm_q": image, "norm_k": image, "norm_added_q": text, "norm_added_k": text},
             rotate=_rotate,
-            refused={"encoder_hidden_states_mask": _PADDED},
+            refused={"encoder_hidden_states_mask": PADDED},
         )
         for name, _ in denoiser.get_submodule("transformer_blocks").named_children()
     ]
