@@ -49,6 +49,18 @@ def test_sweep_policies(tmp_path):
     assert len((tmp_path / "sweep.jsonl").read_text().splitlines()) == 2
 
 
+def test_the_calibrator_for_cache_dit(tmp_path):
+    """The same computed steps: the forecast is closer than cache-dit's own, and the correction closer still."""
+    pytest.importorskip("cache_dit")
+    prompts = ["a photo of three stars", "a photo of a red circle left of a blue square"]
+    out = run("cache_dit_calibrator.py", "--size", "64", "--prompt", *prompts, cwd=tmp_path).stdout
+    lines = [line for line in out.splitlines() if "10 of 24 steps computed" in line]
+    decibels = [float(line.split(": ")[1].split(" dB")[0]) for line in lines]
+    assert len(decibels) == 3
+    assert decibels[0] + 1 < decibels[1]
+    assert decibels[1] + 1 < decibels[2]
+
+
 @pytest.mark.slow
 def test_quality_vs_speed_on_the_built_in_model(tmp_path):
     out = run("quality_vs_speed.py", "--limit", "2", "--ratios", "0.5", "--steps", "2", cwd=tmp_path).stdout

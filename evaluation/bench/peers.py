@@ -56,7 +56,7 @@ class Peer(Configuration):
 
     @contextmanager
     def attach(self, pipe: Any) -> Iterator[None]:
-        with _copied(pipe):
+        with copied(pipe):
             undo = ENABLE[self.kind](pipe, self.total, self.options)
             try:
                 yield
@@ -65,7 +65,7 @@ class Peer(Configuration):
 
 
 @contextmanager
-def _copied(pipe: Any) -> Iterator[None]:
+def copied(pipe: Any) -> Iterator[None]:
     """The pipeline with a copy of its transformer, which shares the weights and is thrown away.
 
     Peers do not clean up: diffusers 0.42's `disable_cache` leaves its `forward` and `_diffusers_hook` on every
@@ -123,7 +123,7 @@ def _magnitudes(pipe: Any, total: int) -> list[float]:
     known = _MAGNITUDES.setdefault(pipe.scheduler, {})
     if total not in known:
         printed = io.StringIO()
-        with _copied(pipe), redirect_stdout(printed):
+        with copied(pipe), redirect_stdout(printed):
             _diffusers(MagCacheConfig(num_inference_steps=total, calibrate=True), pipe)
             pipe("a photo", num_inference_steps=total, output_type="latent")
         lists = [
