@@ -106,3 +106,41 @@ def test_it_trains_stops_in_time_and_goes_on(trainer, tmp_path, monkeypatch, cap
         assert said in capsys.readouterr().out
     assert (tmp_path / "chunking.safetensors").stat().st_size < trainer.LIMIT
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_side_car_is_on_at_reduced_steps_only(trainer, model, tmp_path):
+    """Merging by windows with an adapter: the first, dense step stays exact, and remove() gives everything back."""
+    import accel
+    from accel.errors import ConfigError
+    from accel.pipelines import builtin
+
+    torch.manual_seed(4)
+    low = trainer.LowRank(model.net, trainer.rank_of)
+    for p in low.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    file = str(tmp_path / "c.safetensors")
+    sidecar.write(Path(file), learned.KIND, model.fits, low.named())
+    pipe = builtin.load_pipeline("cpu")
+    pipe.set_progress_bar_config(disable=True)
+
+    def latents(config=None):
+        seen = []
+        options = {"height": 64, "width": 64, "num_inference_steps": 3, "output_type": "latent"}
+        options["generator"] = torch.Generator().manual_seed(0)
+        options["callback_on_step_end"] = lambda p, i, t, kw: (seen.append(kw["latents"].clone()), kw)[1]
+        if config is None:
+            pipe("a photo of a star", **options)
+        else:
+            with accel.accelerate(pipe, config):
+                pipe("a photo of a star", **options)
+        return seen
+
+    settings = {"groups": "windows", "dense_steps_first": 1, "dense_steps_last": 0, "refresh_every": 1}
+    plain = latents()
+    windows = latents(accel.TokenMergingConfig(ratio=0.6, **settings))
+    adapted = latents(accel.TokenMergingConfig(ratio=0.6, adapter=file, **settings))
+    assert torch.equal(adapted[0], plain[0])
+    assert relative(adapted[1], windows[1]) > 1e-3
+    assert all(torch.equal(a, b) for a, b in zip(latents(), plain, strict=True))
+    with pytest.raises(ConfigError, match=r'adapter must be None with groups="matching"'):
+        accel.TokenMergingConfig(adapter=file)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .scenes_janus import ScenesJanusPipeline
 
 FOLDER = Path(__file__).parent / "scenes-flux"
+#: Side-car of the model upcycled for windows, in both worlds: `TokenMergingConfig(groups="windows", adapter=str(CHUNKING))`.
+CHUNKING = FOLDER / "chunking.safetensors"
 AUTOREGRESSIVE_FOLDER = Path(__file__).parent / "scenes-janus"
 
 

@@ -29,6 +29,8 @@ class TokenMergingConfig:
         groups: which tokens are merged. "matching": those whose features are alike (ToMe). "windows": whole cells of 2x2
             and 4x4 tokens where the picture that the last step predicted varies least; `protect`, `importance`,
             `destinations`, `cell`, `threshold` and `seed` are matching's.
+        adapter: side-car (safetensors) of the model upcycled for windows, on at reduced steps only; see
+            examples/upcycle_chunking.py. None: the model as it is.
         scope: "span" keeps tokens merged from the first to the last reduced block; "block" merges before and
             unmerges after every block, which costs more and lets every block see all positions.
         protect: share of the tokens that are never merged into another, the most important ones.
@@ -64,6 +66,7 @@ class TokenMergingConfig:
     ratio: float = 0.5
     groups: Literal["matching", "windows"] = "matching"
     threshold: float | None = None
+    adapter: str | None = None
     scope: Literal["span", "block"] = "span"
     protect: float = 0.1
     importance: Literal["auto", "guidance", "detail"] = "auto"
@@ -112,6 +115,9 @@ class TokenMergingConfig:
         check(known, "proportional", "true, false or None", self.proportional)
         if self.windows:
             self._check_windows()
+        if self.adapter is not None:
+            check(isinstance(self.adapter, str), "adapter", "a path or None", self.adapter)
+            check(self.windows, "adapter", 'None with groups="matching"', self.adapter)
         check(
             is_whole(self.seed) and 0 <= self.seed < 2**63,
             "seed",

@@ -28,6 +28,7 @@ from accel.errors import AccelWarning, UnsupportedError
 from accel.kernels.detail import detail
 from accel.kernels.match import match
 from accel.methods import importance, windows
+from accel.methods.chunking.learned import Adapter
 from accel.stats import Stats, StepStats
 
 from . import matching, noise
@@ -110,7 +111,13 @@ class TokenMerging(StepMethod):
             for span, blocks in group.spans:
                 sites = [self.sites[i] for i in blocks]
                 span.attach(self.target.denoiser, sites, stack, bias=self.bias)
+        if self.config.adapter is not None:
+            Adapter(self.config.adapter, self.reduces).attach(self.target.denoiser, stack)
         self.run.attach(stack)
+
+    def reduces(self) -> bool:
+        """Whether the running call is one on merged tokens."""
+        return self.run.serves() and not self.run.phase.dense and self.run.grid is not None
 
     # Between steps (see StepMethod).
 
@@ -329,7 +336,7 @@ class _Group:
 
     def plan_for(self, x_BNC: Tensor) -> TokenPlan | None:
         run = self.method.run
-        if not run.serves() or run.phase.dense or run.grid is None:
+        if not self.method.reduces() or run.grid is None:
             return None
         if self.stale:
             image_BNC = x_BNC[:, : x_BNC.shape[1] - run.references]

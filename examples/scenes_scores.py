@@ -1,0 +1,131 @@
+"""What few tokens cost on both worlds of Scenes, and where: scores per task and per scale, decibels to the plain pictures.
+
+    python examples/scenes_scores.py --worlds flat textured --rows plain matching:0.5 windows:0.5 windows:0.67 upcycled:0.67
+    python examples/scenes_scores.py --worlds textured --set detail --per 8
+
+A row is plain, or `groups:share of tokens merged away`; `upcycled` is windows with the built-in model's side-car. All rows
+draw the same prompts from the same noise. The six tasks are of held-out combinations; `--set detail` are the small,
+tiny and thin shapes, for which merging should fail first: their scores are per scale. Intervals are 95 %, by bootstrap
+over prompts; ± is the standard error of the mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import accel
+from accel.evaluation import judges, suites
+from accel.evaluation.bootstrap import mean_interval
+from accel.evaluation.scenes import detail, scale_of
+from accel.pipelines import builtin
+from accel.pipelines.builtin import textured
+
+
+def config_of(row: str, adapter: Path) -> accel.TokenMergingConfig | None:
+    name, _, share = row.partition(":")
+    if name == "plain":
+        return None
+    groups = "matching" if name == "matching" else "windows"
+    return accel.TokenMergingConfig(
+        ratio=float(share),
+        groups=groups,
+        protect=0.1 if float(share) <= 0.5 else 0.0,
+        adapter=str(adapter) if name == "upcycled" else None,
+        dense_steps_first=1,
+        dense_steps_last=0,
+        refresh_every=1,
+    )
+
+
+def prompts_of(which: str, per: int, seed: int) -> list[suites.Prompt]:
+    if which == "tasks":
+        return list(suites.scenes(per_task=per, seed=seed).prompts)
+    lines = [line for lines in detail("test", per, seed).values() for line in lines]
+    return [suites.Prompt(number, line.prompt, line) for number, line in enumerate(lines)]
+
+
+def draw(pipe, config, prompts: list[suites.Prompt], steps: int) -> torch.Tensor:
+    """(n, 3, 256, 256) in [0, 1], on the CPU; one picture at a time, since a FLUX batch shares one plan."""
+    with accel.accelerate(pipe, config) if config else contextlib.nullcontext():
+        images = [
+            pipe(
+                prompt.text,
+                num_inference_steps=steps,
+                generator=torch.Generator("cpu").manual_seed(prompt.id),
+                output_type="pt",
+            ).images
+            for prompt in prompts
+        ]
+    return torch.cat(images).float().cpu()
+
+
+def summary(values: list[float], prompts: list[suites.Prompt]) -> str:
+    found = mean_interval(values, [p.text for p in prompts], bounds=(0, 1))
+    return f"{found.value:.3f} ({found.low:.2f} to {found.high:.2f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--worlds", nargs="+", default=["flat", "textured"])
+    parser.add_argument("--rows", nargs="+", default=["plain", "matching:0.5", "windows:0.5", "windows:0.67"])
+    parser.add_argument("--set", dest="which", choices=["tasks", "detail"], default="tasks")
+    parser.add_argument("--per", type=int, default=4, help="prompts of each task, or of each task and scale")
+    parser.add_argument("--steps", type=int, nargs="+", default=[4])
+    parser.add_argument("--seed", type=int, default=11)
+    parser.add_argument("--adapter", type=Path, default=builtin.CHUNKING)
+    parser.add_argument("--textures", type=Path, help="default: the textured world's own side-car")
+    parser.add_argument("--out", type=Path, help="JSON lines: a record for every picture")
+    args = parser.parse_args()
+    judge = judges.scenes_judge().scorer
+    prompts = prompts_of(args.which, args.per, args.seed)
+    records = []
+    for world in args.worlds:
+        pipe = builtin.load_pipeline(world="flat" if args.textures else world)
+        if args.textures and world == "textured":
+            textured.add_to(pipe, args.textures)
+        pipe.set_progress_bar_config(disable=True)
+        for steps in args.steps:
+            print(f"\n{world}, {steps} steps, {len(prompts)} prompts on {pipe.device}", flush=True)
+            plain = draw(pipe, None, prompts, steps)
+            for row in args.rows:
+                config = config_of(row, args.adapter)
+                images = plain if config is None else draw(pipe, config, prompts, steps)
+                right = [float(found["value"]) for found in judge(images, None, prompts)]
+                error = (images - plain).square().mean((1, 2, 3)).clamp(min=1e-12)
+                decibels = (-10 * torch.log10(error)).numpy()
+                text = (
+                    ""
+                    if config is None
+                    else (
+                        f" {decibels.mean():.2f} ± {decibels.std() / len(prompts) ** 0.5:.2f} dB, "
+                        f"a tenth below {np.quantile(decibels, 0.1):.1f}"
+                    )
+                )
+                scores = {"all": summary(right, prompts)}
+                for name in dict.fromkeys(group_of(p) for p in prompts):
+                    own = [r for r, p in zip(right, prompts, strict=True) if group_of(p) == name]
+                    scores[name] = f"{sum(own):.0f}/{len(own)}"
+                print(f"{row}:{text} score {scores}", flush=True)
+                records += [
+                    {"world": world, "steps": steps, "row": row, "prompt": p.text, "right": r, "db": float(d)}
+                    for p, r, d in zip(prompts, right, decibels, strict=True)
+                ]
+    if args.out:
+        args.out.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def group_of(prompt: suites.Prompt) -> str:
+    assert prompt.metadata is not None
+    return scale_of(prompt.text) or prompt.metadata.tag
+
+
+if __name__ == "__main__":
+    main()
