@@ -88,3 +88,26 @@ def exact_times(model: nn.Module) -> Callable[[Tensor], None]:
         true[:] = [times]
 
     return set_times
+
+
+def safe_backends(plain: bool) -> torch.dtype | None:
+    """Which attention a GPU trains with, and the model's precision (None: the device's usual one).
+
+    cuDNN's attention is left out: a first try on an H100 (torch 2.11) ended in its backward pass or next to it. `plain`
+    leaves out all fused ones and bfloat16 as well.
+    """
+    if not plain:
+        if torch.cuda.is_available():
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        return None
+    torch.backends.cuda.matmul.allow_tf32 = True
+    nn.functional.scaled_dot_product_attention = two_matmuls
+    return torch.float32
+
+
+def two_matmuls(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **rest):
+    """Attention without a fused kernel: (B, H, L, d) each, a mask that is added to the logits."""
+    logits = (query @ key.transpose(-1, -2)) * (scale or query.shape[-1] ** -0.5)
+    if attn_mask is not None:
+        logits = logits + attn_mask
+    return logits.softmax(-1) @ value

@@ -1,13 +1,10 @@
-"""Endless encoded scenes for fine-tuning the built-in diffusion model: drawn by worker processes, rendered and encoded
+"""Endless encoded scenes for fine-tuning the built-in diffusion model: drawn by worker threads, rendered and encoded
 on the training device, each batch of the pool used a few times with fresh noise."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import fields
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -45,18 +42,11 @@ def draw_scenes(seed: list[int], count: int, world: str) -> tuple[list[str], Sce
     return texts, sample_scenes(lines, rng, world)
 
 
-def _draw_arrays(seed: list[int], count: int, world: str) -> tuple[list[str], list[np.ndarray]]:
-    """As `draw_scenes`: a tensor that one process sends another holds an open file, an array does not."""
-    torch.set_num_threads(1)
-    texts, scenes = draw_scenes(seed, count, world)
-    return texts, [getattr(scenes, field.name).numpy() for field in fields(Scenes)]
-
-
 class Latents:
     """Batches of (latents (B, N, 16), T5 features (B, 16, 128), CLIP's pooled features (B, 128)).
 
     Args:
-        pool: the processes that draw.
+        pool: the threads that draw.
         pipe: the built-in pipeline, on the training device; its autoencoder and text encoders are used as they are.
         world: of `accel.evaluation.scenes.WORLDS`.
         count: scenes encoded at once.
@@ -100,12 +90,10 @@ class Latents:
 
 
 class Workers:
-    """Processes that draw scenes ahead of their use, on the CPU alone; with 0 of them, this one does."""
+    """Threads that draw scenes ahead of their use; 0: none, they are drawn when they are needed."""
 
-    def __init__(self, processes: int):
-        method = "fork" if os.name == "posix" else "spawn"
-        self.processes = processes
-        self.pool = ProcessPoolExecutor(processes, multiprocessing.get_context(method)) if processes else None
+    def __init__(self, threads: int):
+        self.pool = ThreadPoolExecutor(threads) if threads else None
 
     def stream(self, world: str, seed: int, count: int) -> Iterator[tuple[list[str], Scenes]]:
         index, ahead = 0, []
@@ -114,18 +102,10 @@ class Workers:
                 yield draw_scenes([seed, index], count, world)
                 index += 1
                 continue
-            while len(ahead) < 4:
-                each = -(-count // self.processes)
-                chunks = [
-                    self.pool.submit(_draw_arrays, [seed, index, c], each, world)
-                    for c in range(self.processes)
-                ]
-                ahead.append(chunks)
+            while len(ahead) < 2:
+                ahead.append(self.pool.submit(draw_scenes, [seed, index], count, world))
                 index += 1
-            parts = [chunk.result() for chunk in ahead.pop(0)]
-            texts = [text for part in parts for text in part[0]]
-            scenes = [Scenes(*map(torch.from_numpy, part[1])) for part in parts]
-            yield texts[:count], Scenes.cat(scenes)[:count]
+            yield ahead.pop(0).result()
 
     def close(self) -> None:
         if self.pool is not None:

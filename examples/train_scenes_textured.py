@@ -17,12 +17,11 @@ stopped can go on and what it has is of use.
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from pathlib import Path
 
 import torch
-from low_rank import LowRank, exact_times, parameters, velocity
+from low_rank import LowRank, exact_times, parameters, safe_backends, velocity
 from scenes_latents import Latents, Workers
 from scenes_letters import train_letters
 from train_scenes_diffusion import image_ids
@@ -199,23 +198,24 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256], help="pixels, stage by stage")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.75], help="of the time, by stage")
     parser.add_argument(
-        "--batches", type=int, nargs="+", help="default: 256 and 128 on a GPU, 16 and 8 on CPU"
+        "--batches", type=int, nargs="+", help="default: 192 and 96 on a GPU, 16 and 8 on CPU"
     )
     parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--letters", type=int, default=500, help="steps for the new words' letters")
     parser.add_argument("--count", type=int, help="scenes encoded at once; default 2048 on a GPU, 64 on CPU")
     parser.add_argument("--reuse", type=int, default=4, help="how often each of them is used")
-    parser.add_argument("--workers", type=int, help="processes that draw scenes; default: cores less two")
+    parser.add_argument("--workers", type=int, default=2, help="threads that draw scenes")
+    parser.add_argument("--plain", action="store_true", help="float32 (TF32) and attention as two matmuls")
     parser.add_argument("--log", type=int, default=10, help="steps between lines")
     parser.add_argument("--evaluate", type=int, default=48, help="prompts drawn at the end; 0: none")
     parser.add_argument("--steps", type=int, default=16, help="of those pictures")
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
-    args.batches = args.batches or ([256, 128] if gpu else [16, 8])
+    args.batches = args.batches or ([192, 96] if gpu else [16, 8])
     args.count = args.count or (2048 if gpu else 64)
-    workers = Workers(max(0, (os.cpu_count() or 2) - 2) if args.workers is None else args.workers)
+    workers = Workers(args.workers)
     args.out.mkdir(parents=True, exist_ok=True)
-    pipe = builtin.load_pipeline()
+    pipe = builtin.load_pipeline(dtype=safe_backends(args.plain))
     pipe.vae.requires_grad_(False)
     letters = sidecar.read(args.start, textured.KIND).extra if args.start else None
     letters_file = args.out / "letters.safetensors"

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from low_rank import LowRank, exact_times, parameters, velocity
+from low_rank import LowRank, exact_times, parameters, safe_backends, velocity
 from scenes_latents import Latents, Workers, draw_captions
 from scenes_text import encode
 from torch import Tensor, nn
@@ -109,8 +108,15 @@ class Reduced:
 class Model:
     """The frozen transformer of each world, and its predictions dense and, with changed weights, on windows."""
 
-    def __init__(self, worlds: list[str], size: int, device: torch.device, textures: Path = textured.FILE):
-        self.pipes = {world: builtin.load_pipeline(device) for world in worlds}
+    def __init__(
+        self,
+        worlds: list[str],
+        size: int,
+        device: torch.device,
+        textures: Path = textured.FILE,
+        dtype: torch.dtype | None = None,
+    ):
+        self.pipes = {world: builtin.load_pipeline(device, dtype) for world in worlds}
         if "textured" in worlds:
             textured.add_to(self.pipes["textured"], textures)
         self.net = self.pipes[worlds[0]].transformer.requires_grad_(False)
@@ -355,17 +361,18 @@ def main() -> None:
     parser.add_argument(
         "--flow-share", type=float, default=0.0, help="of the time, at the end: flow matching"
     )
-    parser.add_argument("--workers", type=int, help="processes that draw scenes; default: cores less two")
+    parser.add_argument("--workers", type=int, default=2, help="threads that draw scenes")
+    parser.add_argument("--plain", action="store_true", help="float32 (TF32) and attention as two matmuls")
     parser.add_argument("--log", type=int, default=10, help="steps between lines")
     parser.add_argument("--report", type=int, default=16, help="captions compared at the end; 0: none")
     args = parser.parse_args()
-    drawing = max(0, (os.cpu_count() or 2) - 2) if args.workers is None else args.workers
-    workers = Workers(drawing if args.flow_share else 0)
+    workers = Workers(args.workers if args.flow_share else 0)
+    dtype = safe_backends(args.plain)
     accelerator = Accelerator()
     args.batch = args.batch or (32 if accelerator.device.type == "cuda" else 1)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    model = Model(args.worlds, args.size, accelerator.device, args.textures)
+    model = Model(args.worlds, args.size, accelerator.device, args.textures, dtype)
     run = Run(args.out, model, LowRank(model.net, rank_of), args.rate)
     train(run, args, accelerator, workers)
     workers.close()
