@@ -18,9 +18,11 @@ import accel
 from accel import configs
 from accel.errors import AccelWarning, ConfigError, UnknownNameError
 from accel.evaluation.configurations import PLAIN, Configuration
+from accel.methods.chunking import DynamicChunkingConfig
 from accel.methods.forecasting import ForecastConfig
 from accel.methods.merging import TokenMergingConfig
 from accel.methods.pruning import TokenPruningConfig
+from accel.methods.speculation import SpeculativeDecodingConfig
 
 from .peers import Peer
 
@@ -28,7 +30,6 @@ Kind = Literal["dense", "reduced", "skipped"]
 KINDS: tuple[Kind, ...] = ("dense", "reduced", "skipped")
 COMPILED, GRAPHS, AUTO, REFERENCE = "compiled", "graphs", "auto", "reference"
 _SHORT = 10  # steps of a loop that has nothing to forecast: one like the other
-_PRESETS = ("quality", "balanced", "fast", "draft", "few-step", "merging", "tomesd")
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,11 @@ def _compiled(pipe: Any, method: Any, compile: str | bool) -> Iterator[Any]:
             yield handle
 
 
+def presets() -> list[str]:
+    """Those for denoisers."""
+    return [name for name in configs.names() if not isinstance(configs.load(name), SpeculativeDecodingConfig)]
+
+
 def parse(names: str, total: int, calls: int = 1) -> list[Row]:
     """Rows from a comma-separated list.
 
@@ -134,7 +140,7 @@ def _row(name: str, total: int, calls: int) -> Row:
 def _configuration(base: str, total: int, calls: int) -> Configuration:
     if base == PLAIN:
         return Configuration(PLAIN)
-    if base in _PRESETS:
+    if base in presets():
         return Configuration(base, configs.load(base))
     if base in PEERS:
         return PEERS[base](total, calls)
@@ -142,7 +148,7 @@ def _configuration(base: str, total: int, calls: int) -> Configuration:
     make = _SHARES.get(match[1] + match[3]) if match else None
     if match is None or make is None:
         shares = [name.replace("-", "-0.5-") if "-" in name else f"{name}-0.5" for name in _SHARES]
-        raise UnknownNameError("row", base, (PLAIN, *_PRESETS, *PEERS, *shares))
+        raise UnknownNameError("row", base, (PLAIN, *presets(), *PEERS, *shares))
     return Configuration(base, make(float(match[2])))
 
 
@@ -153,6 +159,7 @@ _MERGED: dict[str, Any] = {"dense_steps_first": 2, "dense_steps_last": 0, "refre
 _SHARES: dict[str, Callable[[float], Any]] = {
     "merging": lambda share: TokenMergingConfig(ratio=1 - share, **_MERGED),
     "windows": lambda share: TokenMergingConfig(ratio=1 - share, groups="windows", **_MERGED),
+    "chunking": lambda share: DynamicChunkingConfig(budget=share, dense_steps_first=2),
     "pruning": lambda share: TokenPruningConfig(budget=share, cycle=(share,), dense_steps_last=0),
     "pruning-alone": lambda share: TokenPruningConfig(
         budget=share, cycle=(share,), keys_values="none", dense_steps_last=0
@@ -214,12 +221,19 @@ PEERS: dict[str, Callable[[int, int], Configuration]] = {
 
 def every(device: str) -> list[str]:
     """All rows, what matters most first."""
-    methods = ["merging-0.5", "windows-0.5", "merging-0.25", "pruning-0.3", "pruning-0.3-alone"]
+    methods = [
+        "merging-0.5",
+        "windows-0.5",
+        "merging-0.25",
+        "pruning-0.3",
+        "pruning-0.3-alone",
+        "chunking-0.5",
+    ]
     ways: Sequence[str] = ("graphs", "compiled+graphs") if device.startswith("cuda") else ()
     return [
         *(base + way for base in (PLAIN, *methods) for way in ("", "+compiled")),
         *(f"{base}+{way}" for base in (PLAIN, *methods, "balanced") for way in ways),
-        *_PRESETS,
+        *presets(),
         *PEERS,
         *(f"{base}+{way}" for base in ("balanced", "cache-dit-balanced") for way in (COMPILED,)),
         *(f"{base}+{AUTO}" for base in (PLAIN, "merging-0.5", "balanced")),

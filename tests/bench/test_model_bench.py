@@ -117,7 +117,7 @@ def test_every_row_can_be_read():
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench") / "flux1"
     said: list[str] = []
-    rows = "plain,merging-0.5,windows-0.5,pruning-0.3,balanced,taylorseer,forecast-3rd,magcache,forecast-2nd"
+    rows = "plain,merging-0.5,windows-0.5,chunking-0.5,pruning-0.3,balanced,taylorseer,forecast-3rd,magcache,forecast-2nd"
     page = model.bench(
         folder, "flux1", [128, 256], rows, tiny=True, steps=12, rounds=1, done=said.append, **CPU
     )
@@ -133,7 +133,8 @@ def test_what_steps_computed_is_what_the_configuration_says(finished):
     assert found(finished, "plain")["kinds"] == ["dense"] * 10
     assert found(finished, "merging-0.5")["kinds"] == ["dense"] * 2 + ["reduced"] * 8
     assert found(finished, "pruning-0.3")["ms"]["reduced"]["n"] == 8
-    assert found(finished, "windows-0.5")["kinds"] == found(finished, "merging-0.5")["kinds"]
+    for same in ("windows-0.5", "chunking-0.5"):
+        assert found(finished, same)["kinds"] == found(finished, "merging-0.5")["kinds"]
     balanced = found(finished, "balanced")["kinds"]
     assert [kind != "skipped" for kind in balanced] == [bool(x) for x in model_rows.mask(12, "balanced")]
 
@@ -205,7 +206,7 @@ def test_the_report_has_every_row_at_every_size_and_says_what_it_is(finished):
     assert text.count("| merging-0.5 |") == text.count("| forecast-3rd |") == 2
     assert "say nothing about pictures" in text
     assert "a trial of the bench" in text
-    assert len(finished.said) == 18
+    assert len(finished.said) == 20
     assert "merging-0.5: dense ms" in finished.said[2]
     assert "<svg" in (finished.folder / "model.svg").read_text()
 
