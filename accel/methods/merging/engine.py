@@ -112,10 +112,10 @@ class TokenMerging(StepMethod):
                 sites = [self.sites[i] for i in blocks]
                 span.attach(self.target.denoiser, sites, stack, bias=self.bias)
         if self.config.adapter is not None:
-            Adapter(self.config.adapter, self.reduces).attach(self.target.denoiser, stack)
+            Adapter(self.config.adapter, self.merges_now).attach(self.target.denoiser, stack)
         self.run.attach(stack)
 
-    def reduces(self) -> bool:
+    def merges_now(self) -> bool:
         """Whether the running call is one on merged tokens."""
         return self.run.serves() and not self.run.phase.dense and self.run.grid is not None
 
@@ -336,7 +336,7 @@ class _Group:
 
     def plan_for(self, x_BNC: Tensor) -> TokenPlan | None:
         run = self.method.run
-        if not self.method.reduces() or run.grid is None:
+        if not self.method.merges_now() or run.grid is None:
             return None
         if self.stale:
             image_BNC = x_BNC[:, : x_BNC.shape[1] - run.references]
