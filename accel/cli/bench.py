@@ -61,7 +61,7 @@ def peers(
     from accel.evaluation.bench.peers import fewer_steps, ours, theirs
     from accel.generation import Settings, is_autoregressive
 
-    wanted, counts = _pattern(only), _wholes(steps, "--steps", "24,28,50")
+    wanted, counts = _pattern(only), c.wholes(steps, "--steps", "24,28,50")
     if batch is not None:
         return _distances(out, model, counts, limit, size, seed, batch, minutes, wanted, device, dtype)
     if len(counts) > 1:
@@ -150,7 +150,7 @@ def few_step(
     from accel.evaluation.bench.peers import few_step as settings_for
     from accel.generation import Settings, is_autoregressive
 
-    wanted, counts = _pattern(only), _wholes(steps, "--steps", "4,6,8")
+    wanted, counts = _pattern(only), c.wholes(steps, "--steps", "4,6,8")
     chosen = {n: [c for c in settings_for(n) if wanted.search(c.name)] for n in counts}
     if not all(chosen.values()):
         raise ConfigError(f"--only {only!r} matches none of the settings")
@@ -228,7 +228,7 @@ def autoregressive(
         _shapes(
             out,
             arch,
-            _wholes(batch_sizes, "--batch-sizes", "1,4,16"),
+            c.wholes(batch_sizes, "--batch-sizes", "1,4,16"),
             windows,
             ways,
             minutes,
@@ -243,7 +243,7 @@ def autoregressive(
 
     wanted = _pattern(only)
     chosen = [item for item in settings(window=window) if item.is_plain or wanted.search(item.name)]
-    sizes = _wholes(batch_sizes, "--batch-sizes", "1,4,16")
+    sizes = c.wholes(batch_sizes, "--batch-sizes", "1,4,16")
     call = Settings(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
     pipe = c.load(model, device, dtype)
     if not is_autoregressive(pipe):
@@ -331,7 +331,7 @@ def _shapes(
         torch.device(where),
         precision,
         batches=batches,
-        windows=_wholes(windows, "--windows", "8,16"),
+        windows=c.wholes(windows, "--windows", "8,16"),
         ways=chosen,
         minutes=minutes,
         dry=tiny,
@@ -377,7 +377,7 @@ def model_speed(
         page = bench(
             out or Path(f"model-{arch}"),
             arch,
-            _wholes(size, "--size", "512,1024"),
+            c.wholes(size, "--size", "512,1024"),
             rows or ",".join(every(where)),
             steps=steps,
             rounds=rounds,
@@ -420,10 +420,3 @@ def _pattern(text: str) -> re.Pattern[str]:
         return re.compile(text)
     except re.error as error:
         raise ConfigError(f"--only {text!r} is not a regular expression: {error}") from error
-
-
-def _wholes(text: str, option: str, such_as: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch("0*[1-9][0-9]{0,3}", part) for part in parts):
-        raise ConfigError(f"{option} {text!r}: expected whole numbers from 1 to 9999, such as {such_as}")
-    return [int(part) for part in parts]

@@ -139,6 +139,14 @@ def check_seeds(seed: int, images: int) -> None:
         raise ConfigError(f"--seed {seed} and {images} images: seeds end at {MAX_SEED}; start lower")
 
 
+def wholes(text: str, option: str, such_as: str) -> list[int]:
+    """What an option such as 24,28,50 lists."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch("0*[1-9][0-9]{0,3}", part) for part in parts):
+        raise ConfigError(f"{option} {text!r}: expected whole numbers from 1 to 9999, such as {such_as}")
+    return [int(part) for part in parts]
+
+
 def slug(text: str, length: int = 48) -> str:
     """A prompt, or another text, as part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:length].strip("-") or "image"

@@ -49,6 +49,9 @@ def tune(
         float, typer.Option(min=0, max=100_000, help="After this long, only what is needed is still tried.")
     ] = 15.0,
     batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 4,
+    also: Annotated[
+        str, typer.Option(help="Other numbers of steps to write a preset for, unverified, such as 28,50.")
+    ] = "",
     lpips: Annotated[str | None, typer.Option(help="torchvision's AlexNet file, for --max-lpips.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=c.MAX_SEED, help="Seed of the first prompt's noise.")] = 0,
     device: c.Device = None,
@@ -71,7 +74,9 @@ def tune(
     goal = _goal(max_lpips, min_psnr, speedup, lpips)
     if out.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"--out {out}: a preset ends in .yaml")
-    c.check_out(out.parent, [out, out.with_suffix(".json")], force)
+    others = tuple(c.wholes(also, "--also", "28,50")) if also else ()
+    files = [out, out.with_suffix(".json"), *(result.other_file(out, other) for other in others)]
+    c.check_out(out.parent, files, force)
     if prompts is None and model != g.BUILTIN:
         raise ConfigError("--prompts FILE is missing: at least 4 prompts of the kind you use, one a line")
     texts = suites.scenes(seed=seed).prompts if prompts is None else suites.prompt_file(prompts).prompts
@@ -91,7 +96,7 @@ def tune(
     call.check(pipe)
     if call.steps is None:
         raise ConfigError(f"{type(pipe).__name__} does not say how many steps it does: add --steps")
-    settings = Settings(call, tuple(p.text for p in texts), seed, batch, minutes, scorer)
+    settings = Settings(call, tuple(p.text for p in texts), seed, batch, minutes, scorer, others)
     folder = out.with_suffix(".tune")
     try:
         with c.stages() as progress:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -81,15 +81,19 @@ class Watch(Listener):
             )
         self.given.append(clock.model_output.detach().float().cpu())
 
+    @property
+    def how_far(self) -> tuple[float, ...]:
+        """Each step goes; of schedulers that do not take Euler's, how much noise it takes away stands for that."""
+        if self.lengths is not None:
+            return self.lengths
+        shares = [1 / (1 + np.exp(time)) for time in self.times]
+        return tuple(later - now for now, later in pairwise([*shares, 0.0]))
+
     def seen(self) -> Seen:
-        lengths = self.lengths
-        if lengths is None:  # not Euler's: how much noise each step takes away stands for how far it goes
-            shares = [1 / (1 + np.exp(time)) for time in self.times]
-            lengths = tuple(later - now for now, later in pairwise([*shares, 0.0]))
         return Seen(
             torch.stack([given.flatten(1) for given in self.given], 1),
             np.asarray(self.times),
-            np.asarray(lengths),
+            np.asarray(self.how_far),
             tuple(self.given[0].shape[1:]),
             self.lengths is not None,
         )
@@ -155,6 +159,28 @@ def watching(pipe: Any) -> Iterator[Watch]:
         yield watch
     finally:
         undo()
+
+
+class _Known(Exception):
+    """All that was asked for is known: leave the loop before the model is called."""
+
+
+def schedule_of(runs: Runs, total: int, job: Job) -> tuple[Array, Array]:
+    """Times and lengths of a run of `total` steps, without a call of the model."""
+
+    class Stop(Watch):
+        def before(self, clock: Clock) -> None:
+            raise _Known
+
+    watch = Stop(runs.pipe.scheduler)
+    undo = Clock.of(runs.pipe.scheduler).add(watch, runs.pipe)
+    try:
+        generation.run(runs.pipe, [job], replace(runs.call, steps=total))
+    except _Known:
+        return np.asarray(watch.times), np.asarray(watch.how_far)
+    finally:
+        undo()
+    raise AssertionError("a loop that never began")
 
 
 def config_of(mask: Mask, total: int, **options: Any) -> ForecastConfig:

@@ -14,12 +14,14 @@ from accel.evaluation.bootstrap import mean_interval
 from accel.evaluation.records import write_atomically
 from accel.evaluation.report.table import Markdown, Table
 
+from .masks import Mask
 from .state import rounded
 from .tune import HELD, SEARCH, Tuned, name_of
 
 
 def write(tuned: Tuned, preset: Path, made_by: str) -> list[Path]:
-    """The preset (YAML) and, first, the side-car beside it (JSON): each is there whole or not at all.
+    """The preset (YAML) and, first, the side-car beside it (JSON); one more preset for each other number of steps. Each
+    file is there whole or not at all.
 
     Args:
         made_by: the command, for the preset's first line.
@@ -28,21 +30,37 @@ def write(tuned: Tuned, preset: Path, made_by: str) -> list[Path]:
     write_atomically(side_car, json.dumps(_side_car(tuned)) + "\n")
     held = tuned.row(name_of(tuned.mask), HELD)
     assert held is not None
-    values = held.values[tuned.goal.measured]
-    total = tuned.plain.total
-    lines = [
-        f"# {' '.join(made_by.split())}",
-        f"# {held.computed} of {total} steps computed; {tuned.goal.said(values)} to the plain pictures at the 10th",
-        f"# percentile of {len(values)} prompts that were held back.",
-        "method: forecast",
-        f"steps: [{', '.join(map(str, tuned.mask.steps))}]",
-        f"total: {total}",
-        *([] if tuned.mask.trend == 1 else [f"trend: {tuned.mask.trend:g}"]),
-        "correct: auto",
-        f"made_for: {json.dumps(side_car.name)}",
+    values, total = held.values[tuned.goal.measured], tuned.plain.total
+    said = [
+        f"{held.computed} of {total} steps computed; {tuned.goal.said(values)} to the plain pictures at the 10th",
+        f"percentile of {len(values)} prompts that were held back.",
     ]
-    write_atomically(preset, "\n".join(lines) + "\n")
-    return [preset, side_car]
+    write_atomically(preset, _preset(tuned.mask, total, side_car.name, [made_by, *said]))
+    written = [preset, side_car]
+    for other, mask in tuned.others.items():
+        file = other_file(preset, other)
+        said = [f"{len(mask.steps)} of {other} steps computed; not run: by what runs of {total} steps say."]
+        write_atomically(file, _preset(mask, other, side_car.name, [made_by, *said]))
+        written.append(file)
+    return written
+
+
+def other_file(preset: Path, total: int) -> Path:
+    """Of another number of steps."""
+    return preset.with_stem(f"{preset.stem}-{total}")
+
+
+def _preset(mask: Mask, total: int, side_car: str, said: Sequence[str]) -> str:
+    lines = [
+        *(f"# {' '.join(line.split())}" for line in said),
+        "method: forecast",
+        f"steps: [{', '.join(map(str, mask.steps))}]",
+        f"total: {total}",
+        *([] if mask.trend == 1 else [f"trend: {mask.trend:g}"]),
+        "correct: auto",
+        f"made_for: {json.dumps(side_car)}",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _side_car(tuned: Tuned) -> dict[str, Any]:

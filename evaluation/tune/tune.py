@@ -29,7 +29,7 @@ from accel.generation import Job
 from accel.methods.forecasting import ForecastConfig
 
 from .masks import Array, Mask, Plain, cheapest, gaps, price
-from .measure import Runs, amplification, amplification_at, computed, probes
+from .measure import Runs, amplification, amplification_at, computed, probes, schedule_of
 from .state import State, rounded
 
 TRENDS = (0.5, 0.75, 1.0)
@@ -86,6 +86,7 @@ class Settings:
         batch: images per call.
         minutes: after this long, no more masks are tried than are needed.
         lpips: the scorer, if the goal is one.
+        also: other numbers of steps to name a mask for, unseen.
     """
 
     call: generation.Settings
@@ -94,6 +95,7 @@ class Settings:
     batch: int = 4
     minutes: float = 15.0
     lpips: Scorer | None = None
+    also: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ class Row:
 
 @dataclass
 class Tuned:
-    """The result: the mask, what it gave, and everything that was measured on the way."""
+    """The result: the mask, what it gave, and everything that was measured on the way. `others`: number of steps -> a mask
+    for it that was not run: the sparsest whose price is no higher."""
 
     mask: Mask
     goal: Goal
@@ -120,6 +123,7 @@ class Tuned:
     call: dict[str, Any]
     masks: dict[int, list[Mask]]
     shape: list[int]
+    others: dict[int, Mask]
     seconds: dict[str, float] = field(default_factory=dict)
 
     def row(self, name: str, split: str) -> Row | None:
@@ -161,6 +165,8 @@ class _Tuning:
             )
         if total < 4:
             raise ConfigError(f"{total} steps leave none to forecast: tune with at least 4 (--steps)")
+        if any(other < 4 for other in settings.also):
+            raise ConfigError(f"--also {min(settings.also)}: too few steps to leave any out; at least 4")
         if goal.metric == "speedup" and not 1 < goal.value <= total:
             raise ConfigError(
                 f"a speedup of {goal.value:g} cannot be: above 1, and at most {total}, the steps of a run"
@@ -296,8 +302,21 @@ class _Tuning:
         seconds = self.state["seconds"][HELD]
         return Tuned(
             mask, self.goal, rows, plain, self.described, self.state["made"]["call"], self.masks,
-            self.state["shape"], {"denoiser": seconds[0], "call": seconds[1]},
+            self.state["shape"], self._others(plain, mask), {"denoiser": seconds[0], "call": seconds[1]},
         )  # fmt: skip
+
+    def _others(self, plain: Plain, chosen: Mask) -> dict[int, Mask]:
+        """By the Gram matrices, interpolated in time (the log signal-to-noise ratio), and what gaps do there."""
+        found = {}
+        for total in self.settings.also:
+            there = plain.at(*schedule_of(self.runs, total, self.jobs[SEARCH][0]))
+            amplified = amplification_at(self.state["amplification"] or [], there.times_N)
+            every = [cheapest(gaps(there, trend).prices(amplified), trend) for trend in TRENDS]
+            masks = (masks[0] for _, masks in sorted(merged(every).items()))
+            found[total] = next(
+                mask for mask in masks if mask.price <= chosen.price or len(mask.steps) == total
+            )
+        return found
 
     def _fastest(self, rows: list[Row]) -> Iterator[Mask]:
         """Masks that keep the goal on the prompts of the search, fastest first."""

@@ -18,7 +18,7 @@ from accel.errors import AccelError, AccelWarning, ConfigError, UnsupportedError
 from accel.evaluation.errors import EvaluationError
 from accel.evaluation.metrics.pixel import psnr
 from accel.evaluation.tune import result
-from accel.evaluation.tune.measure import Runs, amplification, probes, watching
+from accel.evaluation.tune.measure import Runs, amplification, probes, schedule_of, watching
 from accel.evaluation.tune.tune import HELD, Goal, Settings, tune
 from accel.generation import Job, run
 from accel.generation import Settings as Call
@@ -43,7 +43,7 @@ def tuned(tmp_path_factory):
     folder, pipe = tmp_path_factory.mktemp("tune"), flux()
     plain = run(pipe, [Job("x", 7)], Call(steps=STEPS))
     seen = []
-    made = tune(pipe, Goal("speedup", 2.0), settings(), folder / "mine.tune", seen.append)
+    made = tune(pipe, Goal("speedup", 2.0), settings(also=(12, 18)), folder / "mine.tune", seen.append)
     assert torch.equal(run(pipe, [Job("x", 7)], Call(steps=STEPS)), plain)  # the pipeline is as it was
     result.page(made, folder / "mine.tune")
     result.write(made, folder / "mine.yaml", "accel tune")
@@ -75,6 +75,29 @@ def test_the_page_names_what_ships_at_as_many_steps(tuned):
     assert side_car["masks"]["12"]["steps"] == list(range(12))
     assert len(side_car["grams"]) == 4
     assert (folder / "mine.yaml").read_text().count("\n") == 8 + (made.mask.trend != 1)
+
+
+def test_other_numbers_of_steps_get_masks_of_no_higher_price(tuned):
+    folder, made, _ = tuned
+    same, longer = made.others[12], made.others[18]
+    assert len(same.steps) <= len(made.mask.steps)
+    assert max(same.price, longer.price) <= made.mask.price
+    assert len(longer.steps) < 18
+    pipe = flux()
+    with accel.accelerate(pipe, folder / "mine-18.yaml") as handle:
+        run(pipe, [Job("x", 7)], Call(steps=18))
+    assert [i for i, s in enumerate(handle.stats.steps) if s.computed] == list(longer.steps)
+    assert "not run" in (folder / "mine-18.yaml").read_text()
+
+
+def test_when_steps_are_is_known_without_a_call_of_the_model():
+    pipe, job = flux(), Job("a", 1)
+    calls = counted(pipe)
+    times, lengths = schedule_of(Runs(pipe, Call(steps=STEPS), batch=1), 9, job)
+    assert not calls
+    ((_, seen),) = Runs(pipe, Call(steps=9), batch=1).watched([job])
+    assert times.tolist() == seen.times_N.tolist()
+    assert lengths.tolist() == seen.lengths_N.tolist()
 
 
 def test_progress_goes_up_to_its_end(tuned):
