@@ -41,15 +41,15 @@ class Plain:
     def total(self) -> int:
         return len(self.times_N)
 
-    def at(self, times_M: Sequence[float], lengths_M: Sequence[float]) -> Plain:
+    def at(self, times_M: Array, lengths_M: Array) -> Plain:
         """The same for a run of M steps, as far as it can be told: predictions interpolated along time, so that the
         Gram matrix becomes W G W'. Ends are held."""
         eye = np.eye(self.total)
         weights_MN = np.stack([np.interp(times_M, self.times_N, row) for row in eye], axis=1)
         return replace(
             self,
-            times_N=np.asarray(times_M, float),
-            lengths_N=np.asarray(lengths_M, float),
+            times_N=times_M,
+            lengths_N=lengths_M,
             grams_PNN=weights_MN @ self.grams_PNN @ weights_MN.T,
         )
 

@@ -133,7 +133,7 @@ class Runs:
             inside, whole = inside + (done.denoiser_seconds or 0.0), whole + done.seconds
         return Made(torch.cat(pictures), inside, whole)
 
-    def watched(self, jobs: Sequence[Job], mask: Mask | None = None) -> Iterator[tuple[Made, Seen]]:
+    def watched(self, jobs: Sequence[Job], config: Any = None) -> Iterator[tuple[Made, Seen]]:
         """The same, batch by batch, with what the sampler was given.
 
         Raises:
@@ -141,7 +141,7 @@ class Runs:
         """
         for members in generation.batches(jobs, self.batch):
             with watching(self.pipe) as watch:
-                made = self.made(members, mask)
+                made = self.made(members, config=config)
             seen = watch.seen()
             if len(seen.given_PNL) != len(members) or seen.given_PNL.shape[1] != self.total:
                 raise UnsupportedError(
@@ -203,18 +203,17 @@ def probes(total: int) -> list[tuple[int, int]]:
 def amplification(
     runs: Runs, jobs: Sequence[Job], plain: Plain, ends_PL: Tensor, gap: tuple[int, int]
 ) -> tuple[float, float]:
-    """(time of a, A) of one single gap: how far the end of a run is off, over how far the forecast was, as a mean of
-    logarithms over prompts. What the correction leaves is taken off first; it stays as it is."""
+    """(time of a, A) of one single gap, not corrected: how far the end of a run is off, over how far the forecast was, as
+    a mean of logarithms over prompts."""
     a, c = gap
-    mask = Mask(tuple(step for step in range(runs.total) if not a < step < c), 1.0, 0.0)
-    found = gaps(plain, mask.trend)
+    steps = tuple(step for step in range(runs.total) if not a < step < c)
+    found = gaps(plain, 1.0)
     logs: list[float] = []
-    for _, seen in runs.watched(jobs, mask):
+    for _, seen in runs.watched(jobs, ForecastConfig(steps=steps, total=runs.total)):
         for off_L in seen.ends_PL - ends_PL[len(logs) : len(logs) + len(seen.given_PNL)]:
-            p = len(logs)
-            forecast = max(float(found.forecast_PBAC[p, a - 1, a, c]), 1e-30)
-            left = float(off_L.double().square().sum()) - float(found.line_PAC[p, a, c])
-            logs.append(0.5 * np.log(max(left, 1e-4 * forecast) / forecast))
+            forecast = max(float(found.forecast_PBAC[len(logs), a - 1, a, c]), 1e-30)
+            end = float(off_L.double().square().sum())
+            logs.append(0.5 * np.log(max(end, 1e-4 * forecast) / forecast))
     return float(plain.times_N[a]), float(np.exp(np.mean(logs)))
 
 
