@@ -14,6 +14,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -127,6 +128,7 @@ class Op:
         self.suits, self.indices, self.mutates = suits, indices, mutates
         self.agrees = agrees or (lambda args, found, truth: close(found, truth))
         self.verdicts: dict[tuple, str | None] = {}
+        self._kinds: dict[tuple, tuple] = {}  # by sizes as they are
         self._home = reference.__module__.rpartition(".")[0]
         _library.define(name + schema)
         _library.impl(name, self._run, "CompositeExplicitAutograd")
@@ -152,19 +154,28 @@ class Op:
             return False  # kernels have no backward
         return all(t.numel() > 0 for t in tensors) and self.suits(*args)
 
-    @property
+    @cached_property
     def kernel(self) -> Callable[..., Any]:
         return getattr(importlib.import_module(f"{self._home}.triton"), self.name)
 
     def _run(self, *args: Any) -> Any:
         tensors = _tensors(args)
-        kind = (tensors[0].device, *((t.dtype, *_size_class(t)) for t in tensors))
-        with torch.cuda.device_of(tensors[0]):
-            if kind not in self.verdicts:
-                if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
-                    return self.reference(*args)
-                self.verdicts[kind] = self._prove(args)
-            return self.reference(*args) if self.verdicts[kind] else self._launch(*args)
+        sizes = (tensors[0].device, *[t.dtype for t in tensors], *[t.shape for t in tensors])
+        kind = self._kinds.get(sizes)
+        if kind is None:
+            kind = (tensors[0].device, *((t.dtype, *_size_class(t)) for t in tensors))
+            self._kinds[sizes] = kind
+        if tensors[0].is_cuda and tensors[0].device.index != torch.cuda.current_device():
+            with torch.cuda.device(tensors[0].device):
+                return self._chosen(kind, args)
+        return self._chosen(kind, args)
+
+    def _chosen(self, kind: tuple, args: tuple[Any, ...]) -> Any:
+        if kind not in self.verdicts:
+            if not INTERPRETED and torch.cuda.is_current_stream_capturing():
+                return self.reference(*args)
+            self.verdicts[kind] = self._prove(args)
+        return self.reference(*args) if self.verdicts[kind] else self._launch(*args)
 
     def _launch(self, *args: Any) -> Any:
         # What is written to stays the caller's own tensor; such kernels take its strides.
@@ -227,10 +238,13 @@ def close(found: Any, truth: Any) -> str | None:
 
 
 def _tensors(args: Sequence[Any]) -> list[Tensor]:
-    flat: list[Any] = []
+    found: list[Tensor] = []
     for a in args:
-        flat.extend(a) if isinstance(a, (list, tuple)) else flat.append(a)
-    return [a for a in flat if isinstance(a, Tensor)]
+        if isinstance(a, Tensor):
+            found.append(a)
+        elif isinstance(a, (list, tuple)):
+            found.extend(a)
+    return found
 
 
 def _contiguous(a: Any) -> Any:

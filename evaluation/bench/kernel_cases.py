@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accel.kernels import detail, forecast, match, merge, plan, unmerge
+from accel.kernels import detail, forecast, match, merge, plan, unmerge, verify
 from accel.kernels.dispatch import OPS, Op
 from accel.kernels.plan import reference as plans
 
 N, M, K, C, GRID = 4096, 1024, 2048, 3072, (64, 64)
-MODULES = (detail, forecast, match, merge, plan, unmerge)  # importing them fills OPS
+MODULES = (detail, forecast, match, merge, plan, unmerge, verify)  # importing them fills OPS
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,17 @@ def _correct(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
     return new, old, values(device, torch.float32, 1, N, 64), values(device, torch.float32)
 
 
+def _verify(images: int) -> Callable[[str, torch.dtype], tuple[Any, ...]]:
+    """Janus-Pro's vocabulary, a window of 16 slots."""
+
+    def arguments(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
+        ring = torch.empty(images, 48, 16384, device=device).exponential_()
+        slots = torch.arange(16, device=device).expand(images, -1).contiguous() + 7
+        return values(device, torch.float32, images, 16, 16384) * 2, ring, slots, 1.0, 2048
+
+    return arguments
+
+
 CASES = (
     Case("match", "", _match(N, M, C, 1), lambda b: b * N * C, 2 * N * M * C),
     Case("match", "guidance", _match(N, M, C, 2), lambda b: 2 * b * N * C, 4 * N * M * C),
@@ -123,6 +134,8 @@ CASES = (
     Case("forecast", "per token", _forecast(1, 1, N, 1), lambda b: (3 * b * 64 + 8) * N),
     Case("forecast", "order 2", _forecast(2, 1, N, 1), lambda b: (4 * b * 64 + 12) * N, measured=False),
     Case("correct", "", _correct, lambda b: (3 * b + 4) * N * 64),
+    Case("verify", "", _verify(1), lambda b: 8 * 16 * 16384),
+    Case("verify", "8 images", _verify(8), lambda b: 8 * 8 * 16 * 16384),
 )
 
 

@@ -75,24 +75,16 @@ def compiled(out: Path, dtype: str = "bfloat16", capabilities: tuple[int, ...] =
 
 
 def compiled_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, kernels that are the same in two cases once."""
+    """Markdown; what is the same in several cases stands once."""
+    cells = ("kernel", "dtype", "arch", "registers", "spilled", "shared", "wide_loads", "products")
+    cases: dict[tuple[Any, ...], list[str]] = {}
+    for row in rows:
+        cases.setdefault(tuple(row[cell] for cell in cells), []).append(row["case"])
     lines = [
-        "| kernel | in | values | sm | registers | spilled bytes | shared bytes | 128-bit loads | tensor-core instructions |",
+        "| kernel | values | sm | registers | spilled bytes | shared bytes | 128-bit loads | tensor-core instructions | in |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        cells = (
-            "kernel",
-            "case",
-            "dtype",
-            "arch",
-            "registers",
-            "spilled",
-            "shared",
-            "wide_loads",
-            "products",
-        )
-        lines.append("| " + " | ".join(str(row[cell]) for cell in cells) + " |")
+    lines += [f"| {' | '.join(map(str, key))} | {', '.join(names)} |" for key, names in cases.items()]
     return "\n".join(lines) + "\n"
 
 

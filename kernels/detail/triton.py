@@ -94,7 +94,7 @@ def scaled(parts, out, N, S, BLOCK: tl.constexpr):
 
 def detail(x_BNC: Tensor, height: int, width: int) -> Tensor:
     B, N, D = x_BNC.shape
-    block = min(512, power_of_two(D))
+    block = min(1024, power_of_two(D))
     blocks = ceil_div(D, block)
     sums = x_BNC.new_empty(B, 2, blocks, N, dtype=torch.float32)
     out = x_BNC.new_empty(B, N, dtype=torch.float32)

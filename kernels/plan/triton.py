@@ -57,39 +57,40 @@ def choose(best, target, dst, owner, N, K, BLOCK: tl.constexpr):
     tl.store(owner + g * N + i, own.to(tl.int64), mask=inside)
 
 
-@triton.jit(do_not_specialize=["N", "K"])
-def rank(owner, size, segments, N, K, BI: tl.constexpr, BJ: tl.constexpr):
-    """A token's place in the list by (slot, position) is how many come before it; a slot's bounds likewise.
-
-    Programs of the first part write tokens, those of the second slots."""
-    g = tl.program_id(1)
-    i = tl.program_id(0) * BI + tl.arange(0, BI)
-    tokens = tl.cdiv(N, BI)
-    token = i
-    slot = (tl.program_id(0) - tokens) * BI + tl.arange(0, BI)
-    is_token = tl.program_id(0) < tokens
-    mine = tl.load(owner + g * N + token, mask=is_token & (token < N), other=0).to(tl.int32)
-    mine = tl.where(mine < 0, K, mine) * N + token
-    low = tl.where(is_token, mine, slot * N)
-    high = tl.where(is_token, mine, (slot + 1) * N)
-    before = tl.zeros((BI, BJ), tl.int32)
-    within = tl.zeros((BI, BJ), tl.int32)
+@triton.jit
+def below(owner, bound, N, K, BI: tl.constexpr, BJ: tl.constexpr):
+    """How many tokens come before each bound in the order of (slot, position), as slot * N + position."""
+    count = tl.zeros((BI, BJ), tl.int32)
     start = 0
     while start < N:
         j = start + tl.arange(0, BJ)
-        other = tl.load(owner + g * N + j, mask=j < N, other=0).to(tl.int32)
-        code = tl.where(j < N, tl.where(other < 0, K, other) * N + j, 2147483647)
-        before += (code[None, :] < low[:, None]).to(tl.int32)
-        within += (code[None, :] < high[:, None]).to(tl.int32)
+        slot = tl.load(owner + j, mask=j < N, other=0).to(tl.int32)
+        code = tl.where(j < N, tl.where(slot < 0, K, slot) * N + j, 2147483647)
+        count += (code[None, :] < bound[:, None]).to(tl.int32)
         start += BJ
-    first = tl.sum(before, 1)
-    count = tl.sum(within, 1) - first
-    out = segments + g.to(tl.int64) * (K + 1 + N)
-    tl.store(out + K + 1 + first, token, mask=is_token & (token < N))
-    real = (is_token == 0) & (slot < K)
-    tl.store(out + slot, first, mask=real)
-    tl.store(out + slot + 1, first + count, mask=real & (slot == K - 1))
-    tl.store(size + g * K + slot, count.to(tl.float32), mask=real)
+    return tl.sum(count, 1)
+
+
+@triton.jit(do_not_specialize=["N", "K"])
+def rank(owner, size, segments, N, K, BI: tl.constexpr, BJ: tl.constexpr):
+    """A token's place in the list is how many come before it; a slot's bounds likewise. The first programs write
+    tokens, the others slots."""
+    g = tl.program_id(1).to(tl.int64)
+    owner += g * N
+    out = segments + g * (K + 1 + N)
+    tokens = tl.cdiv(N, BI)
+    if tl.program_id(0) < tokens:
+        token = tl.program_id(0) * BI + tl.arange(0, BI)
+        mine = tl.load(owner + token, mask=token < N, other=0).to(tl.int32)
+        place = below(owner, tl.where(mine < 0, K, mine) * N + token, N, K, BI, BJ)
+        tl.store(out + K + 1 + place, token, mask=token < N)
+    else:
+        slot = (tl.program_id(0) - tokens) * BI + tl.arange(0, BI)
+        first = below(owner, slot * N, N, K, BI, BJ)
+        last = below(owner, (slot + 1) * N, N, K, BI, BJ)
+        tl.store(out + slot, first, mask=slot < K)
+        tl.store(out + slot + 1, last, mask=slot == K - 1)
+        tl.store(size + g * K + slot, (last - first).to(tl.float32), mask=slot < K)
 
 
 def plan(best_GN: Tensor, target_GN: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -20,6 +20,7 @@ from accel.kernels.match import triton as match_kernel
 from accel.kernels.merge import triton as merge_kernel
 from accel.kernels.plan import triton as plan_kernel
 from accel.kernels.unmerge import triton as unmerge_kernel
+from accel.kernels.verify import triton as verify_kernel
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -324,3 +325,46 @@ def test_correct(dtype):
     check(found, truth, dtype)
     with pytest.raises(AssertionError):
         check(found, truth + missed, dtype)
+
+
+# verify
+
+
+def draw_in_loops(logits, noise, slot, temperature, top_k):
+    """(scores of the tokens, -1 where top-k leaves them out) in float64."""
+    B, W, V = logits.shape
+    scores = torch.full((B, W, V), -1.0, dtype=torch.float64)
+    for b in range(B):
+        for w in range(W):
+            row = (logits[b, w].double() / temperature).cpu()
+            allowed = row >= row.sort(descending=True).values[(top_k or V) - 1]
+            p = torch.where(allowed, row.exp(), 0.0)
+            exponential = noise[b, int(slot[b, w]) % noise.shape[1]].double().cpu()
+            scores[b, w] = torch.where(allowed, p / p.sum() / exponential, -1.0)
+    return scores
+
+
+@dtypes
+@pytest.mark.parametrize(("vocabulary", "top_k"), [(90, 30), (128, None), (90, 1), (90, 90), (50, 7)])
+def test_verify(dtype, vocabulary, top_k):
+    logits = randn(2, 3, vocabulary, dtype=dtype) * 2
+    if vocabulary == 50:
+        logits = logits.round()  # ties at the threshold
+    noise = -torch.rand(2, 7, vocabulary, generator=torch.Generator().manual_seed(1)).clamp(min=1e-6).log()
+    noise, slot = noise.to(DEVICE), torch.tensor([[3, 4, 5], [6, 7, 8]], device=DEVICE)
+    with poisoned():
+        found = verify_kernel.verify(logits, noise, slot, 0.8, top_k).cpu()
+    scores = draw_in_loops(logits, noise, slot, 0.8, top_k)
+    best = scores.amax(-1)
+    chosen = scores.gather(-1, found[..., None])[..., 0]
+    assert float((best - chosen).abs().div(best).max()) < 1e-4
+    if top_k != 1:  # the negative control: other slots' noise
+        other = draw_in_loops(logits, noise, slot + 1, 0.8, top_k)
+        assert (other.argmax(-1) != found).any()
+
+
+def test_verify_of_what_is_no_number():
+    """The token is in the vocabulary all the same."""
+    noise, slot = torch.ones(1, 4, 40, device=DEVICE), torch.zeros(1, 2, dtype=torch.int64, device=DEVICE)
+    found = verify_kernel.verify(torch.full((1, 2, 40), math.nan, device=DEVICE), noise, slot, 1.0, 5)
+    assert ((found >= 0) & (found < 40)).all()

@@ -15,8 +15,8 @@ if __name__ == "__main__":
 """
 
 #: Kernels that move rows: at least as many 128-bit loads as the rows they read at once, at 16 bits a value.
-ROWS = {"norms": 1, "mean": 2, "add_change": 3, "parts": 30, "newton": 2, "corrected": 4}
-REGISTERS = {"best": 255, "parts": 128, "choose": 128, "rank": 128, "scaled": 128}
+ROWS = {"norms": 1, "mean": 2, "add_change": 3, "parts": 30, "newton": 2, "corrected": 4, "drawn": 16}
+REGISTERS = {"best": 255, "parts": 128, "choose": 128, "rank": 128, "scaled": 128, "drawn": 128}
 
 
 @pytest.fixture(scope="module")
