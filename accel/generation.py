@@ -304,19 +304,26 @@ class Way:
 
     Args:
         attach: pipeline → context manager that accelerates it and gives a `Handle`, or None if it is plain.
+        stays: attached from now on, not for the time of a call.
     """
 
-    def __init__(self, pipe: Any, attach: Callable[[Any], AbstractContextManager[Any]]) -> None:
+    def __init__(
+        self, pipe: Any, attach: Callable[[Any], AbstractContextManager[Any]], *, stays: bool = False
+    ) -> None:
         self._pipe, self._attach = pipe, attach
-        self._stays, self._stack, self._handle = is_autoregressive(pipe), ExitStack(), None
+        self._stays, self._stack, self._handle = stays or is_autoregressive(pipe), ExitStack(), None
         if self._stays:
-            self._pipe = copy.copy(pipe)
+            self._pipe = copy.copy(pipe) if is_autoregressive(pipe) else pipe
             self._handle = self._stack.enter_context(attach(self._pipe))
 
     @staticmethod
-    def of(pipe: Any, config: Any) -> Way:
-        """With a configuration; None: plain."""
-        return Way(pipe, partial(_accelerated, config=config))
+    def of(pipe: Any, config: Any, *, compile: bool = False) -> Way:
+        """With a configuration; None: plain.
+
+        Args:
+            compile: see `accelerate`; attached from now on, so that nothing is compiled twice.
+        """
+        return Way(pipe, partial(_accelerated, config=config, compile=compile), stays=compile)
 
     @contextmanager
     def ready(self) -> Iterator[tuple[Any, Any]]:
@@ -329,11 +336,11 @@ class Way:
 
 
 @contextmanager
-def _accelerated(pipe: Any, config: Any) -> Iterator[Any]:
+def _accelerated(pipe: Any, config: Any, compile: bool) -> Iterator[Any]:
     if config is None:
         yield None
     else:
-        with accelerate(pipe, config) as handle:
+        with accelerate(pipe, config, compile=compile) as handle:
             yield handle
 
 

@@ -56,6 +56,7 @@ class Stats:
     branches_skipped: int = 0
     steps: list[StepStats] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    peak_bytes: int | None = None
     attention: str | None = None
     _seconds: float = 0.0
     _timed: int = 0
@@ -119,6 +120,8 @@ class Stats:
             )
         if self.attention:
             lines.append(f"  attention       keys weigh as their tokens, by {self.attention}")
+        if self.peak_bytes is not None:
+            lines.append(f"  memory          at most {self.peak_bytes / 2**30:.2f} GiB")
         if self.branches_skipped:
             last = sum(s.branch_skipped for s in self.steps)
             lines.append(f"  guidance        one branch only at {last} of {len(self.steps)} steps")

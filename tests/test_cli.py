@@ -13,6 +13,7 @@ from PIL import Image
 from accel import backends, generation
 from accel.cli import common, demo, results
 from accel.cli.app import main
+from accel.core import compiling
 from accel.errors import ConfigError, UnsupportedError, WeightsError
 from accel.methods.speculation import SpeculativeDecodingConfig
 from accel.pipelines.builtin import FOLDER
@@ -85,6 +86,21 @@ def test_compare_writes_both_and_the_difference(capsys, tmp_path):
     assert row["speedup"] == pytest.approx(row["plain_seconds"] / row["accelerated_seconds"])
     (sheet,) = tmp_path.glob("*-compare.png")
     assert pixels(sheet).shape[1] > 2 * 64
+
+
+def test_compiled_images_are_the_same(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(compiling.OPTIONS, "backend", "eager")
+    files = []
+    for flags in ([], ["--compile"]):
+        code, out, err = accel(
+            capsys, "generate", "a photo of a star", "--steps", 8, "--size", 64, "--preset", "merging", *flags,
+            "--num", 2, "--out", tmp_path / str(len(flags)), "--json",
+        )  # fmt: skip
+        assert code == 0
+        assert ("compiling" in err) == bool(flags)
+        files += [row["file"] for row in json.loads(out)["images"]]
+    for eager, compiled in zip(files[:2], files[2:], strict=True):
+        assert (pixels(eager) - pixels(compiled)).abs().max() <= 1
 
 
 def test_demo_writes_picture_and_table(capsys, tmp_path):

@@ -42,6 +42,10 @@ def generate(
             help="Autoregressive models: keep each image, as far as it is, in a file of its name with -preview.",
         ),
     ] = False,
+    compile: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile the model in the first images; worth it from a few on."),
+    ] = False,
     device: c.Device = None,
     dtype: c.Dtype = None,
     force: c.Force = False,
@@ -57,6 +61,8 @@ def generate(
     chosen = c.configuration(preset, config)
     if compare and chosen is None:
         raise ConfigError("--compare needs something to compare with: add --preset or --config")
+    if compile and (chosen is None or compare):
+        raise ConfigError("--compile goes with --preset or --config, and not with --compare")
     settings = g.Settings(
         steps, g.parse_size(size) if size is not None else None, guidance, temperature, top_k, top_p
     )
@@ -84,7 +90,9 @@ def generate(
     plain: list[Any] = []
     made: list[Any] = []
     rows: list[dict[str, Any]] = []
-    ways = [g.Way.of(pipe, None), g.Way.of(pipe, chosen)]
+    ways = [g.Way.of(pipe, None), g.Way.of(pipe, chosen, compile=compile)]
+    if compile:
+        say("compiling in the first image", to=progress_console)
     per_call = steps or g.default_steps(pipe, settings) or 0
     calls = -(-len(jobs) // batch) * (2 if compare else 1)
     try:

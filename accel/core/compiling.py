@@ -45,12 +45,12 @@ class Compilation:
         refused: why something was not compiled.
     """
 
-    def __init__(self, how: bool | str, modules: Sequence[nn.Module], *, quiet: bool) -> None:
+    def __init__(self, how: bool | str, modules: Sequence[nn.Module], quiet: Callable[[], bool]) -> None:
         """
         Args:
             how: True, or one of `WAYS`.
             modules: what the pipeline calls at every step.
-            quiet: show no progress bar.
+            quiet: whether to show no progress bar.
 
         Raises:
             UnsupportedError: graphs are asked for where there can be none.
@@ -65,7 +65,9 @@ class Compilation:
         if reason is not None and how is not True:
             raise UnsupportedError(f"compile={how!r}: {reason}. Use compile=True, or 'blocks'.")
         wanted = "graphs" in self._ways and reason is None
-        self.graphs = Graphs(Cuda(), always=how is not True) if wanted else None
+        self.graphs = (
+            Graphs(Cuda(next(modules[0].parameters()).device), always=how is not True) if wanted else None
+        )
 
     def attach(self, stack: ExitStack) -> None:
         stack.callback(self._drop)
@@ -154,7 +156,7 @@ class Compilation:
             from tqdm.auto import tqdm
 
             # Below the pipeline's own.
-            self._bar = tqdm(desc="compiling", disable=self._quiet, leave=False, position=1)
+            self._bar = tqdm(desc="compiling", disable=self._quiet(), leave=False, position=1)
         self._bar.total = max(kinds, self._bar.n + 1)
         self._bar.refresh()
 

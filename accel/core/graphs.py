@@ -65,16 +65,19 @@ class Recorder(Protocol):
 
 
 class Cuda:
-    """The current CUDA device."""
+    """A CUDA device."""
 
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._pool = device, torch.cuda.graph_pool_handle()
 
     def record(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         # One pool for all: what a graph puts out is cloned before another one runs, so that they may overlap.
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with (
+                torch.cuda.device(self._device),
+                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+            ):
                 output = call()
         except BaseException:
             self._pool = torch.cuda.graph_pool_handle()  # whatever is left in that one
@@ -83,7 +86,7 @@ class Cuda:
 
     def timed(self, call: Callable[[], Any]) -> tuple[Any, float, float]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self._device)
         began = time.perf_counter()
         start.record()
         result = call()

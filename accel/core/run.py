@@ -140,6 +140,7 @@ class Run(Listener):
         self._names = list(inspect.signature(type(target.denoiser).forward).parameters)[1:]
         self._gates: list[Gate] = []
         self.compilation: Compilation | None = None
+        self.device = torch.device("cpu")  # of the last call
         self._form: Callable[[Tensor], Any] | None = None
         self.active = False
         self._thread = 0
@@ -171,9 +172,12 @@ class Run(Listener):
 
     def compile(self, how: bool | str, stack: ExitStack) -> None:
         """See `accel.accelerate`."""
-        pipe = self.target.pipe()
-        quiet = bool(getattr(pipe, "_progress_bar_config", {}).get("disable"))
-        self.compilation = Compilation(how, self.target.modules, quiet=quiet)
+        pipe = self.target.pipe  # weak
+
+        def quiet() -> bool:
+            return bool(getattr(pipe(), "_progress_bar_config", {}).get("disable"))
+
+        self.compilation = Compilation(how, self.target.modules, quiet)
         self.compilation.attach(stack)
 
     def _open(self) -> None:
@@ -338,6 +342,8 @@ class Run(Listener):
         if self.computed:
             self._shapes = self._shapes_now
         self.stats.record(done)
+        if clock.step == clock.total - 1 and self.device.type == "cuda":
+            self.stats.peak_bytes = torch.cuda.max_memory_allocated(self.device)
         if self.compilation is not None:
             self.stats.notes += [note for note in self.compilation.notes if note not in self.stats.notes]
 
@@ -422,8 +428,8 @@ class Run(Listener):
         if traced:
             self._read(args, kwargs)
         self.method.entering(self)
-        device = next((t.device for t in tensors_of((*args, *kwargs.values()))), torch.device("cpu"))
-        self.stats.call_starts(device)
+        self.device = next((t.device for t in tensors_of((*args, *kwargs.values()))), torch.device("cpu"))
+        self.stats.call_starts(self.device)
 
     def _read(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """The arguments: what cannot be followed, and at the first call the grid."""

@@ -38,7 +38,7 @@ def tape(monkeypatch):
     """Models on the CPU are taken for ones on a GPU with this recorder."""
     tape = Tape()
     monkeypatch.setattr(compiling, "_no_graphs", lambda modules: None)
-    monkeypatch.setattr(compiling, "Cuda", lambda: tape)
+    monkeypatch.setattr(compiling, "Cuda", lambda device: tape)
     warnings.simplefilter("ignore", AccelWarning)
     return tape
 
