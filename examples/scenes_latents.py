@@ -18,6 +18,7 @@ from accel.evaluation.scenes import SCALES, Scenes, render, sample_scenes
 from accel.evaluation.scenes.prompts import DETAIL_TASKS, draw_detail
 
 DETAIL_SHARE = 0.25  # of the textured world's pictures
+CHUNK = 64  # scenes rendered and encoded at once
 EMPTY_SHARE = 0.1  # of the captions, for guidance
 
 
@@ -64,21 +65,18 @@ class Latents:
     def _fill(self, size: int) -> list[Tensor]:
         texts, scenes = next(self.drawn)
         vae: AutoencoderKL = self.pipe.vae
+        encoders = [getattr(self.pipe, f"text_encoder{n}") for n in ("", "_2")]
+        tokenizers = [getattr(self.pipe, f"tokenizer{n}") for n in ("", "_2")]
         parts = []
-        for start in range(0, self.count, 256):
-            images = render(scenes[start : start + 256].to(self.device), size).to(vae.dtype) * 2 - 1
+        for start in range(0, self.count, CHUNK):
+            images = render(scenes[start : start + CHUNK].to(self.device), size).to(vae.dtype) * 2 - 1
             latents = vae.encode(images).latent_dist.mean.float()
             latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-            parts.append(FluxPipeline._pack_latents(latents, *latents.shape))
-        tokens, pooled = encode(
-            self.pipe.text_encoder,
-            self.pipe.text_encoder_2,
-            self.pipe.tokenizer,
-            self.pipe.tokenizer_2,
-            texts,
-            self.device,
-        )
-        return [torch.cat(parts), tokens, pooled]
+            packed = FluxPipeline._pack_latents(latents, *latents.shape)
+            parts.append((packed, *encode(*encoders, *tokenizers, texts[start : start + CHUNK], self.device)))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # what fails here is to say so here
+        return [torch.cat(column) for column in zip(*parts, strict=True)]
 
     def batches(self, size: int, batch: int) -> Iterator[list[Tensor]]:
         while True:

@@ -2,6 +2,7 @@
 
     python examples/scenes_scores.py --worlds flat textured --rows plain matching:0.5 windows:0.5 windows:0.67 upcycled:0.67
     python examples/scenes_scores.py --worlds textured --set detail --per 8
+    python examples/scenes_scores.py --truth --per 24        # the detector's ceiling and floor, no model
 
 A row is plain, or `groups:share of tokens merged away`; `upcycled` is windows with the built-in model's side-car. All rows
 draw the same prompts from the same noise. The six tasks are of held-out combinations; `--set detail` are the small,
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 import accel
-from accel.evaluation import judges, suites
+from accel.evaluation import judges, scenes, suites
 from accel.evaluation.bootstrap import mean_interval
 from accel.evaluation.scenes import detail, scale_of
 from accel.pipelines import builtin
@@ -65,6 +66,24 @@ def draw(pipe, config, prompts: list[suites.Prompt], steps: int) -> torch.Tensor
     return torch.cat(images).float().cpu()
 
 
+def truth(world: str, which: str, per: int, seed: int) -> None:
+    """The detector on ground-truth renders, judged by their own prompts and by others."""
+
+    def render(lines):
+        drawn = scenes.render(scenes.sample_scenes(list(lines), np.random.default_rng(0), world), 256)
+        return (drawn * 255).round().byte()
+
+    def detect(images, lines):
+        return scenes.detect(images, [scale_of(line.prompt) for line in lines])
+
+    prompts = prompts_of(which, per, seed)
+    for name in sorted({scale_of(p.text) or "tasks" for p in prompts}):
+        lines = [p.metadata for p in prompts if p.metadata and (scale_of(p.text) or "tasks") == name]
+        bounds = judges.ceiling_and_floor(lines, render, detect)
+        ceiling, floor = (bounds[key]["overall"]["value"] for key in ("ceiling", "floor"))
+        print(f"{world}, {name}: {len(lines)} renders, ceiling {ceiling:.3f}, floor {floor:.3f}", flush=True)
+
+
 def summary(values: list[float], prompts: list[suites.Prompt]) -> str:
     found = mean_interval(values, [p.text for p in prompts], bounds=(0, 1))
     return f"{found.value:.3f} ({found.low:.2f} to {found.high:.2f})"
@@ -82,8 +101,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--adapter", type=Path, default=builtin.CHUNKING)
     parser.add_argument("--textures", type=Path, help="default: the textured world's own side-car")
+    parser.add_argument("--truth", action="store_true", help="the detector alone, on all sets")
     parser.add_argument("--out", type=Path, help="JSON lines: a record for every picture")
     args = parser.parse_args()
+    if args.truth:
+        for world, which in (("flat", "tasks"), ("textured", "tasks"), ("textured", "detail")):
+            truth(world, which, args.per, args.seed)
+        return
     judge = judges.scenes_judge().scorer
     prompts = prompts_of(args.which, args.per, args.seed)
     records = []

@@ -133,6 +133,9 @@ def train(run: Run, workers: Workers, args: argparse.Namespace) -> None:
                 "return_dict": False,
             }
             predicted = velocity(model, run.low.changed(base), inputs)
+            if run.step == 0 and device.type == "cuda":
+                torch.cuda.synchronize()
+                print("first forward done", flush=True)
             loss = (predicted - (noise - latents)).square().mean()
             run.update(loss, run.seconds / args.seconds)
             losses.append(loss.detach())
