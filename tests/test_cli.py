@@ -116,7 +116,22 @@ def test_demo_writes_picture_and_table(capsys, tmp_path):
     assert demo._is_ours(tmp_path / "demo.json")
 
 
-@pytest.mark.parametrize("name", ["side-by-side.png", "demo.json"])
+def test_demo_of_chunking_draws_what_was_computed(capsys, tmp_path):
+    from PIL import Image
+
+    code, out, err = accel(capsys, "demo", "--method", "chunking", "--steps", 3, "--out", tmp_path, "--json")
+    assert code == 0, err
+    assert json.loads(out)["boundary_maps"] == str(tmp_path / "boundary-maps.png")
+    with Image.open(tmp_path / "boundary-maps.png") as sheet:
+        assert sheet.width == 12 + 2 * (256 + 12)  # two steps on fewer tokens
+        shades = {color for _, color in sheet.convert("L").crop((12, 80, 268, 300)).getcolors(1000)}
+    assert {255, 153} <= shades  # tokens of their own, windows of four
+    code, _, err = accel(capsys, "demo", "--method", "chunking", "--preset", "fast")
+    assert code == 2
+    assert "give one" in err
+
+
+@pytest.mark.parametrize("name", ["side-by-side.png", "demo.json", "boundary-maps.png"])
 def test_demo_keeps_files_of_other_makers(capsys, tmp_path, name):
     own = tmp_path / name
     own.write_text('{"mine": 1}')
