@@ -194,7 +194,7 @@ class Row:
         least_ms: of the passes.
         bound_ms: what reading the weights and half an image's keys and values takes at the measured bandwidth.
         image_s: for one image of the batch, if a window makes as many tokens final as on the built-in model.
-        memory_mib: reserved by the device for caches, graphs and what a round needs.
+        memory_mib: of the device, for caches and graphs, between rounds.
         problem: why there is no measurement; or, with one, why it was not captured.
     """
 
@@ -263,13 +263,13 @@ def _case(
     memory: dict[str, int] = {}
     slots = adapter.layout(None, None).slots
     for way in ways:
-        before = _allocated(device)
+        before = _reserved(device)
         try:
             make = _transformers if way == TRANSFORMERS else _ours
             actions[way] = make(adapter, way, batch, window, problems)
             for _ in range(3):  # compiles, captures
                 actions[way]()
-            memory[way] = _allocated(device) - before
+            memory[way] = _reserved(device) - before
         except Exception as error:  # one way's trouble is its row's
             actions.pop(way, None)
             problems[way] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -381,8 +381,10 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _allocated(device: torch.device) -> int:
+def _reserved(device: torch.device) -> int:
+    """Bytes that cannot be given back: of tensors that are there and of graphs."""
     _wait(device)
+    free(device)
     return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
 
 

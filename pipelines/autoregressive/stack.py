@@ -84,7 +84,8 @@ class Stack(nn.Module):
         """
         rows, width = x_RWD.shape[:2]
         shape, grouped = self.shape, self.shape.heads // self.shape.kv_heads
-        x_TD, cos, sin = x_RWD.flatten(0, 1), cos_RWE.flatten(0, 1), sin_RWE.flatten(0, 1)
+        x_TD = x_RWD.flatten(0, 1)
+        cos, sin = _signed(cos_RWE.flatten(0, 1), sin_RWE.flatten(0, 1), shape.interleaved)
         bias = bias_R1WK.repeat(1, 1, grouped, 1) if grouped > 1 else bias_R1WK
         turned = (cos, sin, cache.index, shape)
         keys, values = cache.memory(0, shape.kv_heads, shape.head, x_TD)
@@ -145,10 +146,9 @@ def _entered(
     x_TD = F.rms_norm(x_TD, layer.norm_in.shape, layer.norm_in, shape.eps)
     heads = (shape.heads, shape.kv_heads, shape.kv_heads)
     q, k, v = (part for part in _linear(x_TD, layer.qkv).unflatten(-1, (-1, shape.head)).split(heads, 1))
-    turn = _turn_neighbours if shape.interleaved else _turn_halves
-    keys_NHE.index_copy_(0, index_T, turn(k, cos_TE, sin_TE))
+    keys_NHE.index_copy_(0, index_T, _turn(k, cos_TE, sin_TE, shape.interleaved))
     values_NHE.index_copy_(0, index_T, v)
-    return turn(q, cos_TE, sin_TE)
+    return _turn(q, cos_TE, sin_TE, shape.interleaved)
 
 
 def _left(x_TD: Tensor, attended_TD: Tensor, layer: Layer, shape: Shape) -> Tensor:
@@ -165,15 +165,19 @@ def _linear(x_TD: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
     return torch.cat([F.linear(x_TD, weight) for weight in weights], -1)
 
 
-def _turn_halves(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    left, right = x_THE.chunk(2, -1)
-    return x_THE * cos_TE[:, None] + torch.cat([-right, left], -1) * sin_TE[:, None]
+def _turn(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor, interleaved: bool) -> Tensor:
+    """Turn pairs of channels; `_signed` has made the tables. A flip is an index to a compiler, a concatenation a kernel."""
+    pairs, side = ((-1, 2), -1) if interleaved else ((2, -1), -2)
+    others_THE = x_THE.unflatten(-1, pairs).flip(side).flatten(-2)
+    return (x_THE * cos_TE[:, None] + others_THE * sin_TE[:, None]).type_as(x_THE)
 
 
-def _turn_neighbours(x_THE: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
-    even, odd = x_THE.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos_TF[:, None], sin_TF[:, None]
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2).type_as(x_THE)
+def _signed(cos_TE: Tensor, sin_TE: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """A number per channel, and the sine negative for the first of a pair."""
+    if interleaved:
+        return cos_TE[..., None].expand(-1, -1, 2).flatten(1), torch.stack([-sin_TE, sin_TE], -1).flatten(1)
+    first, second = sin_TE.chunk(2, -1)
+    return cos_TE, torch.cat([-first, second], -1)
 
 
 def _attend(

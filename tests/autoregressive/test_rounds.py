@@ -11,6 +11,7 @@ import torch
 from tiny_janus import PROMPTS
 
 import accel
+from accel.core.rounds import why
 from accel.errors import AccelWarning, NumericsError
 from accel.methods.speculation import SpeculativeDecodingConfig, decoder, verify
 from accel.pipelines.autoregressive import AutoregressivePipeline
@@ -225,3 +226,34 @@ def test_merged_weights_are_the_models_own(tmp_path):
     assert all(torch.equal(before[name], value) for name, value in again.state_dict().items())
     assert pipe._kept.look(pipe.adapter, True)
     assert torch.equal(tokens(pipe), expected)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total of 79 GiB"
+            ),
+            "out of memory: it asked for 2.50 GiB, 300 MiB are free. A smaller batch leaves room",
+        ),
+        (
+            RuntimeError("operation not permitted\nwhen stream is capturing"),
+            "RuntimeError: operation not permitted when",
+        ),
+    ],
+)
+def test_why_a_round_was_not_captured(error, said):
+    assert why(error, 300 * 2**20).startswith(said)
+
+
+def test_a_longer_prompt_takes_more_memory_and_a_shorter_one_what_is_there():
+    pipe = pipeline(grid=4)
+    calls = [[PROMPTS[1]], [PROMPTS[2] + " and a star" * 3], [PROMPTS[1]]]
+    expected = [tokens(pipe, prompts) for prompts in calls]
+    pipe.graphs, pipe._kept = True, kept("taped")
+    places = []
+    for prompts, wanted in zip(calls, expected, strict=True):
+        assert torch.equal(tokens(pipe, prompts), wanted)
+        places.append(models(pipe)[0].places)
+    assert places[0] < places[1] == places[2]
