@@ -66,7 +66,9 @@ part model "${MODEL_SECONDS:-170}" "$python" -m accel bench model --arch "$arch"
 echo "== what each part printed last"
 for name in tests kernels ar model; do
   [[ -f $name.end ]] || continue
-  tail -n "${LAST_LINES:-30}" "$name.txt"
+  said=$name.txt
+  [[ -f $name/$name.md ]] && said=$name/$name.md # whole, even if the part was stopped
+  tail -n "${LAST_LINES:-30}" "$said"
   cat "$name.end"
 done
 exit $failed

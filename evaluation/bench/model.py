@@ -101,6 +101,7 @@ def bench(
             with _uncompiled() if tiny else nullcontext():
                 results.add(size, row, _tried(model, row, size, rounds))
             longest[compiles] = max(longest.get(compiles, 0), time.monotonic() - begun)
+            model_report.write(path, results.data)
             done(model_report.line(results.data, size, row.name))
         progress((len(missing), len(missing), ""))
     return model_report.write(path, results.data)
@@ -128,7 +129,7 @@ class _Results:
         start = len(self.data["environments"]) - 1
         self.data["rows"].append({"size": size, "row": row.name, "start": start, **result})
         if keep:
-            write_atomically(self.file, json.dumps(self.data, indent=1, allow_nan=False) + "\n")
+            write_atomically(self.file, json.dumps(self.data, allow_nan=False) + "\n")
 
 
 def _check(model: Model, sizes: Sequence[int]) -> None:
