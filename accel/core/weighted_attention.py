@@ -125,11 +125,6 @@ def chosen() -> dict[tuple[str, torch.dtype, int], str]:
     return dict(_CHOSEN)
 
 
-def forget() -> None:
-    """Choose anew."""
-    _CHOSEN.clear()
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, parts: Runs, scale: float | None = None) -> Tensor:
     """softmax(scale q k + log size) v: (B, H, L, d), by the form that is fastest here.
 
@@ -140,6 +135,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, parts: Runs, scale: float | None = N
     parts, scale = runs(parts), q.shape[-1] ** -0.5 if scale is None else scale
     if len(parts) == 1:  # all weigh the same
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return masked(q, k, v, parts, scale)  # log-sum-exps have no gradient
     key = (q.device.type, q.dtype, q.shape[-1])
     form = _CHOSEN.get(key)
     if form is None:
@@ -157,10 +154,10 @@ def _standard(q: Tensor) -> Callable[[Tensor, Tensor, Tensor, Runs, float], Tens
 
 def fastest(q: Tensor, k: Tensor, v: Tensor, parts: Runs, scale: float) -> str:
     """The form that is fastest for these tensors, by running each; those that fail are left out. Waits for the device."""
-    times = {}
+    times: dict[str, float] = {}
     for name, form in FORMS.items():
-        if name == "flex" and not q.is_cuda:
-            continue  # it stores all scores there
+        if name == "flex" and (not q.is_cuda or "lse" in times):
+            continue  # on a CPU it stores all scores; on an H100 it costs 5-8 % of a step, "lse" 2 %, and seconds to compile
         try:
             times[name] = _seconds(lambda form=form: form(q, k, v, parts, scale), q.device)  # type: ignore[misc]
         except _FAILURES:

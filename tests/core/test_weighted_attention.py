@@ -66,6 +66,18 @@ def test_the_fastest_form_is_taken_and_those_that_fail_are_not(monkeypatch):
     torch.testing.assert_close(out.double(), by_definition(q, k, v, PARTS, 0.25), atol=1e-5, rtol=1e-5)
 
 
+def test_gradients_go_through_the_sizes_too(monkeypatch):
+    """Training at reduced tokens: whatever is fastest, log-sum-exps have no gradient."""
+    monkeypatch.setattr(wa, "_CHOSEN", {("cpu", torch.float32, 16): "lse"})
+    gradients = []
+    for attend in (wa.attend, lambda q, k, v, parts: by_definition(q, k, v, parts, 0.25)):
+        tensors = [numbers(1, 2, n, 16, seed=n).requires_grad_() for n in (11, 19)]
+        attend(tensors[0], tensors[1], tensors[1] * 0.5, PARTS).double().square().sum().backward()
+        gradients.append([t.grad for t in tensors])
+    for found, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
 def test_masks_reach_attention_through_what_processors_do_with_them():
     q, k, v = numbers(2, 3, 11, 16), numbers(2, 3, 19, 16), numbers(2, 3, 19, 16)
     wanted = by_definition(q, k, v, PARTS, 0.25)
