@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from accel.kernels.verify import noise_at, probabilities, verify
+
 from .checks import check, is_number, is_whole
 from .randomness import Randomness
 from .readback import Readback
@@ -100,17 +102,19 @@ class Sampling:
         logits = logits.float()
         if self.temperature == 0:
             return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-        logits = logits / self.temperature
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
-            least = logits.topk(self.top_k, -1).values[..., -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
-        p = logits.softmax(-1)
+        p = probabilities(logits, self.temperature, self.top_k)
         if self.top_p is not None and self.top_p < 1:
             sorted_p, order = p.sort(dim=-1, descending=True, stable=True)
             outside = sorted_p.cumsum(-1) - sorted_p >= self.top_p  # all before it already reach top_p
             p = p.masked_fill(outside.gather(-1, order.argsort(-1)), 0.0)
             p = p / p.sum(-1, keepdim=True)
         return p
+
+    def draw(self, logits_BWV: Tensor, noise_BRV: Tensor, slot_BW: Tensor) -> Tensor:
+        """(B, W) tokens that the slots' own noise gives; slot n's is at n mod R."""
+        if self.temperature > 0 and (self.top_p is None or self.top_p == 1):
+            return verify(logits_BWV, noise_BRV, slot_BW, self.temperature, self.top_k)
+        return draw(self.probabilities(logits_BWV), noise_at(noise_BRV, slot_BW))
 
 
 #: (model, sampling, one generator per image, called with the number of finished slots) → tokens (B, N).
@@ -187,7 +191,8 @@ class PlainRound:
 
     def _draw(self, model: TokenModel, logits_BV: Tensor) -> None:
         slot_B = self.slot_B.clamp(max=model.forced_N.shape[0] - 1)  # a round that is timed does not stop
-        drawn_B = draw(self.sampling.probabilities(logits_BV), self.randomness.at(slot_B[:, None])[:, 0])
+        ring_BRV = self.randomness.exponential_BRV
+        drawn_B = self.sampling.draw(logits_BV[:, None], ring_BRV, slot_B[:, None])[:, 0]
         forced_B = model.forced_N[slot_B]
         token_B = torch.where(forced_B >= 0, forced_B, drawn_B)
         self.token_BN.scatter_(1, slot_B[:, None], token_B[:, None])

@@ -68,13 +68,3 @@ class Randomness:
                 at = self._drawn[image] % self.ring
                 self.exponential_BRV[image, at : at + self._chunk].exponential_(generator=generator)
                 self._drawn[image] += self._chunk
-
-    def at(self, slot_BW: Tensor) -> Tensor:
-        """(B, W, V) noise of slots."""
-        return noise_at(self.exponential_BRV, slot_BW)
-
-
-def noise_at(exponential_BRV: Tensor, slot_BW: Tensor) -> Tensor:
-    """(B, W, V) noise of slots, from the ring."""
-    ring, vocabulary = exponential_BRV.shape[1:]
-    return exponential_BRV.gather(1, (slot_BW % ring)[..., None].expand(-1, -1, vocabulary))

@@ -11,6 +11,9 @@ from torch import Tensor
 from accel.kernels.dispatch import FLOATS, Op, close
 
 from . import reference
+from .reference import noise_at, probabilities
+
+__all__ = ["noise_at", "probabilities", "verify"]
 
 #: One program holds a slot's logits in its registers; beyond, the reference.
 MOST = 16384

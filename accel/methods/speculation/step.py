@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from accel.core.decoding import Sampling, draw
-from accel.core.randomness import noise_at
+from accel.kernels.verify import noise_at
 
 from .draft import above, carry, inverse_cdf, residual
 from .verify import Rule, accepted, exact
@@ -172,15 +172,15 @@ def noise_step(
 ) -> State:
     """Verify by the slots' noise: the tokens are those of plain decoding with it, whatever the drafts are."""
     width = logits_BWV.shape[1]
-    p_BWV = sampling.probabilities(logits_BWV)
     window = _window(state, width, forced_S)
-    token_BW = draw(p_BWV, noise_at(exponential_BRV, window.slot_BW))
+    token_BW = sampling.draw(logits_BWV, exponential_BRV, window.slot_BW)
     pass_BW = (token_BW == window.draft_BW)[:, :-1] | (window.forced_BW >= 0)[:, :-1]
     token_BS = _written(state, window, token_BW)
     if fresh == "above":
-        enters_BW = _from_above(token_BS, window, row, p_BWV.shape[-1])
+        enters_BW = _from_above(token_BS, window, row, logits_BWV.shape[-1])
     else:
-        enters_BW = draw(p_BWV[:, -1:], noise_at(exponential_BRV, window.slot_BW + width))
+        last_B1V = sampling.probabilities(logits_BWV[:, -1:])
+        enters_BW = draw(last_B1V, noise_at(exponential_BRV, window.slot_BW + width))
     return _advance(state, window, token_BS, accepted(pass_BW), enters_BW, forced_S, slots)
 
 
