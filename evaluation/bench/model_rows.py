@@ -134,7 +134,10 @@ def _row(name: str, total: int, calls: int) -> Row:
     for way in ways:
         if way not in (COMPILED, GRAPHS, AUTO, REFERENCE):
             raise UnknownNameError("way to run", way, (COMPILED, GRAPHS, AUTO, REFERENCE))
-    return Row(name, _configuration(base, total, calls), total, frozenset(ways), int(size) if at else None)
+    configuration = _configuration(base, total, calls)
+    if isinstance(configuration, Peer) and set(ways) - {COMPILED}:
+        raise ConfigError(f"row {name}: what is not accel's runs as it is, or +{COMPILED}")
+    return Row(name, configuration, total, frozenset(ways), int(size) if at else None)
 
 
 def _configuration(base: str, total: int, calls: int) -> Configuration:

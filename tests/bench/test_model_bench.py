@@ -90,6 +90,8 @@ def test_a_row_may_run_at_one_size_only(tmp_path):
     assert model_rows.parse("plain+compiled@512", 24)[0].size == 512
     with pytest.raises(ConfigError, match="plain@512"):
         model_rows.parse("plain@small", 24)
+    with pytest.raises(ConfigError, match="not accel's"):
+        model_rows.parse("magcache+graphs", 24)
     model.bench(tmp_path, "flux1", [96, 128], "plain@128,balanced@128", tiny=True, steps=6, rounds=1, **CPU)
     rows = json.loads((tmp_path / model.RESULTS).read_text())["rows"]
     assert [(row["row"], row["size"]) for row in rows] == [("plain", 128), ("balanced", 128)]
