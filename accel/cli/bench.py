@@ -47,6 +47,9 @@ def peers(
     minutes: Annotated[
         float, typer.Option(min=0, max=100_000, help="With --batch: after this long, no setting is started.")
     ] = 60.0,
+    fine: Annotated[
+        int, typer.Option(min=1, max=9999, help="With --batch: steps of the fine run, which is made once.")
+    ] = 200,
     device: c.Device = None,
     dtype: c.Dtype = None,
 ) -> None:
@@ -63,7 +66,7 @@ def peers(
 
     wanted, counts = _pattern(only), c.wholes(steps, "--steps", "24,28,50")
     if batch is not None:
-        return _distances(out, model, counts, limit, size, seed, batch, minutes, wanted, device, dtype)
+        return _distances(out, model, counts, limit, size, seed, batch, minutes, fine, wanted, device, dtype)
     if len(counts) > 1:
         raise ConfigError(f"--steps {steps}: one number, or add --batch")
     (total,) = counts
@@ -99,6 +102,7 @@ def _distances(
     seed: int,
     batch: int,
     minutes: float,
+    fine: int,
     wanted: re.Pattern[str],
     device: str | None,
     dtype: str | None,
@@ -115,7 +119,7 @@ def _distances(
     call.check(pipe)
     prompts = suites.take(suites.scenes(seed=seed).prompts, limit)
     with _stages() as progress:
-        plan = Plan(call, batch, 1000 * seed, minutes=minutes, progress=progress)
+        plan = Plan(call, batch, 1000 * seed, fine, minutes, progress)
         rows = measure(out, pipe, prompts, counts, plan, wanted)
     made_with = f"{model}, {c.precision(pipe)} on {pipe.device}; {size or 'default'} px, {limit} prompts of seed {seed}."
     page = report(out, rows, made_with)
