@@ -9,9 +9,8 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +23,10 @@ from accel.core.schedule import growing
 from accel.errors import ConfigError
 from accel.evaluation.errors import EvaluationError
 from accel.evaluation.metrics.pixel import psnr
-from accel.evaluation.scorers import Scorer
 from accel.generation import Job
 from accel.methods.forecasting import ForecastConfig
 
+from .goal import Goal, Row, Settings, Tuned, name_of
 from .masks import Array, Mask, Plain, cheapest, gaps, price
 from .measure import Runs, amplification, amplification_at, computed, probes, schedule_of
 from .state import State, rounded
@@ -37,97 +36,6 @@ SEARCH, HELD = "search", "held-back"
 FEWEST, MOST = 4, 12  # prompts; and of each of the two parts
 _PROBED = 4  # prompts of the runs with a single gap
 _IDENTICAL = 100.0  # dB that stand for no difference at all
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What is asked for: the fastest mask that stays this close, or the closest that is this fast.
-
-    Attributes:
-        metric: `psnr` (dB, at least), `lpips` (at most), both to the plain pictures at the 10th percentile over prompts
-            (of closeness); or `speedup`, all steps over computed steps.
-    """
-
-    metric: Literal["psnr", "lpips", "speedup"]
-    value: float
-
-    @property
-    def measured(self) -> str:
-        return "lpips" if self.metric == "lpips" else "psnr"
-
-    def closeness(self, values: Sequence[float], quantile: float = 0.1) -> float:
-        """The 10th percentile of it, higher is closer."""
-        sign = -1 if self.metric == "lpips" else 1
-        return float(np.quantile(sign * np.asarray(values), quantile))
-
-    def is_met(self, values: Sequence[float]) -> bool:
-        wanted = -self.value if self.metric == "lpips" else self.value
-        return self.metric == "speedup" or self.closeness(values) >= wanted
-
-    def said(self, values: Sequence[float]) -> str:
-        """The 10th percentile in words."""
-        p10 = abs(self.closeness(values))
-        return f"LPIPS {p10:.4f}" if self.metric == "lpips" else f"{p10:.1f} dB"
-
-    def __str__(self) -> str:
-        return {"psnr": f"at least {self.value:g} dB", "lpips": f"an LPIPS of at most {self.value:g}"}.get(
-            self.metric, f"{self.value:g} times as fast"
-        )
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to tune.
-
-    Attributes:
-        call: of the pipeline; its `steps` given.
-        prompts: at least four. A third of them is held back, both parts are at most 12.
-        seed: of the first prompt's noise; each further one adds one.
-        batch: images per call.
-        minutes: after this long, no more masks are tried than are needed.
-        lpips: the scorer, if the goal is one.
-        also: other numbers of steps to name a mask for, unseen.
-    """
-
-    call: generation.Settings
-    prompts: tuple[str, ...]
-    seed: int = 0
-    batch: int = 4
-    minutes: float = 15.0
-    lpips: Scorer | None = None
-    also: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Row:
-    """What a configuration gave on a part of the prompts: PSNR or LPIPS of each, seconds in the denoiser and in all."""
-
-    name: str
-    computed: int
-    split: str
-    values: dict[str, list[float]]
-    denoiser_seconds: float
-    seconds: float
-
-
-@dataclass
-class Tuned:
-    """The result: the mask, what it gave, and everything that was measured on the way. `others`: number of steps -> a mask
-    for it that was not run: the sparsest whose price is no higher."""
-
-    mask: Mask
-    goal: Goal
-    rows: list[Row]
-    plain: Plain
-    described: dict[str, Any]
-    call: dict[str, Any]
-    masks: dict[int, list[Mask]]
-    shape: list[int]
-    others: dict[int, Mask]
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def row(self, name: str, split: str) -> Row | None:
-        return next((r for r in self.rows if (r.name, r.split) == (name, split)), None)
 
 
 Progress = Callable[[tuple[float, float, str]], None]
@@ -406,10 +314,6 @@ class _Tuning:
             f"nothing faster than the plain pipeline keeps {self.goal} at the 10th percentile on {where}; the best found "
             f"computes {best.computed} of {self.total} steps and has {self.goal.said(values)}. Ask for less, or use more steps"
         )
-
-
-def name_of(mask: Mask) -> str:
-    return f"{','.join(map(str, mask.steps))} t{mask.trend:g}"
 
 
 def merged(found: Sequence[dict[int, list[Mask]]]) -> dict[int, list[Mask]]:
