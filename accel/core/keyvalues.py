@@ -135,7 +135,8 @@ class KeyValues:
 
     @property
     def active(self) -> bool:
-        return self.ours() and (self.storing or self.plan is not None)
+        # What is mostly false, and costs nothing to ask, first.
+        return (self.storing or self.plan is not None) and self.ours()
 
     @property
     def kept(self) -> list[Tensor]:
