@@ -108,7 +108,6 @@ class Op:
         suits: whether the kernel takes these arguments; what it does not take is the reference's.
         agrees: (arguments, kernel's result, reference's) -> what is wrong with the kernel's; None: nothing.
         indices: (arguments) -> (indices, lowest valid, number of rows) of each table, for `use(check=True)`.
-        mutates: positions of arguments that are written to.
         fuses: compiled code takes the reference, which inductor makes one kernel of.
     """
 
@@ -121,11 +120,10 @@ class Op:
         suits: Callable[..., bool] = lambda *args: True,
         agrees: Callable[[Sequence[Any], Any, Any], str | None] | None = None,
         indices: Callable[..., list[tuple[Tensor, int, int]]] = lambda *args: [],
-        mutates: tuple[int, ...] = (),
         fuses: bool = False,
     ) -> None:
         self.name, self.reference, self.fuses = name, reference, fuses
-        self.suits, self.indices, self.mutates = suits, indices, mutates
+        self.suits, self.indices = suits, indices
         self.agrees = agrees or (lambda args, found, truth: close(found, truth))
         self.verdicts: dict[tuple, str | None] = {}
         self._kinds: dict[tuple, tuple] = {}  # by sizes as they are
@@ -178,13 +176,11 @@ class Op:
         return self.reference(*args) if self.verdicts[kind] else self._launch(*args)
 
     def _launch(self, *args: Any) -> Any:
-        # What is written to stays the caller's own tensor; such kernels take its strides.
-        return self.kernel(*(a if i in self.mutates else _contiguous(a) for i, a in enumerate(args)))
+        return self.kernel(*map(_contiguous, args))
 
     def check(self, args: tuple[Any, ...]) -> str | None:
         """What is wrong with the kernel's result for these arguments; None: it is the reference's."""
-        found, truth = (self._result(run, args) for run in (self._launch, self.reference))
-        return self.agrees(args, found, truth)
+        return self.agrees(args, self._launch(*args), self.reference(*args))
 
     def _prove(self, args: tuple[Any, ...]) -> str | None:
         """Why the kernel is not to be used for arguments like these; None: it said what the reference says."""
@@ -198,12 +194,6 @@ class Op:
                 raise NumericsError(f"{say}. accel.kernels.use('auto') goes on without it.")
             warnings.warn(say, AccelWarning, stacklevel=2)
         return why
-
-    def _result(self, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """Of a run on copies of what it writes to: the copies, or what it returns."""
-        mine = [a.clone() if i in self.mutates else a for i, a in enumerate(args)]
-        result = run(*mine)
-        return tuple(mine[i] for i in self.mutates) if self.mutates else result
 
     def _check_indices(self, args: tuple[Any, ...]) -> None:
         for index, lowest, rows in self.indices(*args):

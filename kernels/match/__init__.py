@@ -26,8 +26,12 @@ def _agrees(args: Sequence[Any], found: Any, truth: Any) -> str | None:
         return "a target that is no destination"
     unit_GNC = reference.features(x_BNC, dst_GD.shape[0])
     chosen_GN = (unit_GNC * unit_GNC.gather(1, target_GN[..., None].expand_as(unit_GNC))).sum(2)
-    chosen_GN = chosen_GN.masked_fill(truth_GN.isneginf(), -math.inf)
-    return close(best_GN, truth_GN) or close(chosen_GN, truth_GN)
+    source_GN = truth_GN.isfinite()
+    # The reference's products are TF32's where that is allowed: good enough to judge a choice, not to judge a value.
+    missed = float(torch.where(source_GN, truth_GN - chosen_GN, 0.0).max())
+    if missed > 5e-3:
+        return f"a destination less similar by {missed:.2g} than the best"
+    return close(best_GN, chosen_GN.masked_fill(~source_GN, -math.inf))
 
 
 _OP = Op(

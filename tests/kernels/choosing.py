@@ -209,5 +209,16 @@ def test_every_check_finds_a_wrong_result(name):
         assert op.agrees(args, tuple(spoiled) if several else spoiled[0], truth), at
 
 
+def test_a_match_is_not_judged_by_the_references_rounding():
+    """Products of TF32, which users allow, have 11 bits."""
+    op, args = dispatch.OPS["match"], small_arguments()["match"]
+    best, target = op.reference(*args)
+    rounded = torch.where(best.isfinite(), best.bfloat16().float(), best)
+    assert not torch.equal(rounded, best)
+    assert op.agrees(args, op.kernel(*args), (rounded, target)) is None
+    # The negative control: another destination for every token.
+    assert "less similar" in op.agrees(args, (best, args[1][:, :1].expand_as(target)), (best, target))
+
+
 def test_every_operation_is_measured_and_checked():
     assert {case.op for case in CASES} == set(dispatch.OPS) == set(small_arguments())
