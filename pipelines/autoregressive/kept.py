@@ -111,7 +111,11 @@ class Kept:
 def _fingerprint(adapter: CheckpointAdapter) -> tuple:
     """Changes when a graph of the model, or its `Stack`, is not good any more. Well under a millisecond for 1 B."""
     model: nn.Module = adapter.model
-    tensors = tuple((part.data_ptr(), part.dtype) for part in (*model.parameters(), *model.buffers()))
+    tensors = tuple(
+        # Tensors of a quantisation need not have a memory of their own.
+        (part.data_ptr() if type(part) in (nn.Parameter, torch.Tensor) else id(part), part.dtype)
+        for part in (*model.parameters(), *model.buffers())
+    )
     return tensors, tuple(id(part) for part in adapter.backbone.modules()), hooked(adapter.backbone)
 
 

@@ -210,6 +210,8 @@ def llama(backbone: nn.Module) -> Stack | None:
         linear += [mlp.get_submodule(f"{name}_proj") for name in ("gate", "up", "down")]
         if not all(type(one) is nn.Linear and one.bias is None for one in linear):
             return None
+        if not all(type(one.weight) is nn.Parameter for one in linear):  # a quantisation's own tensors
+            return None
         q, k, v, out, gate, up, down = (one.get_parameter("weight") for one in linear)
         norms = [
             part.get_parameter(f"{name}.weight") for name in ("input_layernorm", "post_attention_layernorm")

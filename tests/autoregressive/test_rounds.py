@@ -257,3 +257,31 @@ def test_a_longer_prompt_takes_more_memory_and_a_shorter_one_what_is_there():
         assert torch.equal(tokens(pipe, prompts), wanted)
         places.append(models(pipe)[0].places)
     assert places[0] < places[1] == places[2]
+
+
+def test_layers_that_something_replaced_are_called_as_they_are():
+    """An adapter's linear layer, and one with a bias: not `Stack`'s, and yet captured."""
+
+    class Louder(torch.nn.Linear):
+        def forward(self, x):
+            return 1.5 * super().forward(x)
+
+    pipe = pipeline()
+    before = tokens(pipe)
+    for change in ("class", "bias"):
+        attention = pipe.adapter.backbone.layers[1].self_attn
+        old = attention.q_proj
+        new = (Louder if change == "class" else torch.nn.Linear)(32, 32, bias=change == "bias")
+        new.weight.data.copy_(old.weight)
+        if change == "bias":
+            torch.nn.init.constant_(new.bias, 0.7)
+        attention.q_proj = new.requires_grad_(False)
+        assert pipe.adapter.stack() is None
+        pipe.graphs = False
+        expected = tokens(pipe)
+        assert not torch.equal(expected, before)
+        pipe.graphs, pipe._kept = True, kept("taped")
+        assert torch.equal(tokens(pipe), expected)
+        assert replays(pipe) > 0
+        attention.q_proj = old
+    assert pipe.adapter.stack() is not None
