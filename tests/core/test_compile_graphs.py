@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 from conftest import FAMILIES, make_flux
-from tape import Tape
+from recorder import Tape
 
 import accel
 from accel.core import compiling
