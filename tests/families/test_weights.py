@@ -47,6 +47,7 @@ GRID = (8, 12)
 
 #: Where repeated tokens are not as one, for reasons of the model's own.
 UNLIKE = {
+    "FLUX.3, modular": "where its keys are made is not described: its slots weigh as one token",
     "Nucleus": "its experts choose among the tokens there are",
     "Lumina-Next": "it scales its softmax by the number of tokens it is given",
 }

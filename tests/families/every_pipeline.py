@@ -1,0 +1,299 @@
+"""Every image pipeline of the installed diffusers: which presets it takes, and the reason where it does not.
+
+    PYTHONPATH=tests python tests/families/every_pipeline.py [--only NAME ...] [--write docs/measured/pipelines.md]
+
+Without weights: a pipeline is put together from the parts of the family's tiny checkpoint (a `Case` of this folder) and
+called with the arguments that its signature shares with that case's, and a picture, a mask or a strength where it asks
+for one. One that does not run plain that way is not counted; whether its denoiser is described is said of all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import logging
+import signal
+import typing
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from conftest import randomise, tiny_vae
+from PIL import Image
+from test_conformance import CASES
+
+import accel
+from accel.errors import AccelError
+from accel.pipelines import registry
+
+PRESETS = ("balanced", "merging")
+SECONDS = 120  # a pipeline; of random parts of sizes that do not go together, some never end
+DENOISERS = ("transformer", "unet", "prior", "decoder")
+COMMAND = "PYTHONPATH=tests python tests/families/every_pipeline.py --write docs/measured/pipelines.md"
+#: By what their denoisers or their names say: sound, video, molecules, text, shapes.
+NOT_IMAGES = (
+    *("3DConditionModel", "UNetMotionModel", "SpatioTemporal", "I2VGen", "Audio", "AceStep", "Wan", "LTX"),
+    *("Video", "Mochi", "Latte", "Allegro", "AnyFlow", "CogVideo", "Chrono", "EasyAnimate", "Helios", "Sky"),
+    *("Motif", "RFD4", "Lucy", "UNet1D", "MusicLDM", "ShapE", "WM", "V2V", "I2V", "T2V", "TI2VA", "Omni3"),
+    *("PredictBase", "Transfer", "ToWorld", "Cosmos3Omni", "DiffusionGemma", "LLaDA", "AnimateDiff", "PIA"),
+)
+
+
+@dataclass
+class Row:
+    """One pipeline."""
+
+    pipeline: str
+    denoiser: str
+    described: bool
+    plain: str = ""
+    said: tuple[str, ...] = ()
+
+    @property
+    def ran(self) -> bool:
+        return self.plain == "yes"
+
+
+def image_pipelines() -> list[tuple[type, str]]:
+    """(class, name of its denoiser's class) of all of them that have one."""
+    found = []
+    for name in sorted(dir(diffusers)):
+        cls = getattr(diffusers, name) if name.endswith("Pipeline") else None
+        if not (inspect.isclass(cls) and issubclass(cls, diffusers.DiffusionPipeline)):
+            continue
+        denoiser = denoiser_of(cls)
+        if denoiser and not any(word in name + denoiser for word in NOT_IMAGES):
+            found.append((cls, denoiser))
+    return found
+
+
+def denoiser_of(cls: type) -> str | None:
+    parameters = inspect.signature(cls.__init__).parameters
+    slot = next((name for name in DENOISERS if name in parameters), None)
+    if slot is None:
+        return None
+    kinds = classes_of(cls, slot)
+    return kinds[0].__name__ if kinds else None
+
+
+def classes_of(cls: type, parameter: str) -> list[type]:
+    try:
+        hint = typing.get_type_hints(cls.__init__).get(parameter)
+    except NameError:
+        hint = inspect.signature(cls.__init__).parameters[parameter].annotation
+    return [
+        one for one in (typing.get_args(hint) or (hint,)) if inspect.isclass(one) and one is not type(None)
+    ]
+
+
+@cache
+def made() -> list[tuple[Any, type, str, set[str]]]:
+    """(case, class of its pipeline, class of its denoiser, names of its parts)"""
+    found = []
+    for case in CASES.values():
+        pipe = case.make()
+        module = getattr(pipe, "transformer", None) or pipe.unet
+        found.append((case, type(pipe), type(module).__name__, set(pipe.components)))
+    return found
+
+
+def cases_of(cls: type, denoiser: str) -> list[Any]:
+    """Cases of this denoiser, those of the pipeline itself or of one with the same parts first."""
+    wanted = set(inspect.signature(cls.__init__).parameters)
+
+    def close(entry: tuple[Any, type, str, set[str]]) -> tuple:
+        _, kind, _, parts = entry
+        both_xl = ("XL" in cls.__name__) == ("XL" in kind.__name__)
+        return (issubclass(kind, cls), both_xl, len(wanted & parts), -len(parts - wanted))
+
+    return [entry[0] for entry in sorted(made(), key=close, reverse=True) if entry[2] == denoiser]
+
+
+def builds(cls: type, case: Any) -> Iterator[Any]:
+    """The pipeline from a case's parts, its denoiser with as many channels as the pipeline may want."""
+    base = case.make()
+    if isinstance(base, cls):
+        yield base
+        return
+    yield assemble(cls, {**base.components})
+    slot = "unet" if hasattr(base, "unet") else "transformer"
+    kind, config = type(getattr(base, slot)), getattr(base, slot).config
+    own = config.get("in_channels", 0)
+    for channels in (8, 9, 5, 7) if slot == "unet" else (2 * own, 3 * own):
+        options = {key: value for key, value in config.items() if not key.startswith("_")}
+        options |= {"in_channels": channels, "out_channels": config.get("out_channels") or own}
+        yield assemble(cls, {**base.components, slot: randomise(kind(**options), 0)})
+
+
+def assemble(cls: type, parts: dict[str, Any]) -> Any:
+    given = {}
+    denoiser = parts.get("transformer", parts.get("unet"))
+    for name, parameter in inspect.signature(cls.__init__).parameters.items():
+        if name in ("self", "args", "kwargs"):
+            continue
+        if name == "controlnet":
+            given[name] = controlnet(cls, denoiser)
+        elif name == "vae":
+            given[name] = parts.get(name) or tiny_vae()
+            if getattr(given[name].config, "shift_factor", 0) is None:
+                given[name].register_to_config(shift_factor=0.0)
+        elif name in parts:
+            given[name] = parts[name]
+        elif name in ("requires_safety_checker", "add_watermarker"):
+            given[name] = False
+        elif parameter.default is parameter.empty:
+            given[name] = None
+    pipe = cls(**given)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def controlnet(cls: type, denoiser: Any) -> Any:
+    for kind in classes_of(cls, "controlnet"):
+        if hasattr(kind, "from_unet"):
+            return kind.from_unet(denoiser, conditioning_embedding_out_channels=(16, 16))
+        if hasattr(kind, "from_transformer"):
+            names = set(inspect.signature(kind.from_transformer).parameters) & {
+                *("num_layers", "num_single_layers", "attention_head_dim", "num_attention_heads"),
+            }
+            return kind.from_transformer(denoiser, **{name: denoiser.config[name] for name in names})
+    raise ValueError("no control network of a kind that can be made from the denoiser")
+
+
+def calls(pipe: Any, case: Any) -> Iterator[dict[str, Any]]:
+    """Arguments that may suit the pipeline, pictures in several forms."""
+    call = case.call(steps=10, wide=False, dtype=torch.float32)
+    height, width = call.get("height", 32), call.get("width", 48)
+    generator = torch.Generator().manual_seed(7)
+    picture = Image.new("RGB", (width, height), (200, 30, 60))
+    tensor = torch.rand(1, 3, height, width, generator=generator)
+    names = inspect.signature(type(pipe).__call__).parameters
+    own = {name: value for name, value in call.items() if name in names}
+    yield own
+    wanted = [n for n in names if n.endswith("image") and "ip_adapter" not in n and n not in call]
+    for image in (picture, tensor, [picture] * 2):
+        extra: dict[str, Any] = {
+            **dict.fromkeys((n for n in wanted if "mask" not in n), image),
+            "mask_image": Image.new("L", (width, height), 255),
+            "mask": Image.new("L", (width, height), 255),
+            "strength": 0.9,
+        }
+        yield {**{name: value for name, value in extra.items() if name in names}, **own}
+
+
+def latents(pipe: Any, call: dict[str, Any]) -> torch.Tensor:
+    call = {**call, "generator": torch.Generator().manual_seed(5)} if "generator" in call else call
+    torch.manual_seed(5)  # some encode their pictures with no generator
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        output = pipe(**call)
+    if isinstance(output, torch.Tensor):
+        return output
+    found = next(value for value in vars(output).values() if value is not None)
+    return found if isinstance(found, torch.Tensor) else torch.stack([torch.as_tensor(one) for one in found])
+
+
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
+
+
+def tried(cls: type, denoiser: str) -> Row:
+    row = Row(cls.__name__, denoiser, denoiser in registry.known(), "no case of this denoiser")
+    for case in cases_of(cls, denoiser)[:2]:
+        try:
+            for pipe in builds(cls, case):
+                for call in calls(pipe, case):
+                    try:
+                        plain = latents(pipe, call)
+                    except TimeoutError:
+                        raise
+                    except Exception as error:
+                        row.plain = first_line(error)
+                        continue
+                    row.plain = "yes"
+                    row.said = tuple(outcome(pipe, call, plain, preset) for preset in PRESETS)
+                    return row
+        except TimeoutError:
+            raise
+        except Exception as error:
+            row.plain = first_line(error)
+    return row
+
+
+def outcome(pipe: Any, call: dict[str, Any], plain: torch.Tensor, preset: str) -> str:
+    """ "yes", or why not."""
+    try:
+        with accel.accelerate(pipe, preset) as handle:
+            fast = latents(pipe, call)
+    except AccelError as error:
+        return first_line(error)
+    except Exception as error:
+        return f"CRASH {first_line(error)}"
+    if not (torch.isfinite(fast.float()).all() and torch.equal(latents(pipe, call), plain)):
+        return "WRONG not finite, or not restored"
+    return "yes" if handle.stats.share < 1 else "nothing was left out"
+
+
+def table(rows: list[Row]) -> str:
+    ran = [row for row in rows if row.ran]
+    taken = {preset: sum(row.said[i] == "yes" for row in ran) for i, preset in enumerate(PRESETS)}
+    described = sum(row.described for row in rows)
+    lines = [
+        "# Every image pipeline of diffusers",
+        "",
+        f"Pipelines of diffusers {diffusers.__version__} that make images with a denoiser, put together from tiny random checkpoints (no weights, no quality):",
+        f"{len(rows)}, of which {described} have a denoiser that is [described](../models.md). {len(ran)} run plain here; of those {taken['balanced']} take `balanced`",
+        f"and {taken['merging']} take `merging`. The rest want parts that cannot be made without their own files; forecasts do not look at them.",
+        "",
+        "```bash",
+        COMMAND,
+        "```",
+        "",
+        f"| pipeline | denoiser | plain | {' | '.join(PRESETS)} |",
+        "|---|---|---|" + "---|" * len(PRESETS),
+    ]
+    for row in rows:
+        plain = row.plain if row.ran else "not here"
+        said = [cell(text) for text in row.said] or ["–"] * len(PRESETS)
+        lines.append(f"| {row.pipeline} | {row.denoiser} | {plain} | {' | '.join(said)} |")
+    return "\n".join(lines) + "\n"
+
+
+def cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("UnsupportedError: ", "refused: ")
+
+
+def stop(*_: Any) -> None:
+    raise TimeoutError(f"not over within {SECONDS} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="*", help="names of pipelines")
+    parser.add_argument("--write", type=Path, help="the page")
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    signal.signal(signal.SIGALRM, stop)
+    rows = []
+    for cls, denoiser in image_pipelines():
+        if options.only and cls.__name__ not in options.only:
+            continue
+        signal.alarm(SECONDS)
+        try:
+            row = tried(cls, denoiser)
+        except TimeoutError as error:
+            row = Row(cls.__name__, denoiser, denoiser in registry.known(), str(error))
+        signal.alarm(0)
+        rows.append(row)
+        print(row.pipeline, row.denoiser, row.plain, *row.said, sep=" | ", flush=True)
+    if options.write:
+        options.write.write_text(table(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
