@@ -73,6 +73,9 @@ class Cuda:
     def record(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         # One pool for all: what a graph puts out is cloned before another one runs, so that they may overlap.
         graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream(self._device)
+        generator = torch.cuda.default_generators[stream.device.index]
+        random = generator.clone_state()
         try:
             with (
                 torch.cuda.device(self._device),
@@ -80,6 +83,10 @@ class Cuda:
             ):
                 output = call()
         except BaseException:
+            # One that is broken off leaves torch on the stream of the recording, and its random numbers in it: what
+            # draws some, or saves their state as torch.compile does, would fail from then on.
+            torch.cuda.set_stream(stream)
+            generator.graphsafe_set_state(random)
             self._pool = torch.cuda.graph_pool_handle()  # whatever is left in that one
             raise
         return graph.replay, output

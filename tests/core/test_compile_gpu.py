@@ -63,7 +63,7 @@ def test_recorded_calls_give_the_same_pictures(name):
 
 def test_a_model_that_waits_for_the_device_runs_as_it_is():
     config = accel.TokenMergingConfig(threshold=0.2, dense_steps_first=2, dense_steps_last=0)
-    pipe = on_gpu()
+    pipe, stream = on_gpu(), torch.cuda.current_stream()
     with accel.accelerate(pipe, config):
         expected = picture(pipe)
     with accel.accelerate(pipe, config, compile="graphs") as handle:
@@ -72,6 +72,11 @@ def test_a_model_that_waits_for_the_device_runs_as_it_is():
         print(handle.stats.notes)
         assert handle.stats.notes[0].startswith("no CUDA graph: ")
         assert "engine.py" in handle.stats.notes[0]
+        assert len(handle._method().run.compilation.graphs) == 2  # recording goes on after one was broken off
+    assert torch.cuda.current_stream() == stream
+    torch.rand(2, device="cuda")  # what a recording that breaks off may leave unusable
+    torch.cuda.get_rng_state()
+    torch.cuda.empty_cache()
 
 
 @pytest.mark.parametrize(
