@@ -140,3 +140,26 @@ def test_magcache_is_calibrated_once_on_the_model_itself():
     assert len(calls) == 6  # three steps, two branches, one calibration
     assert pipe.transformer is transformer
     assert state_of(pipe)[:2] == before[:2]
+
+
+@pytest.mark.parametrize("steps", [4, 6, 8])
+def test_few_steps_are_compared_with_what_people_use_and_one_schedule_for_both(steps):
+    settings = peers.few_step(steps)
+    names = [s.name for s in settings]
+    assert len(set(names)) == len(names)
+    assert {
+        "few-step",
+        "few-step-fast",
+        "matching-50",
+        "windows-25",
+        "tomesd",
+        "fbc-0.1",
+        f"steps={steps // 2}",
+    } <= set(names)
+    mixed = [s for s in settings if s.name.startswith("mixed-")]
+    assert len(mixed) >= 2
+    for setting in mixed:
+        phases = setting.method.schedule().phases(steps)
+        shares = [round(100 * phase.budget) for phase in phases]
+        wanted = [{"1": 100}.get(part, int(part)) for part in setting.name.split("-")[1:]]
+        assert shares == [100, *wanted]
