@@ -59,18 +59,17 @@ class Stack(nn.Module):
     Args:
         layers: their weights, alike in shape.
         norm: the last norm's.
-        wrap: what the functions between attentions go through, such as a torch.compile.
     """
 
     def __init__(self, shape: Shape, layers: Sequence[Layer], norm: Tensor) -> None:
         super().__init__()
         self.shape, self.layers = shape, list(layers)
-        self.__dict__["norm"] = norm  # not registered: it is the model's
-        self._begin, self._between, self._end = _begin, _between, _end
+        self._norm = (norm,)  # in a tuple, not registered: it is the model's
+        self._begin, self._between, self._end = _entered, _between, _end
 
     def wrap(self, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Put the functions between attentions through something, such as torch.compile."""
-        self._begin, self._between, self._end = (_any_length(wrapper(f)) for f in (_begin, _between, _end))
+        self._begin, self._between, self._end = (_any_length(wrapper(f)) for f in (_entered, _between, _end))
 
     def forward(
         self, x_RWD: Tensor, bias_R1WK: Tensor, cos_RWE: Tensor, sin_RWE: Tensor, cache: Any
@@ -93,9 +92,7 @@ class Stack(nn.Module):
         for number, layer in enumerate(self.layers):
             attended_TD = _attend(q_THE, keys, values, bias, rows, width)
             if number + 1 == len(self.layers):
-                return self._end(x_TD, attended_TD, layer, self.__dict__["norm"], shape).unflatten(
-                    0, (rows, width)
-                )
+                return self._end(x_TD, attended_TD, layer, self._norm[0], shape).unflatten(0, (rows, width))
             keys, values = cache.memory(number + 1, shape.kv_heads, shape.head, x_TD)
             x_TD, q_THE = self._between(
                 x_TD, attended_TD, layer, self.layers[number + 1], keys, values, *turned
@@ -117,10 +114,6 @@ def _any_length(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*inputs)
 
     return call
-
-
-def _begin(x_TD, layer, keys, values, cos, sin, index, shape):
-    return _entered(x_TD, layer, keys, values, cos, sin, index, shape)
 
 
 def _between(x_TD, attended_TD, layer, following, keys, values, cos, sin, index, shape):
