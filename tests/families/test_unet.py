@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionXLPAGPipeline
 from test_conformance import CASES, permuted, relative
 
 import accel
@@ -119,3 +119,18 @@ def test_merging_goes_with_controlnet():
     assert handle.stats.share < 0.9
     assert relative(merged, plain) > 0
     assert torch.equal(run(), plain)
+
+
+def test_perturbed_attention_takes_merging_without_weights():
+    pipe = StableDiffusionXLPAGPipeline.from_pipe(XL.make(), pag_applied_layers=["mid"])
+    pipe.set_progress_bar_config(disable=True)
+    plain = XL.latents(pipe, steps=8)
+    with (
+        accel.accelerate(pipe, "merging"),
+        pytest.raises(UnsupportedError, match=r"PAG.*proportional=False"),
+    ):
+        XL.latents(pipe, steps=8)
+    with accel.accelerate(pipe, accel.TokenMergingConfig(proportional=False)) as handle:
+        assert torch.isfinite(XL.latents(pipe, steps=8)).all()
+    assert handle.stats.share < 0.95
+    assert torch.equal(XL.latents(pipe, steps=8), plain)
