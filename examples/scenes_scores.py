@@ -2,9 +2,9 @@
 
     python examples/scenes_scores.py --worlds flat textured --rows plain matching:0.5 windows:0.5 windows:0.67 upcycled:0.67
     python examples/scenes_scores.py --worlds textured --set detail --per 8
-    python examples/scenes_scores.py --truth --per 24        # the detector's ceiling and floor, no model
+    python examples/scenes_scores.py --truth --per 24        # detector and autoencoder, no model
 
-A row is plain, or `groups:share of tokens merged away`; `upcycled` is windows with the built-in model's side-car. All rows
+A row is plain, or `groups:share of tokens merged away`; `upcycled` is windows with the side-car of `--adapter`. All rows
 draw the same prompts from the same noise. The six tasks are of held-out combinations; `--set detail` are the small,
 tiny and thin shapes, for which merging should fail first: their scores are per scale. Intervals are 95 %, by bootstrap
 over prompts; ± is the standard error of the mean.
@@ -28,7 +28,7 @@ from accel.pipelines import builtin
 from accel.pipelines.builtin import textured
 
 
-def config_of(row: str, adapter: Path) -> accel.TokenMergingConfig | None:
+def config_of(row: str, adapter: Path | None) -> accel.TokenMergingConfig | None:
     name, _, share = row.partition(":")
     if name == "plain":
         return None
@@ -84,6 +84,18 @@ def truth(world: str, which: str, per: int, seed: int) -> None:
         print(f"{world}, {name}: {len(lines)} renders, ceiling {ceiling:.3f}, floor {floor:.3f}", flush=True)
 
 
+@torch.no_grad()
+def autoencoder(world: str, per: int, seed: int) -> None:
+    """How near the built-in autoencoder brings ground-truth renders back."""
+    vae = builtin.load_pipeline("cpu").vae
+    lines = [p.metadata for p in prompts_of("tasks", per, seed) if p.metadata]
+    images = scenes.render(scenes.sample_scenes(lines, np.random.default_rng(0), world), 256)
+    again = [vae.decode(vae.encode(x[None] * 2 - 1).latent_dist.mean).sample for x in images]
+    error = (torch.cat(again).clamp(-1, 1) / 2 + 0.5 - images).square().mean((1, 2, 3))
+    decibels = -10 * torch.log10(error)
+    print(f"{world}, autoencoder: {len(lines)} renders, {decibels.mean():.1f} dB", flush=True)
+
+
 def summary(values: list[float], prompts: list[suites.Prompt]) -> str:
     found = mean_interval(values, [p.text for p in prompts], bounds=(0, 1))
     return f"{found.value:.3f} ({found.low:.2f} to {found.high:.2f})"
@@ -99,14 +111,18 @@ def main() -> None:
     parser.add_argument("--per", type=int, default=4, help="prompts of each task, or of each task and scale")
     parser.add_argument("--steps", type=int, nargs="+", default=[4])
     parser.add_argument("--seed", type=int, default=11)
-    parser.add_argument("--adapter", type=Path, default=builtin.CHUNKING)
+    parser.add_argument("--adapter", type=Path, help="the side-car of `upcycled` rows")
     parser.add_argument("--textures", type=Path, help="default: the textured world's own side-car")
-    parser.add_argument("--truth", action="store_true", help="the detector alone, on all sets")
+    parser.add_argument(
+        "--truth", action="store_true", help="the detector and the autoencoder alone, no model"
+    )
     parser.add_argument("--out", type=Path, help="JSON lines: a record for every picture")
     args = parser.parse_args()
     if args.truth:
         for world, which in (("flat", "tasks"), ("textured", "tasks"), ("textured", "detail")):
             truth(world, which, args.per, args.seed)
+        for world in ("flat", "textured"):
+            autoencoder(world, -(-args.per // 6), args.seed)
         return
     judge = judges.scenes_judge().scorer
     prompts = prompts_of(args.which, args.per, args.seed)

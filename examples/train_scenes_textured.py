@@ -7,7 +7,7 @@ without it the letters are trained first.
 
 Base weights stay as they are. The side-car holds low-rank changes of the transformer's layers (trained by flow matching
 as the model itself was, see train_scenes_diffusion.py) and the text encoders' rows for three more words
-(scenes_letters.py). The autoencoder needs no change: it gives textured renders back at 33.8 dB, flat ones at 39.9
+(scenes_letters.py). The autoencoder needs no change: it gives textured renders back at 33.0 dB, flat ones at 40.1
 (24 renders each).
 
 Every 20 seconds a checkpoint and the side-car of the moving average are written, each at once, so that a run that is

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from .scenes_janus import ScenesJanusPipeline
 
 FOLDER = Path(__file__).parent / "scenes-flux"
-#: Side-car of the model upcycled for windows, in both worlds: `TokenMergingConfig(groups="windows", adapter=str(CHUNKING))`.
-CHUNKING = FOLDER / "chunking.safetensors"
 AUTOREGRESSIVE_FOLDER = Path(__file__).parent / "scenes-janus"
 
 
@@ -25,7 +23,8 @@ def load_pipeline(device: Any = None, dtype: Any = None, world: str = "flat") ->
         device: default: CUDA if there is one, else CPU.
         dtype: default: bfloat16 on CUDA, float32 on CPU.
         world: "flat", or "textured": the same model changed by a side-car, so that the same prompts get patterned
-            grounds and shapes, and three more words mean something: small, tiny and thin.
+            grounds and shapes, and three more words mean something: small, tiny and thin. Its side-car is not shipped:
+            examples/train_scenes_textured.py makes it.
 
     Raises:
         WeightsError: if a file of the model is missing or corrupt; names the file.

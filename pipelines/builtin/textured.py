@@ -28,7 +28,7 @@ def add_to(pipe: ScenesFluxPipeline, file: Path = FILE) -> None:
         car.merge(pipe.transformer)
         spell(pipe, car.extra)
     except WeightsError as error:
-        advice = "Reinstall the package, or train it: examples/train_scenes_textured.py"
+        advice = "Train it: examples/train_scenes_textured.py"
         raise WeightsError(f"{str(error).rstrip('. ')}. {advice}") from error
 
 
