@@ -161,6 +161,12 @@ _DENOISERS = ("transformer", "unet", "prior", "decoder")
 _BESIDE = ("unconditional_transformer",)
 
 
+#: Pipelines that need more of the denoiser than its prediction, and what that is.
+_READS = {
+    "StableDiffusionSAGPipeline": "reads attention maps out of the denoiser at every step, for all of its tokens"
+}
+
+
 def denoisers_of(pipe: Any) -> list[tuple[nn.Module, nn.Module]]:
     """The modules that a diffusers pipeline calls at every step, each with the denoiser itself, the first one first.
 
@@ -170,6 +176,8 @@ def denoisers_of(pipe: Any) -> list[tuple[nn.Module, nn.Module]]:
         UnsupportedError: the object has no denoiser or no scheduler.
     """
     # Not `a or b`: a compiled module has a __len__ that raises.
+    if (reads := _READS.get(type(pipe).__name__)) is not None:
+        raise UnsupportedError(f"{type(pipe).__name__} {reads}. Run it without acceleration.")
     candidates = [getattr(pipe, name, None) for name in _DENOISERS]
     module = next((m for m in candidates if isinstance(m, nn.Module)), None)
     if module is None or getattr(pipe, "scheduler", None) is None:

@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
+from accel.errors import UnsupportedError
+
 from . import caller, samplers
 from .noise_levels import log_snr, step_lengths
 
@@ -83,6 +85,17 @@ class Clock:
         """The clock of this scheduler; one for all methods, so that they can leave in any order."""
         # Found through its own wrapper: a table of clocks would keep pipelines alive that nobody uses.
         return getattr(vars(scheduler).get("step"), "accel_clock", None) or cls(scheduler)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Reached only through the scheduler's own dictionary, since copies of the scheduler are plain.
+
+        Raises:
+            UnsupportedError: always. Whoever copies that (MultiDiffusion's panorama) steps once for each view.
+        """
+        raise UnsupportedError(
+            "the pipeline copies the state of its scheduler, to take several steps at each time (a step for each view "
+            "of a panorama): such a loop cannot be followed. Run it without acceleration."
+        )
 
     def follows(self, scheduler: Any) -> bool:
         return self._scheduler() is scheduler

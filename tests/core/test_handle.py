@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from types import SimpleNamespace
@@ -205,3 +206,23 @@ def test_what_cuda_graphs_would_overwrite_is_cloned(config, monkeypatch):
             return FLUX.latents(pipe, steps=10, guidance=3.0)
 
     assert torch.equal(run(True), run(False))
+
+
+def test_a_loop_of_several_steps_at_each_time_is_refused_by_name():
+    """A panorama's pipeline copies its scheduler's dictionary for every view, the clock's wrappers along with it."""
+    pipe = make_flux()
+    plain = dict(pipe.scheduler.__dict__)
+    with accel.accelerate(pipe, "balanced"):
+        assert copy.deepcopy(pipe.scheduler).__dict__.keys() == plain.keys()
+        with pytest.raises(UnsupportedError, match="a step for each view"):
+            copy.deepcopy(pipe.scheduler.__dict__)
+    copy.deepcopy(pipe.scheduler.__dict__)
+
+
+def test_a_pipeline_that_reads_attention_maps_is_refused_by_name():
+    class StableDiffusionSAGPipeline(SimpleNamespace):
+        pass
+
+    pipe = StableDiffusionSAGPipeline(unet=torch.nn.Identity(), scheduler=DDPMScheduler())
+    with pytest.raises(UnsupportedError, match="StableDiffusionSAGPipeline reads attention maps"):
+        accel.accelerate(pipe, "balanced")
