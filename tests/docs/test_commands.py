@@ -115,7 +115,7 @@ def test_options_of_scripts_exist():
     for block in SHELL:
         for words in commands(block.text):
             for place, word in enumerate(words):
-                if word.startswith(("examples/", "scripts/")):
+                if word.startswith(("examples/", "scripts/")) and word.endswith(".py"):
                     given = {w.split("=")[0] for w in words[place + 1 :] if w.startswith("--")}
                     assert given <= script_options(ROOT / word), (block.where, given)
                     seen += len(given)
