@@ -39,6 +39,9 @@ class Repeated(TokenPlan):
     def expand(self, y):
         return y
 
+    def change(self, x, y, reduced=None):
+        return x + (y if reduced is None else y - reduced)
+
     def repeat(self, times):
         return Repeated.of(self.inner.repeat(times))
 
