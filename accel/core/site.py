@@ -260,6 +260,27 @@ def _rotations(means: list[Tensor]) -> list[Tensor]:
     return [mean]
 
 
+#: Side input -> (the plan it followed; what it was made of, by name; what it became).
+Made = dict[Side, tuple[TokenPlan, list[tuple[str, Any]], Any]]
+
+
+def _once(side: Side, get: Get, plan: TokenPlan, made: Made | None) -> Any:
+    if made is None:
+        return side.follow(get, plan)
+    if side in made:
+        known, read, value = made[side]
+        if known is plan and all(get(name) is one for name, one in read):
+            return value
+    read = []
+
+    def noted(name: str) -> Any:
+        read.append((name, get(name)))
+        return read[-1][1]
+
+    made[side] = plan, read, side.follow(noted, plan)
+    return made[side][2]
+
+
 def _arguments(module: nn.Module) -> list[str]:
     return list(inspect.signature(type(module).forward).parameters)[1:]
 
@@ -289,15 +310,21 @@ class Port:
             return (*args[:i], value, *args[i + 1 :]), kwargs
         return args, {**kwargs, name: value}
 
-    def follow(self, plan: TokenPlan, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """The arguments with every side input following the plan."""
+    def follow(
+        self, plan: TokenPlan, args: tuple, kwargs: dict, made: Made | None = None
+    ) -> tuple[tuple, dict]:
+        """The arguments with every side input following the plan.
+
+        Args:
+            made: before, in this call: what modules share (rotary tables) follows a plan once, not once for each.
+        """
 
         def get(name: str) -> Any:
             return self.get(name, args, kwargs)
 
         new_args, new_kwargs = args, kwargs
         for side in self.sides:
-            new_args, new_kwargs = self.put(side.name, side.follow(get, plan), new_args, new_kwargs)
+            new_args, new_kwargs = self.put(side.name, _once(side, get, plan, made), new_args, new_kwargs)
         return new_args, new_kwargs
 
     def order(self, tokens: int, args: tuple, kwargs: dict) -> Tensor | None:

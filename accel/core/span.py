@@ -23,13 +23,14 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accel.errors import UnsupportedError
 
 from .plan import TokenPlan
-from .site import Port, Site
+from .site import Made, Port, Site
 from .weighted_attention import SizedKeys
 
 
@@ -59,10 +60,17 @@ class Span:
         self.full: Tensor | None = None
         self.reduced: Tensor | None = None
         self.order: Tensor | None = None  # see Port.order
+        self.made: Made = {}  # see Port.follow
 
     def clear(self) -> None:
         """Forget the tokens of a call that did not reach the end of the span."""
         self.plan = self.full = self.reduced = self.order = None
+        if not torch.compiler.is_compiling():
+            self.made.clear()
+
+    def _made(self) -> Made | None:
+        """Not while compiling, which finds by itself what is computed twice."""
+        return None if torch.compiler.is_compiling() else self.made
 
     def attach(self, denoiser: nn.Module, sites: Sequence[Site], stack: ExitStack, *, bias: bool) -> None:
         """Hook the modules of `sites`, in order; the undo actions go onto `stack`.
@@ -117,7 +125,7 @@ class Span:
             self.full, self.reduced, self.order = x_BNC, reduced_BKC, order_BL
             if self.observe is not None:
                 self.observe(x_BNC, reduced_BKC, plan)
-            args, kwargs = port.follow(plan, args, kwargs)
+            args, kwargs = port.follow(plan, args, kwargs, self._made())
             return port.put(port.site.tokens, port.join(others, reduced_BKC), args, kwargs)
 
         return enter
@@ -127,7 +135,7 @@ class Span:
             plan = self.plan
             if plan is None or not self.serves():
                 return None
-            new_args, new_kwargs = port.follow(plan, args, kwargs)
+            new_args, new_kwargs = port.follow(plan, args, kwargs, self._made())
             if not port.site.padded:
                 return new_args, new_kwargs
             others, x_BNC = port.split(port.get(port.site.tokens, args, kwargs), plan.tokens)
