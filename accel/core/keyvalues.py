@@ -161,8 +161,10 @@ class KeyValues:
     def leave(self) -> None:
         """It is over."""
         self._table: Table = None
-        for part in self._keeping:
-            vars(part).pop(_PLACE, None)
+        # Not what another pipeline's call of the same denoiser is using now, in its own thread.
+        for part, held in zip(self._keeping, self._running, strict=False):
+            if vars(part).get(_PLACE) is held:
+                del vars(part)[_PLACE]
 
     @property
     def running(self) -> tuple[Tensor, ...]:

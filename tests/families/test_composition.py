@@ -13,6 +13,7 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionXLImg2ImgPipeline,
 )
+from diffusers.models.attention_dispatch import attention_backend
 from PIL import Image
 from test_conformance import CASES, denoiser_of, relative
 
@@ -45,6 +46,13 @@ def offloaded_by_group(pipe):
     denoiser_of(pipe).enable_group_offload(
         onload_device=device, offload_type="block_level", num_blocks_per_group=1
     )
+
+
+@pytest.fixture(autouse=True)
+def _attention_as_it_was():
+    """Setting the attention of one model sets it for all of the process."""
+    with attention_backend("native"):
+        yield
 
 
 def compiled_blocks(pipe):
