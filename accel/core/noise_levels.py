@@ -69,8 +69,12 @@ def clean(scheduler: Any, prediction: Tensor, sample: Tensor, log_snr: float) ->
     """
     config, ratio = getattr(scheduler, "config", {}), math.exp(-log_snr)  # noise / signal
     kind = config.get("prediction_type")
+    if hasattr(scheduler, "precondition_outputs"):  # EDM: the model works on scaled values
+        return scheduler.precondition_outputs(sample, prediction, ratio)
     if "FlowMatch" in type(scheduler).__name__ or config.get("use_flow_sigmas") or kind == "flow_prediction":
-        return sample - ratio / (1 + ratio) * prediction
+        # Mixed with the picture, or (Cosmos, which says up to how much) added to it.
+        added = float(config.get("sigma_max") or 1) > 1
+        return sample - (ratio if added else ratio / (1 + ratio)) * prediction
     # Noise is added to a picture of full size, or the two are mixed so that their squares sum to one.
     added = float(getattr(scheduler, "init_noise_sigma", 1.0)) > 1.5
     root = math.sqrt(1 + ratio**2)

@@ -95,12 +95,12 @@ class TokenPlan:
         behind = torch.arange(references, device=self.dst.device).expand(self.dst.shape[0], -1)
         if not computed:
             owner = torch.cat([self.owner, torch.full_like(behind, -1)], 1)
-            return replace(self, owner=owner, complete=False)
+            return replace(self, owner=owner, complete=False, segments=None)
         dst = torch.cat([self.dst, behind + self.tokens], 1)
         owner = torch.cat([self.owner, behind + self.slots], 1)
         size = torch.cat([self.size, torch.ones_like(behind, dtype=self.size.dtype)], 1)
         classes = (*self.classes, (1, references)) if self.classes else ()
-        return replace(self, dst=dst, owner=owner, size=size, classes=classes)
+        return replace(self, dst=dst, owner=owner, size=size, classes=classes, segments=None)
 
     def clone(self) -> TokenPlan:
         return self._each(Tensor.clone)

@@ -1,9 +1,23 @@
-"""Device values on their way to the host, read later."""
+"""Device values on their way to the host, read later, and those that keep their place."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def put_into(kept: Tensor | None, values: Tensor) -> Tensor:
+    """The values, where `kept` is if they fit: CUDA graphs and compiled code know the place. What a run in inference
+    mode has made cannot be written by one outside of it."""
+    there = kept is not None and (kept.shape, kept.dtype, kept.device) == (
+        values.shape,
+        values.dtype,
+        values.device,
+    )
+    if not there or (kept.is_inference() and not torch.is_inference_mode_enabled()):  # type: ignore[union-attr]
+        return values
+    assert kept is not None
+    return kept.copy_(values)
 
 
 class Readback:

@@ -148,8 +148,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, parts: Runs, scale: float | None = N
 
 def _standard(q: Tensor) -> Callable[[Tensor, Tensor, Tensor, Runs, float], Tensor]:
     """In compiled code, where nothing can be tried out."""
-    fast = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0
-    return lse_merged if fast else masked
+    fast = (
+        q.is_cuda
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 256
+    )
+    # Flash attention, whose log-sum-exps it takes, needs an A100 or newer.
+    return lse_merged if fast and torch.cuda.get_device_capability(q.device) >= (8, 0) else masked
 
 
 def fastest(q: Tensor, k: Tensor, v: Tensor, parts: Runs, scale: float) -> str:

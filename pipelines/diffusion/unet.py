@@ -53,6 +53,8 @@ def _sites(denoiser: nn.Module) -> list[Site]:
         Site(f"{path}.{i}", stretch=path, scale=2 ** (level - highest), bias=bias)
         for path, blocks, level in _stacks(denoiser)
         for i in range(blocks)
+        # Without attention among the tokens, what they are to each other is in convolutions alone.
+        if not getattr(denoiser.get_submodule(f"{path}.{i}"), "only_cross_attention", False)
     ]
 
 

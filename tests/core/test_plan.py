@@ -65,3 +65,14 @@ def test_repeat_serves_both_halves_of_guidance():
     both = plan.repeat(2).reduce(torch.cat([half, half]))
     assert torch.equal(both[:2], both[2:])
     assert torch.equal(both[:2], plan.reduce(half))
+
+
+def test_reference_tokens_behind_have_slots_of_their_own():
+    """The slots' lists of tokens are of the plan without them: kernels would read beyond their end."""
+    plan = TokenPlan.build(torch.tensor([[0, 2]]), torch.tensor([[0, 0, 1, 1]]))
+    assert plan.segments is not None
+    longer = plan.before(3)
+    assert longer.segments is None
+    x = torch.randn(1, 7, 5)
+    expected = torch.cat([x[:, :2].mean(1, keepdim=True), x[:, 2:4].mean(1, keepdim=True), x[:, 4:]], 1)
+    torch.testing.assert_close(longer.reduce(x), expected)

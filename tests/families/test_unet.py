@@ -134,3 +134,13 @@ def test_perturbed_attention_takes_merging_without_weights():
         assert torch.isfinite(XL.latents(pipe, steps=8)).all()
     assert handle.stats.share < 0.95
     assert torch.equal(XL.latents(pipe, steps=8), plain)
+
+
+def test_blocks_that_attend_to_text_alone_are_left_whole():
+    """What attends to no image token has no use for their weights, as wide as the image and not as the text."""
+    pipe = SD.make()
+    for block in pipe.unet.down_blocks[0].attentions[0].transformer_blocks:
+        block.only_cross_attention = True
+    paths = {site.path for site in find(pipe.unet).tokens.sites(pipe.unet)}
+    assert not any(path.startswith("down_blocks.0.attentions.0.") for path in paths)
+    assert any(path.startswith("down_blocks.0.attentions") or path.startswith("up_blocks") for path in paths)

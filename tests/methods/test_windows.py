@@ -281,3 +281,32 @@ def test_rotary_tables_are_averaged_once_for_all_blocks(monkeypatch):
     assert blocks > 1
     reduced = sum(step.calls for step in handle.stats.steps[1:])
     assert len(averaged) == 2 * reduced  # the cosines and the sines
+
+
+def test_the_clean_picture_of_flows_that_add_noise():
+    """Cosmos: up to 80 times as much noise as picture, and steps get what the sample says the noise is."""
+    scheduler = scheduler_of("FlowMatchEulerDiscreteScheduler")
+    scheduler.register_to_config(sigma_max=80.0)
+    x0, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(8))
+    for sigma in (35.0, 4.6, 0.5):
+        found = clean(scheduler, noise, x0 + sigma * noise, -math.log(sigma))
+        torch.testing.assert_close(found, x0, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"])
+def test_the_clean_picture_of_scaled_models(name):
+    scheduler = scheduler_of(name)
+    x0, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(9))
+    for sigma in (20.0, 0.9):
+        x, data = x0 + sigma * noise, scheduler.config.sigma_data
+        skip, out = data**2 / (sigma**2 + data**2), sigma * data / math.sqrt(sigma**2 + data**2)
+        found = clean(scheduler, (x0 - skip * x) / out, x, -math.log(sigma))
+        torch.testing.assert_close(found, x0, atol=1e-4, rtol=0)
+
+
+def test_a_run_after_one_in_inference_mode():
+    pipe = make_flux()
+    with accel.accelerate(pipe, Config(groups="windows", dense_steps_first=1, dense_steps_last=0)):
+        with torch.inference_mode():
+            first = FAMILIES["flux"].latents(pipe, steps=4)
+        assert torch.equal(FAMILIES["flux"].latents(pipe, steps=4), first)

@@ -18,7 +18,7 @@ from accel.core.capability import require
 from accel.core.graphs import Held
 from accel.core.history import History, memory
 from accel.core.plan import TokenPlan
-from accel.core.readback import Readback
+from accel.core.readback import Readback, put_into
 from accel.core.run import Run, StepMethod
 from accel.core.schedule import slots
 from accel.core.span import Span
@@ -285,10 +285,7 @@ class TokenMerging(StepMethod):
         assert run.grid is not None
         score_BN = windows.variance(windows.picture(run), run.grid)
         score_GN = score_BN.amax(0, keepdim=True) if self.tokens.shared_plan else score_BN
-        if self.score is None or self.score.shape != score_GN.shape or self.score.device != score_GN.device:
-            self.score = score_GN
-        else:
-            self.score.copy_(score_GN)
+        self.score = put_into(self.score, score_GN)
 
     def _carry(self, prediction: Tensor) -> Tensor:
         """Forecast + what the groups' means say about it: the mean of each group as computed, and within the
