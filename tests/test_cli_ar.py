@@ -222,3 +222,13 @@ def test_previews_need_pixels_token_by_token(capsys, tmp_path):
     code, _, err = accel(capsys, "generate", "two", "--preview", "--out", tmp_path)
     assert code != 0
     assert "--preview needs an autoregressive model" in err
+
+
+def test_compile_is_for_denoisers(capsys, folder, windows, tmp_path):
+    out = tmp_path / "out"
+    code, _, err = accel(
+        capsys, "generate", "two", "--model", folder, "--config", windows, "--compile", "--out", out
+    )
+    assert code != 0
+    assert "--compile is for denoisers" in err
+    assert not out.exists()

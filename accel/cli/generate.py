@@ -82,6 +82,10 @@ def generate(
     settings.check(pipe)
     if preview and not (g.is_autoregressive(pipe) and pipe.adapter.makes_pixels):
         raise ConfigError(f"--preview needs an autoregressive model that makes pixels, not {model}")
+    if compile and g.is_autoregressive(pipe):
+        raise ConfigError(
+            f"--compile is for denoisers, not {model}: leave it out. On a GPU its layers compile anyway"
+        )
     if chosen is not None:
         g.check_can_accelerate(pipe, chosen)
     made_by = c.recipe(pipe, settings, model, label, chosen)

@@ -31,7 +31,7 @@ from .adapter import CheckpointAdapter, Defaults, Layout, Prefix
 from .llamagen_model import Gpt, load_gpt, read, rotary
 from .llamagen_vq import VqDecoder, load_vq
 from .loading import load_model, load_tokenizer, read_json
-from .stack import Layer, Shape, Stack
+from .stack import Layer, Shape, Stack, plain_weights
 
 _KEYS = {"architectures", "gpt", "vq", "image_size", "heads", "text_encoder"}
 
@@ -129,14 +129,17 @@ class LlamaGen(CheckpointAdapter):
     def hidden(self, embedding_RWD: Tensor, bias_R1WS: Tensor, position: Tensor, key_values: Any) -> Tensor:
         return self.gpt(embedding_RWD, position, bias_R1WS, key_values)
 
-    def stack(self) -> Stack:
+    def stack(self) -> Stack | None:
         shape = self.gpt.shape
         layers = []
         for name in range(shape.layers):
             part = self.gpt.layers.get_submodule(str(name))
-            names = ("attention_norm", "attention.wqkv", "attention.wo", "ffn_norm")
-            norm_in, qkv, out, norm_mid = (part.get_parameter(f"{n}.weight") for n in names)
-            w1, w3, w2 = (part.get_parameter(f"feed_forward.{n}.weight") for n in ("w1", "w3", "w2"))
+            names = ("attention.wqkv", "attention.wo", *(f"feed_forward.{n}" for n in ("w1", "w3", "w2")))
+            weights = plain_weights([part.get_submodule(n) for n in names])
+            if weights is None:
+                return None
+            qkv, out, w1, w3, w2 = weights
+            norm_in, norm_mid = (part.get_parameter(f"{n}.weight") for n in ("attention_norm", "ffn_norm"))
             layers.append(Layer(norm_in, (qkv,), out, norm_mid, (w1, w3), w2))
         own = Shape(shape.heads, shape.kv_heads, shape.width // shape.heads, 1e-5, interleaved=True)
         return Stack(own, layers, self.gpt.norm.weight)

@@ -201,11 +201,10 @@ def llama(backbone: nn.Module) -> Stack | None:
         names = [f"{name}_proj" for name in ("q", "k", "v", "o")]
         linear = [attention.get_submodule(name) for name in names]
         linear += [mlp.get_submodule(f"{name}_proj") for name in ("gate", "up", "down")]
-        if not all(type(one) is nn.Linear and one.bias is None for one in linear):
+        weights = plain_weights(linear)
+        if weights is None:
             return None
-        if not all(type(one.weight) is nn.Parameter for one in linear):  # a quantisation's own tensors
-            return None
-        q, k, v, out, gate, up, down = (one.get_parameter("weight") for one in linear)
+        q, k, v, out, gate, up, down = weights
         norms = [
             part.get_parameter(f"{name}.weight") for name in ("input_layernorm", "post_attention_layernorm")
         ]
@@ -213,6 +212,16 @@ def llama(backbone: nn.Module) -> Stack | None:
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     shape = Shape(config.num_attention_heads, config.num_key_value_heads, head, config.rms_norm_eps)
     return Stack(shape, layers, backbone.get_parameter("norm.weight"))
+
+
+def plain_weights(linear: Sequence[nn.Module]) -> list[nn.Parameter] | None:
+    """The weights of linear layers; None if they do not say all that one of them does: a bias, a class that an adapter
+    or a quantisation put there, or a quantisation's own tensors."""
+    if not all(type(one) is nn.Linear and one.bias is None for one in linear):
+        return None
+    if not all(type(one.weight) is nn.Parameter for one in linear):
+        return None
+    return [one.get_parameter("weight") for one in linear]
 
 
 def merge(stack: Stack) -> None:

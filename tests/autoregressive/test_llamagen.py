@@ -309,3 +309,21 @@ def test_bad_prompts(folders, tmp_path):
     tiny.save(tmp_path, text=True).joinpath("t5").rename(tmp_path / "encoder")
     with pytest.raises(WeightsError, match="needs its text encoder"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["attention.wqkv", "attention.wo", "feed_forward.w2"])
+def test_layers_that_something_replaced_are_called_as_they_are(folders, name):
+    class Louder(torch.nn.Linear):
+        def forward(self, x):
+            return 1.5 * super().forward(x)
+
+    pipe = load(folders[False])
+    assert pipe.adapter.stack() is not None
+    before = pipe([3, 7], **GREEDY).images
+    layer = pipe.adapter.backbone.layers[1]
+    old = layer.get_submodule(name)
+    new = Louder(old.in_features, old.out_features, bias=False)
+    new.weight = old.weight
+    layer.set_submodule(name, new)
+    assert pipe.adapter.stack() is None
+    assert not torch.equal(pipe([3, 7], **GREEDY).images, before)

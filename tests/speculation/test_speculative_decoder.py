@@ -364,6 +364,7 @@ def test_the_default_timer_waits_and_repeats():
         ({"relaxation": "mixture", "tv_budget": 0.1, "group_size": 4}, "needs relaxation='group'"),
         ({"relaxation": "mixture", "tv_budget": 0.1, "mixture_weight": 0.9}, "leave mixture_weight out"),
         ({"mixture_weight": 0.9}, "needs relaxation='mixture'"),
+        ({"fresh": "uniform"}, "it goes with verification='ratio' or with drafting='maximal'"),
         ({"verification": "noise", "drafting": "maximal"}, "it needs drafting='gumbel'"),
         ({"verification": "noise", "drafting": "gumbel", "group_size": 2}, "and nothing relaxed"),
     ],

@@ -35,7 +35,7 @@ class SpeculativeDecodingConfig:
             often. "auto": noise for gumbel when lossless, else ratio.
         fresh: where drafts of slots that enter the window come from: "above", the token right above in the
             image (a model that does not say how long its rows are: "last"); "last", the distribution at the
-            window's end; "uniform", all tokens alike (as published).
+            window's end; "uniform", all tokens alike (as published; not when noise verifies).
         relaxation: what is verified if the budget, the group or the weight allow a loss. "group": groups of
             tokens of similar probability (GSD, arXiv:2508.07747); "mixture": w p + (1 - w) q, which accepts as
             much as any rule can for the distance it causes.
@@ -104,6 +104,11 @@ class SpeculativeDecodingConfig:
             raise ConfigError(
                 "verification='noise' compares with what the slot's noise gives: it needs drafting='gumbel' "
                 "and nothing relaxed (group_size=1, mixture_weight=1, tv_budget None or 0)"
+            )
+        if self.fresh == "uniform" and self.verifies_by == "noise":
+            raise ConfigError(
+                "fresh='uniform' draws from the numbers that verification by noise takes for the image: it goes with "
+                "verification='ratio' or with drafting='maximal' or 'independent'"
             )
 
     @property
