@@ -131,6 +131,15 @@ def test_demo_of_chunking_draws_what_was_computed(capsys, tmp_path):
     assert "give one" in err
 
 
+def test_demo_of_chunking_without_a_reduced_step_says_so(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "PROMPTS", demo.PROMPTS[:1])
+    code, out, err = accel(capsys, "demo", "--method", "chunking", "--steps", 1, "--out", tmp_path, "--json")
+    assert code == 0, err
+    assert "no step was on fewer tokens" in err
+    assert "boundary_maps" not in json.loads(out)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["demo.json", "side-by-side.png"]
+
+
 @pytest.mark.parametrize("name", ["side-by-side.png", "demo.json", "boundary-maps.png"])
 def test_demo_keeps_files_of_other_makers(capsys, tmp_path, name):
     own = tmp_path / name

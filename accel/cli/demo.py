@@ -17,6 +17,7 @@ from accel.strict import StrictError, dump_json, read_json
 
 from . import common as c
 from . import results
+from .terminal import progress_console, say
 
 PROMPTS = (
     "a photo of a red circle left of a blue square",
@@ -76,14 +77,14 @@ def _attached(pipe: Any, config: Any, maps: list[list[Any]]) -> Iterator[Any]:
 
 
 def _map_columns(maps: list[list[Any]], size: tuple[int, int]) -> list[Any]:
-    """A column per step: light where tokens were computed on their own, dark where with many others."""
+    """A column per reduced step, if any: light where tokens were computed on their own, dark where with many others."""
     import torch
 
     from accel.evaluation.pictures import Column
 
     columns = []
     steps = [step for step in range(len(maps[0])) if maps[0][step] is not None]
-    for step in steps[:: -(-len(steps) // _MAPS)]:
+    for step in steps[:: -(-len(steps) // _MAPS) or 1]:
         sizes = torch.stack([image[step][0] for image in maps])[:, None].cpu()
         shade = 1 - 0.2 * sizes.log2()
         images = torch.nn.functional.interpolate(shade, size=size).expand(-1, 3, -1, -1)
@@ -166,9 +167,11 @@ def demo(
             for way, runs in zip(ways, (plain, fast), strict=True):
                 runs.append(g.timed(way, [job], settings, on_step=advance))
 
-    if maps:
-        marks = {"made by": _MARK}
-        side_by_side(PROMPTS, _map_columns(maps, plain[0].images.shape[-2:]), drawn, marks)
+    columns = _map_columns(maps, plain[0].images.shape[-2:]) if maps else []
+    if columns:
+        side_by_side(PROMPTS, columns, drawn, {"made by": _MARK})
+    elif maps:
+        say(f"no step was on fewer tokens: no {drawn.name}", to=progress_console)
     rows = results.pair_rows(jobs, plain, fast)
     summary = results.summarise(rows, label, chosen)
     accelerated = f"{summary['accelerated_seconds']:.2f} s per image, {summary['speedup']:.2f}x sooner"
@@ -182,7 +185,7 @@ def demo(
         {"made by": _MARK, "recipe": json.dumps({**made_by, "seed": seed}, default=str)},
     )
     result = {"made_by": _MARK, "summary": summary, "images": rows, "picture": str(picture)}
-    if maps:
+    if columns:
         result["boundary_maps"] = str(drawn)
     record.write_text(dump_json(result) + "\n", encoding="utf-8")
     results.show(result, as_json, f"The built-in Scenes model, {c.describe(pipe, per_call)}")

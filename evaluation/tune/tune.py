@@ -121,6 +121,8 @@ class _Tuning:
     def _plain(self, split: str, ahead: float) -> Tensor:
         """Pictures; those of the search with their Gram matrices and ends."""
         known = self.state.pictures(split, self._size(split))
+        if split not in (self.state["seconds"] or {}):  # stopped amid the pictures, or right behind them
+            known = None
         if known is not None and (split == HELD or self.state["grams"] is not None):
             return known
         self._begin(f"plain, {split}", self._size(split) * self.total, ahead)

@@ -4,6 +4,7 @@ is refused before anything is written."""
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import suppress
 
 import pytest
@@ -133,19 +134,41 @@ def test_a_stopped_run_goes_on_without_measuring_again(tmp_path):
     assert len(tuned.mask.steps) == 4
 
 
+def test_pictures_that_no_seconds_were_kept_of_are_made_again(tuned, tmp_path):
+    folder, made, _ = tuned
+    shutil.copytree(folder / "mine.tune", tmp_path / "mine.tune")
+    file = tmp_path / "mine.tune" / "state.json"
+    state = json.loads(file.read_text())
+    del state["seconds"][HELD]
+    file.write_text(json.dumps(state))
+    again = tune(flux(), Goal("speedup", 2.0), settings(), tmp_path / "mine.tune")
+    assert again.mask == made.mask
+    assert again.seconds["call"] > 0
+
+
 @pytest.mark.parametrize("make", [flux, pixart])
 def test_the_fastest_that_keeps_the_budget(make, tmp_path):
     pipe = make()
     loose = tune(pipe, Goal("speedup", 2.0), settings(), tmp_path)
     at_six = [r for r in loose.rows if r.split == "search" and r.computed == 6]
     wanted = max(Goal("psnr", 1.0).closeness(r.values["psnr"]) for r in at_six) - 0.01
-    # Six steps keep it on the search. On the other prompts six, or some more, do as well; or none, and it says so.
-    with suppress(EvaluationError):
-        made = tune(pipe, Goal("psnr", wanted), settings(), tmp_path)
+    everywhere = min(min(r.values["psnr"]) for r in loose.rows if r.computed <= 6) - 1
+
+    def check(goal):
+        made = tune(pipe, goal, settings(), tmp_path)
         assert len(made.mask.steps) <= 6 + 3
         held = [r.values["psnr"] for r in made.rows if r.split == HELD and r.name[0].isdecimal()]
-        assert Goal("psnr", wanted).is_met(held[-1])
-        assert not any(Goal("psnr", wanted).is_met(values) for values in held[:-1])
+        assert goal.is_met(held[-1])
+        assert not any(goal.is_met(values) for values in held[:-1])
+
+    check(Goal("psnr", everywhere))
+    # Six steps keep it on the search. On the other prompts six, or some more, do as well; or none, and it says so.
+    with suppress(EvaluationError):
+        check(Goal("psnr", wanted))
+    with pytest.raises(
+        EvaluationError, match=r"keeps at least 99\.5 dB .* the best found computes \d+ of 12 steps"
+    ):
+        tune(pipe, Goal("psnr", 99.5), settings(), tmp_path)
 
 
 def test_what_the_sampler_was_given_adds_up_to_what_it_made():
