@@ -132,8 +132,15 @@ class Compilation:
 
     def begin(self) -> None:
         """A loop starts."""
-        if self.graphs is not None:
+        if self.graphs is None:
+            return
+        reason = _no_graphs(self._modules)  # offloading may have been switched on since
+        if reason is None:
             self.graphs.follow(self._modules)
+            return
+        self.graphs.drop()
+        self.graphs = None
+        self.refused.append(reason)
 
     def call(self, call: Callable[..., Any], args: tuple, kwargs: dict, held: Held, kinds: int) -> Any:
         """What `call(*args, **kwargs)` returns. Where it compiles for the first time, a bar shows it.
@@ -180,9 +187,16 @@ def _no_graphs(modules: Sequence[nn.Module]) -> str | None:
         devices = {p.device.type for p in module.parameters()}
         if devices != {"cuda"}:
             return f"CUDA graphs need the model on a CUDA device, it is on {', '.join(sorted(devices))}"
-        if any(hasattr(part, "_hf_hook") for part in module.modules()):
+        if _offloaded(module):
             return "CUDA graphs need weights that stay where they are, and offloading moves them"
     return None
+
+
+def _offloaded(module: nn.Module) -> bool:
+    """Whether accelerate, or diffusers (group offloading), moves weights on and off the device."""
+    hooks = [getattr(part, "_diffusers_hook", None) for part in module.modules()]
+    groups = any(hook is not None and hook.get_hook("group_offloading") is not None for hook in hooks)
+    return groups or any(hasattr(part, "_hf_hook") for part in module.modules())
 
 
 def room() -> AbstractContextManager[Any]:

@@ -85,9 +85,14 @@ class Attention:
 
 @dataclass
 class _Rows:
-    """What is kept of a submodule, for one of the calls of a step; None: nothing yet."""
+    """What is kept of a submodule, for one of the calls of a step; None: nothing yet.
+
+    Attributes:
+        seen: the last call that stored has kept something here; fixed rows are there from one run to the next.
+    """
 
     rows: Tensor | None = None
+    seen: bool = False
 
 
 #: Where a hook finds the `_Rows` of its submodule while a call runs. Hooks are shared by all layers: one that knew its
@@ -156,6 +161,8 @@ class KeyValues:
         for part, held in zip(self._keeping, self._running, strict=True):
             if self.storing and not self.fixed:
                 held.rows = None  # the memory is needed now
+            if self.storing:
+                held.seen = False
             vars(part)[_PLACE] = held  # past nn.Module.__setattr__, which takes longer
 
     def leave(self) -> None:
@@ -171,6 +178,16 @@ class KeyValues:
         """What is kept for the running call."""
         rows = [held.rows for held in self._running] if self.storing or self.plan is not None else []
         return tuple(tensor for tensor in rows if tensor is not None)
+
+    @property
+    def passed(self) -> tuple[bool, ...]:
+        """Which hooks have kept something in the running call that stores; set where it is replayed without them."""
+        return tuple(held.seen for held in self._running) if self.storing else ()
+
+    @passed.setter
+    def passed(self, seen: tuple[bool, ...]) -> None:
+        for held, one in zip(self._running, seen, strict=False):
+            held.seen = one
 
     def clone(self) -> None:
         """What was stored in the last call must outlive it."""
@@ -192,7 +209,7 @@ class KeyValues:
                     f"{attention.path} has a {processor}: perturbed-attention guidance makes keys and values of its "
                     "branches apart. Use keys_values='none', or pag_scale=0."
                 )
-        seen = sum(held.rows is not None for call in self._calls[:calls] for held in call)
+        seen = sum(held.seen for call in self._calls[:calls] for held in call)
         if seen != 2 * self.layers * calls:
             raise UnsupportedError(
                 f"keys and values of {seen} of {2 * self.layers * calls} projections were seen: a custom "
@@ -276,8 +293,10 @@ class KeyValues:
     def _keep(self, held: _Rows, new_BL: Tensor, image: str) -> Tensor:
         plan = self.plan
         if plan is None:
-            if self.fixed and held.rows is not None and held.rows.shape == new_BL.shape:
-                held.rows.copy_(new_BL)
+            held.seen = True
+            kept = held.rows
+            if self.fixed and kept is not None and (kept.shape, kept.dtype) == (new_BL.shape, new_BL.dtype):
+                kept.copy_(new_BL)
             else:
                 held.rows = new_BL
             return new_BL

@@ -6,6 +6,7 @@ The recorder is a tape that replays on the CPU; that the real one does the same 
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -118,6 +119,45 @@ def test_weights_changed_in_place_are_seen(tape):
         assert len(graphs_of(handle)) == tape.records == records == 1
     assert not torch.allclose(got, before, rtol=1e-2)
     torch.testing.assert_close(got, latents(pipe, 1))
+
+
+def test_offloading_that_is_switched_on_later_ends_recording(tape, monkeypatch):
+    pipe = make_flux(1, 2)
+    with accel.accelerate(pipe, CONFIGS["plain"], compile="graphs") as handle:
+        expected = latents(pipe)
+        assert (tape.records, handle.compiled) == (1, "graphs")
+        moved = "offloading moves weights"
+        offloaded = compiling._offloaded
+        monkeypatch.setattr(
+            compiling, "_no_graphs", lambda modules: moved if any(map(offloaded, modules)) else None
+        )
+        cpu = torch.device("cpu")
+        pipe.transformer.enable_group_offload(cpu, offload_device=cpu, offload_type="leaf_level")
+        replays = tape.replays
+        torch.testing.assert_close(latents(pipe), expected)
+        assert (tape.records, tape.replays, handle.compiled) == (1, replays, "")
+        assert handle.stats.notes == [f"compile: {moved}"]
+
+
+def test_fixed_rows_of_the_last_run_do_not_hide_a_processor_that_goes_another_way(tape):
+    """One that makes its keys itself is found in the run in which it is put there."""
+    pipe = make_flux(1, 2)
+    with accel.accelerate(pipe, PRUNING, compile="graphs"):
+        latents(pipe)
+        attention = pipe.transformer.transformer_blocks[0].attn
+        plain, part = attention.processor, attention.to_v
+
+        class Own:
+            def __call__(self, attn, *args, **kwargs):
+                hooks, part._forward_hooks = part._forward_hooks, OrderedDict()
+                try:
+                    return plain(attn, *args, **kwargs)
+                finally:
+                    part._forward_hooks = hooks
+
+        attention.processor = Own()
+        with pytest.raises(UnsupportedError, match="keys and values of"):
+            latents(pipe, 1)
 
 
 @pytest.mark.parametrize(("host", "recorded"), [(0.9, True), (0.3, False)])

@@ -358,7 +358,8 @@ class TokenPruning(StepMethod):
 
     def held(self, run: Run) -> Held:
         key = (len(run.outputs), self.kept.storing)
-        return Held(key, ((self.state, "sent"), (self.kept, "plan")), lambda: self.kept.running)
+        attributes = ((self.state, "sent"), (self.kept, "plan"), (self.kept, "passed"))
+        return Held(key, attributes, lambda: self.kept.running)
 
     def keep(self, run: Run) -> None:
         self.kept.clone()
