@@ -24,6 +24,8 @@ from .stack import Stack, merge
 
 #: What is kept beside the last used may take this part of the device's memory.
 _SHARE = 0.1
+#: Whose modules read nothing from Python that changes between rounds.
+_PACKAGES = ("torch", "transformers")
 
 
 def graphs_by_default() -> bool:
@@ -49,7 +51,7 @@ class Kept:
         self._capture, self._compiler, self._devices = capture, compiler or compiled, devices
         self._models: dict[Hashable, PromptedModel] = {}
         self._known: tuple = ()
-        self._failed = False
+        self._failed: set[Hashable] = set()
         self.stack: Stack | None = None
 
     def look(self, adapter: CheckpointAdapter, graphs: bool) -> bool:
@@ -62,24 +64,29 @@ class Kept:
         Returns:
             Whether rounds are to be captured.
         """
-        plain = not hooked(adapter.backbone)
-        captures = graphs and plain and next(adapter.model.parameters()).device.type in self._devices
+        captures = (
+            graphs
+            and next(adapter.model.parameters()).device.type in self._devices
+            and not hooked(adapter.model)
+            and not foreign(adapter)
+        )
         if self._known != (captures, _fingerprint(adapter)):
             self.clear()
-            self.stack = adapter.stack() if plain else None
+            self.stack = None if hooked(adapter.backbone) else adapter.stack()
             if captures and self.stack is not None:
                 merge(self.stack)
                 self.stack.wrap(self._compiler)
             self._known = (captures, _fingerprint(adapter))
         return captures
 
-    def rounds(self, device: torch.device) -> Rounds:
-        """Rounds that are captured; as they are, once a capture has failed."""
-        return Rounds() if self._failed else Rounds(self._capture(device, self._fail))
+    def rounds(self, device: torch.device, key: Hashable) -> Rounds:
+        """Rounds that are captured; as they are, once a capture for this key has failed."""
 
-    def _fail(self, reason: str) -> None:
-        self._failed = True
-        warn_not_captured(reason)
+        def fail(reason: str) -> None:
+            self._failed.add(key)
+            warn_not_captured(reason)
+
+        return Rounds() if key in self._failed else Rounds(self._capture(device, fail))
 
     def take(self, key: Hashable) -> PromptedModel | None:
         """The model for this key, which is not kept any more: it has one user at a time."""
@@ -105,7 +112,8 @@ class Kept:
 
     def clear(self) -> None:
         self._models.clear()
-        self._known, self._failed, self.stack = (), False, None
+        self._failed.clear()
+        self._known, self.stack = (), None
 
 
 def _fingerprint(adapter: CheckpointAdapter) -> tuple:
@@ -116,7 +124,19 @@ def _fingerprint(adapter: CheckpointAdapter) -> tuple:
         (part.data_ptr() if type(part) in (nn.Parameter, torch.Tensor) else id(part), part.dtype)
         for part in (*model.parameters(), *model.buffers())
     )
-    return tensors, tuple(id(part) for part in adapter.backbone.modules()), hooked(adapter.backbone)
+    return tensors, tuple(id(part) for part in model.modules()), hooked(adapter.backbone)
+
+
+def foreign(adapter: CheckpointAdapter) -> bool:
+    """Whether a part of the model is of another package than its family is. Such layers may be steered by Python
+    values (a LoRA's scaling, whether it is on), which a captured round would keep as they were."""
+    model: nn.Module = adapter.model
+    known = {*_PACKAGES, _package(adapter)}
+    return any(_package(part) not in known for part in model.modules())
+
+
+def _package(thing: object) -> str:
+    return type(thing).__module__.split(".")[0]
 
 
 def hooked(module: nn.Module) -> bool:

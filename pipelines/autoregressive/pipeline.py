@@ -52,7 +52,7 @@ class AutoregressivePipeline:
         model: the transformers model (or the family's own).
         graphs: on a GPU, capture rounds of decoding in CUDA graphs, and compile the layers of families that
             `Stack` knows. The first image of every batch size then takes seconds more, later ones a fraction. Where a
-            module of the backbone has hooks, or is compiled itself, all runs as it is.
+            module has hooks, is compiled itself, or is an adapter's (LoRA), all runs as it is.
 
     Args:
         graphs: None: unless the environment says ACCEL_GRAPHS=0.
@@ -235,7 +235,7 @@ class AutoregressivePipeline:
                 # Elsewhere, and compiled, the few places that need not be looked at cost less than new shapes.
                 grow=plain and (captures or self.device.type == "cpu"),
                 stack=self._kept.stack,
-                rounds=self._kept.rounds(self.device) if captures else None,
+                rounds=self._kept.rounds(self.device, key) if captures else None,
             )
         return model, key
 
