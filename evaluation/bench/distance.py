@@ -22,11 +22,13 @@ import torch
 from torch import Tensor
 
 from accel import generation
+from accel.core import made_for
 from accel.core.capability import denoisers_of
+from accel.errors import ConfigError
 from accel.evaluation.bootstrap import mean_interval
 from accel.evaluation.configurations import PLAIN, Configuration
 from accel.evaluation.errors import EvaluationError
-from accel.evaluation.records import write_atomically
+from accel.evaluation.records import Appender, Shape, read_records, write_atomically
 from accel.evaluation.report.table import Markdown, Table
 from accel.evaluation.suites import Prompt
 from accel.generation import Job
@@ -36,6 +38,7 @@ from .lineup import Setting, settings
 from .peers import Peer
 
 FINE = "fine"
+_ROW: Shape = {"made": (dict,), "steps": (int,), "name": (str,)}
 
 
 @dataclass(frozen=True)
@@ -74,23 +77,30 @@ def measure(
         only: settings whose name it finds.
 
     Raises:
-        EvaluationError: the folder is of other settings.
+        ConfigError: `only` finds no setting.
+        EvaluationError: the folder is of another model or other settings.
     """
+    lines = {n: [s for s in settings(n) if only.search(s.item.name)] for n in counts}
+    if not any(lines.values()):
+        raise ConfigError(f"--only {only.pattern!r} matches none of the settings")
+    (_, denoiser), *_ = denoisers_of(pipe)
     made = {
+        **made_for.describe(denoiser, pipe.scheduler),
+        "dtype": str(getattr(denoiser, "dtype", "")).removeprefix("torch."),
+        "device": torch.device(pipe.device).type,
         "call": str(plan.call),
         "seed": plan.seed,
         "fine": plan.fine,
         "prompts": [p.text for p in prompts],
     }
     file = path / "distances.jsonl"
-    rows = (
-        [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-    )
+    rows = list(read_records(file, _ROW)) if file.exists() else []
     if any(row["made"] != made for row in rows):
-        raise EvaluationError(f"{file} was made with another call or other prompts: choose another folder")
+        raise EvaluationError(
+            f"{file} was made with another call or other prompts, or another model: choose another folder"
+        )
     jobs = [Job(prompt.text, plan.seed + i) for i, prompt in enumerate(prompts)]
     known = {(row["steps"], row["name"]) for row in rows}
-    lines = {n: [s for s in settings(n) if only.search(s.item.name)] for n in counts}
     todo = [
         (n, line[i])
         for i in range(max(map(len, lines.values())))
@@ -98,12 +108,11 @@ def measure(
         if i < len(line)
     ]
     todo = [(n, s) for n, s in todo if (n, s.item.name) not in known]
-    path.mkdir(parents=True, exist_ok=True)
 
     def keep(total: int, row: Mapping[str, Any]) -> None:
         rows.append({"made": made, "steps": total, **row})
-        with file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(rows[-1]) + "\n")
+        with Appender(file) as out:
+            out.write(rows[-1])
 
     until, plains = time.monotonic() + 60 * plan.minutes, {}
     if todo:
@@ -226,8 +235,10 @@ def _every(rows: Sequence[Mapping[str, Any]], total: int) -> Table:
     ]
     plain = next((row["seconds"] for row in rows if row["name"] == PLAIN), None)
     body = []
-    for row in sorted(rows, key=lambda r: (r["computed"] is None, r["computed"], -np.mean(r["psnr"] or [0]))):
-        if row["computed"] is None:
+    for row in sorted(
+        rows, key=lambda r: (r["computed"] is None, r["computed"] or 0, -np.mean(r["psnr"] or [0]))
+    ):
+        if row["fine"] is None:
             continue
         to_plain = (
             ["", ""] if row["psnr"] is None else [_mean(row["psnr"]), f"{np.quantile(row['psnr'], 0.1):.1f}"]
@@ -239,7 +250,7 @@ def _every(rows: Sequence[Mapping[str, Any]], total: int) -> Table:
             [
                 Markdown(f"`{row['name']}`"),
                 row["group"],
-                f"{row['computed']:.1f}",
+                "–" if row["computed"] is None else f"{row['computed']:.1f}",
                 *to_plain,
                 *to_fine,
                 score,
@@ -252,7 +263,7 @@ def _every(rows: Sequence[Mapping[str, Any]], total: int) -> Table:
 def _against(rows: Sequence[Mapping[str, Any]], total: int) -> Table:
     """Ours minus the best of each other group among those that compute at most half a step more, paired by prompt."""
     header = ["ours", "computed", "the best of", "is", "computed ", "mean (dB)", "p10 (dB)"]
-    measured = [row for row in rows if row["psnr"] is not None]
+    measured = [row for row in rows if None not in (row["psnr"], row["computed"])]
     body = []
     for own in sorted((row for row in measured if row["group"] == OURS), key=lambda r: r["computed"]):
         for group in (PEERS, STEPS):

@@ -21,6 +21,7 @@ import torch
 
 from accel.errors import UnsupportedError
 from accel.evaluation.environment import environment
+from accel.evaluation.errors import EvaluationError
 from accel.kernels import dispatch
 
 from .kernel_cases import CASES, C, K, M, N, chain, destinations, values
@@ -28,6 +29,7 @@ from .kernel_cases import CASES, C, K, M, N, chain, destinations, values
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _REPEATS, _ROTATED = 7, 4
 _CHAIN = "match to unmerge"
+_LATE = "out of time"
 
 
 # Compiling
@@ -99,6 +101,7 @@ def bench(
 
     Raises:
         UnsupportedError: no kernel can run here.
+        EvaluationError: the folder is of another dtype.
     """
     if dispatch.MISSING is not None:
         raise UnsupportedError(f"accel bench kernels needs a GPU and Triton: {dispatch.MISSING}")
@@ -113,6 +116,7 @@ def bench(
             json.dumps({"environment": environment(), "dtype": dtype, "compile_seconds": seconds})
         )
         say(f"compiled in {seconds} s")
+    _resume(file, dtype)
     missing, left = set(names()), len(names()) + 1
     while (
         missing and len(missing) < left
@@ -125,6 +129,17 @@ def bench(
     text = table(json.loads(file.read_text()))
     (out / "kernels.md").write_text(text)
     return text
+
+
+def _resume(file: Path, dtype: str) -> None:
+    """Leave out the rows that there was no time for, so that they are measured."""
+    report = json.loads(file.read_text())
+    if report["dtype"] != dtype:
+        raise EvaluationError(f"{file} was made with {report['dtype']}, not {dtype}: choose another folder")
+    rows = report.get("rows", {})
+    report["rows"] = {name: row for name, row in rows.items() if row.get("error") != _LATE}
+    if report["rows"] != rows:
+        file.write_text(json.dumps(report, indent=1))
 
 
 def names() -> list[str]:
@@ -141,7 +156,7 @@ def _measure_all(file: Path, end: float, say: Callable[[str], None]) -> None:
             continue
         broken = False
         try:
-            row = {"error": "out of time"} if time.time() > end else _measure(name, report)
+            row = {"error": _LATE} if time.time() > end else _measure(name, report)
         except Exception as error:  # one kernel's fault must not hide the others
             row = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
             broken = _context_is_broken()

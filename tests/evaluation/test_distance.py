@@ -10,6 +10,7 @@ import torch
 from conftest import flux_call, make_flux
 from textless import flux
 
+from accel.errors import ConfigError
 from accel.evaluation import suites
 from accel.evaluation.bench import distance, lineup, spectrum
 from accel.evaluation.bench.distance import Plan, measure, report, tables
@@ -187,8 +188,38 @@ def test_a_stopped_comparison_goes_on_and_another_is_refused(rows, tmp_path):
     assert not calls
     with pytest.raises(EvaluationError, match="made with another call or other prompts"):
         measure(folder, pipe, PROMPTS, [12], plan(seed=6), ONLY)
+    with torch.no_grad():
+        other = flux()
+        other.transformer.x_embedder.weight.neg_()
+    with pytest.raises(EvaluationError, match="or another model"):
+        measure(folder, other, PROMPTS, [12], plan(), ONLY)
+    with pytest.raises(ConfigError, match="--only 'zzz' matches none of the settings"):
+        measure(folder, pipe, PROMPTS, [12], plan(), distance.re.compile("zzz"))
     short = measure(tmp_path, pipe, PROMPTS, [12], plan(minutes=0.0), ONLY)
     assert [row["name"] for row in short] == ["plain"]
+
+
+@pytest.mark.filterwarnings("ignore:.*(cut off|unreadable):accel.errors.AccelWarning")
+def test_a_line_that_was_cut_off_is_measured_again(rows, tmp_path):
+    folder, found = rows
+    text = (folder / "distances.jsonl").read_text().splitlines(keepends=True)
+    by_name = [row["name"] for row in found]
+    last = by_name.index("fast")
+    whole = [line for i, line in enumerate(text) if i != last]
+    (tmp_path / "distances.jsonl").write_text("".join(whole) + text[last][:200])
+    measured = measure(tmp_path, flux(), PROMPTS, [12], plan(), ONLY)
+    assert sorted(row["name"] for row in measured) == sorted(by_name)
+    assert measured[-1]["psnr"] == pytest.approx(found[last]["psnr"], abs=0.5)
+    assert len((tmp_path / "distances.jsonl").read_text().splitlines()) == len(text)
+
+
+def test_where_no_projections_are_counted_the_report_says_a_dash(rows, tmp_path):
+    """Ours has no computed steps then, and is compared to nobody."""
+    _, found = rows
+    uncounted = [{**row, "computed": 12.0 if row["name"] == "plain" else None} for row in found]
+    (every,) = tables(uncounted)
+    assert {row[2] for row in every.rows} == {"12.0", "–"}
+    assert "| – |" in report(tmp_path, uncounted, "tiny").read_text()
 
 
 def test_decibels_are_the_metric_s():
