@@ -137,12 +137,12 @@ def variance(x_BNC: Tensor, grid: tuple[int, int]) -> Tensor:
     return (square - mean.square()).sum(1).flatten(1)
 
 
-def coarser(score_GN: Tensor, grid: tuple[int, int], to: tuple[int, int]) -> Tensor:
-    """The highest score in what is one token of a coarser grid (deeper in a U-Net, whose strides round up)."""
-    if grid == to:
+def coarser(score_GN: Tensor, grid: tuple[int, int], scale: int) -> Tensor:
+    """The highest score in what is one token where the model works at 1 / `scale` of the grid (deeper in a U-Net, whose
+    strides round up)."""
+    if scale == 1:
         return score_GN
-    side = -(-grid[0] // to[0])
-    return F.max_pool2d(score_GN.view(-1, 1, *grid), side, ceil_mode=True).flatten(1)
+    return F.max_pool2d(score_GN.view(-1, 1, *grid), scale, ceil_mode=True).flatten(1)
 
 
 def plan(score_GN: Tensor, grid: tuple[int, int], counts: Counts) -> TokenPlan:

@@ -30,6 +30,9 @@ CONFIGS = {
     ),
     "pruning": PRUNING,
     "pruning without keys": accel.TokenPruningConfig(cycle=(0.3, 0.5), keys_values="none"),
+    "chunking": accel.DynamicChunkingConfig(depth=(0.6, 1.4), dense_steps_first=2),
+    "kept tokens": accel.DynamicChunkingConfig.dc_dit(router="predictability"),
+    "branches in chunks": accel.DynamicChunkingConfig(unconditional=0.3),
     "half of guidance": accel.ForecastConfig(cycle=(0, 1), guidance_every=2),
 }
 

@@ -146,3 +146,14 @@ def test_several_grids_that_are_all_made_are_no_references():
     with accel.accelerate(pipe, "balanced") as handle:
         pipe(12)
     assert handle.stats.share < 0.95
+
+
+def test_chunking_says_at_once_that_it_takes_one_image_alone():
+    pipe, steps = KONTEXT.make(), []
+    pipe.transformer.register_forward_hook(lambda *_: steps.append(1))
+    with (
+        accel.accelerate(pipe, accel.DynamicChunkingConfig()),
+        pytest.raises(UnsupportedError, match=r"reference images.*TokenMergingConfig or TokenPruningConfig"),
+    ):
+        KONTEXT.latents(pipe, steps=4)
+    assert not steps

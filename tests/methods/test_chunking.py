@@ -83,6 +83,9 @@ def test_gaussian_dechunking_by_hand():
     x = numbers(2, 30, 3, seed=1)
     torch.testing.assert_close(plan.change(x, y, y * 0.5), x + plan.expand(y * 0.5), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(plan.expand(y), y[:, plan.owner[0]], atol=1e-3)
+    kept = plan.clone()
+    plan.mixing.zero_()  # a clone has tensors of its own
+    torch.testing.assert_close(kept.expand(y), wanted[:, plan.owner[0]], atol=1e-5, rtol=1e-5)
 
 
 def test_budgets_grow_as_noise_falls():
@@ -171,7 +174,7 @@ def test_boundary_maps_say_how_many_tokens_share_each_slot():
 def test_all_tokens_kept_is_the_plain_pipeline_bit_for_bit():
     pipe, family = make_flux(), FAMILIES["flux"]
     plain = family.latents(pipe, steps=3)
-    for config in (Config(budget=0.999), Config.dc_dit(0.999), Config(budget=1.0)):
+    for config in (Config(budget=0.999), Config.dc_dit(0.999), Config(budget=1.0, last_budget=0.999)):
         with accel.accelerate(pipe, config):
             assert torch.equal(family.latents(pipe, steps=3), plain)
 
@@ -186,11 +189,23 @@ def test_all_tokens_kept_is_the_plain_pipeline_bit_for_bit():
         ({"dechunk": "gaussian"}, "dechunk"),
         ({"dense_steps_first": 0}, "dense_steps_first"),
         ({"depth": (0.5, 0)}, "depth"),
+        ({"budget": 1.0}, "budget must be below 1"),
+        ({"budget": 1.0, "unconditional": 0.5}, "budget must be below 1"),
+        ({"budget": 1.0, "last_budget": 1.0}, "last_budget must be below 1"),
+        (
+            {"budget": 0.5, "depth": (2.0,)},
+            "depth must be factors of which one times the least budget is below 1",
+        ),
     ],
 )
 def test_settings_out_of_range(settings, message):
     with pytest.raises(ConfigError, match=message):
         Config(**settings)
+
+
+def test_what_leaves_out_something_somewhere_is_allowed():
+    for settings in ({"last_budget": 1.0}, {"depth": (2.0, 1.0)}, {"depth": (2.0,), "unconditional": 0.25}):
+        Config(budget=0.5, **settings)
 
 
 def test_a_budget_that_windows_cannot_keep_says_which_they_can():

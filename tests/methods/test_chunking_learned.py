@@ -1,5 +1,6 @@
 """What chunking learned: it starts as the training-free form, and its side-car is on exactly where it should be."""
 
+import copy
 from contextlib import ExitStack
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from accel.core import sidecar
+from accel.core.copies import copies_plain
 from accel.errors import UnsupportedError, WeightsError
 from accel.methods.chunking import learned
 
@@ -166,6 +168,22 @@ def test_the_adapter_is_on_when_active_and_leaves_nothing(car):
     assert torch.equal(net(x), plain)
     assert dict(net.named_buffers()) == modules
     assert not any(m._forward_hooks for m in net.modules())
+
+
+def test_a_copy_made_meanwhile_can_have_an_adapter_of_its_own(car):
+    net, x = Net(), tokens()
+    plain = net(x)
+    with ExitStack() as stack:
+        copies_plain(net, stack)
+        learned.Adapter(car, lambda: True).attach(net, stack)
+        changed, copied = net(x), copy.deepcopy(net)
+        assert torch.equal(copied(x), plain)
+        with ExitStack() as own:
+            learned.Adapter(car, lambda: True).attach(copied, own)
+            assert torch.equal(copied(x), changed)
+        assert torch.equal(copied(x), plain)
+        assert not dict(copied.named_buffers())
+        assert torch.equal(net(x), changed)
 
 
 def test_an_adapter_of_another_model_is_refused(car):

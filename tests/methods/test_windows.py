@@ -248,8 +248,20 @@ def test_the_clean_picture_of_flow_matching():
 
 def test_scores_of_a_coarser_grid():
     score_GN = torch.arange(30.0).view(1, 30)
-    assert windows.coarser(score_GN, (5, 6), (5, 6)) is score_GN
-    assert windows.coarser(score_GN, (5, 6), (3, 3)).tolist() == [[7, 9, 11, 19, 21, 23, 25, 27, 29]]
+    assert windows.coarser(score_GN, (5, 6), 1) is score_GN
+    assert windows.coarser(score_GN, (5, 6), 2).tolist() == [[7, 9, 11, 19, 21, 23, 25, 27, 29]]
+
+
+@pytest.mark.parametrize("grid", [(33, 64), (64, 33), (5, 9), (1, 3)])
+@pytest.mark.parametrize("scale", [2, 4, 8])
+def test_scores_of_a_coarser_grid_at_odd_sizes(grid, scale):
+    rows, columns = site.Site("block", scale=scale).grid(grid)
+    score = torch.rand(2, *grid, generator=torch.Generator().manual_seed(9))
+    found = windows.coarser(score.flatten(1), grid, scale).view(2, rows, columns)
+    for i in range(rows):
+        for j in range(columns):
+            cell = score[:, scale * i : scale * (i + 1), scale * j : scale * (j + 1)]
+            assert torch.equal(found[:, i, j], cell.amax((1, 2)))
 
 
 def test_compiled_whole_is_the_same_as_eager():

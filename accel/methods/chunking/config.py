@@ -42,7 +42,7 @@ class DynamicChunkingConfig:
         dense_blocks_first, dense_blocks_last: blocks at either end that compute all tokens.
 
     Raises:
-        ConfigError: a value is outside its range.
+        ConfigError: a value is outside its range, or together they leave out nothing.
     """
 
     router: str = "windows"
@@ -69,6 +69,7 @@ class DynamicChunkingConfig:
         check(is_number(self.sigma) and self.sigma > 0, "sigma", "> 0", self.sigma)
         valid = isinstance(self.depth, tuple) and all(is_number(f) and f > 0 for f in self.depth)
         check(valid, "depth", "a list of factors > 0", self.depth)
+        self._check_leaves_out()
         for name in ("dense_steps_first", "dense_steps_last", "dense_blocks_first", "dense_blocks_last"):
             value = getattr(self, name)
             check(is_whole(value) and value >= 0, name, "a whole number >= 0", value)
@@ -94,6 +95,15 @@ class DynamicChunkingConfig:
             'not "gaussian" with windows',
             self.dechunk,
         )
+
+    def _check_leaves_out(self) -> None:
+        """At least one step of one call computes fewer tokens in one part of the blocks."""
+        least, factor = min(self.budget, self.last_budget or 1.0), min(self.depth, default=1.0)
+        # A step whose budget is 1 is dense, whatever depth and the other branch would make of it.
+        check(least < 1, "budget" if self.last_budget is None else "last_budget", "below 1", least)
+        branches = (least, self.unconditional or 1.0)
+        below = "factors of which one times the least budget is below 1"
+        check(min(branches) * factor < 1, "depth", below, self.depth)
 
     @property
     def in_windows(self) -> bool:

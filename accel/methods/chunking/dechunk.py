@@ -32,6 +32,10 @@ class KeptPlan(TokenPlan):
         """x + expand(y - reduced), or x + expand(y)."""
         return x_BNC + self.expand(y_BKC if reduced_BKC is None else y_BKC - reduced_BKC)
 
+    def clone(self) -> TokenPlan:
+        mixing = None if self.mixing is None else self.mixing.clone()
+        return KeptPlan(**{**vars(super().clone()), "mixing": mixing})
+
     def repeat(self, times: int) -> TokenPlan:
         mixing = None if self.mixing is None else self.mixing.repeat(times, 1, 1)
         return KeptPlan(**{**vars(super().repeat(times)), "mixing": mixing})

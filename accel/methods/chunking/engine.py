@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from accel.core.capability import require
+from accel.core.graphs import Held
 from accel.core.history import History, memory
 from accel.core.plan import TokenPlan
 from accel.core.run import Run, StepMethod
@@ -118,6 +119,24 @@ class DynamicChunking(StepMethod):
                 f"dechunk='carry' became 'copy': {type(self.target.scheduler).__name__} {reason}"
             )
 
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        if self.run.references:
+            raise UnsupportedError(
+                f"{self.run.references} tokens of reference images stand behind the {grid[0]}x{grid[1]} grid, and chunking "
+                "takes one image's alone. Use TokenMergingConfig or TokenPruningConfig."
+            )
+
+    def held(self, run: Run) -> Held:
+        if run.phase.dense:
+            return Held()
+        branch = self.parts[0].branch(run.seen - 1)
+        plans = tuple((part, "plans") for part in self.parts)
+        return Held((run.phase.budget, run.samples, branch), ((self, "score"), *plans))
+
+    def keep(self, run: Run) -> None:
+        for part in self.parts:
+            part.plans = {branch: plan.clone() for branch, plan in part.plans.items()}
+
     def account(self, run: Run) -> StepStats:
         self._learn(run)
         total = run.tokens
@@ -212,17 +231,17 @@ class _Part:
         self.plans = {}
         self.span.clear()
 
-    def _branch(self, call: int) -> int:
+    def branch(self, call: int) -> int:
         return min(call, 1) if self.method.config.unconditional is not None else 0
 
     def plan_of(self, call: int) -> TokenPlan | None:
-        return self.plans.get(self._branch(call))
+        return self.plans.get(self.branch(call))
 
     def plan_for(self, x_BNC: Tensor) -> TokenPlan | None:
         run, config = self.method.run, self.method.config
         if not self.method._reduces():
             return None
-        branch = self._branch(run.seen - 1)
+        branch = self.branch(run.seen - 1)
         if branch not in self.plans:
             budget = run.phase.budget if branch == 0 else config.unconditional
             assert budget is not None

@@ -54,7 +54,9 @@ class Adapter:
         self.car.check(denoiser)
         for path, (a, b) in self.car.layers.items():
             layer, weight = denoiser.get_submodule(path), denoiser.get_parameter(f"{path}.weight")
-            if hasattr(layer, _A):
+            # By the hook: a deep copy keeps the buffers, which are replaced below, and has no hooks of ours.
+            hooks = vars(layer)["_forward_hooks"].values()
+            if any(getattr(hook, "__func__", None) is Adapter._change for hook in hooks):
                 raise UnsupportedError(
                     f"{path} already has a side-car's changes: remove() the other handle first"
                 )
@@ -128,11 +130,9 @@ class Router(nn.Module):
         x_BNC = F.layer_norm(x_BNC, x_BNC.shape[-1:])
         guess_BNC = _on_map(self._guess, x_BNC, grid)
         residual_BN1 = (x_BNC - guess_BNC).square().mean(-1, keepdim=True)
-        score_BN = torch.sigmoid(self.scorer(residual_BN1))[..., 0].clone()
-        height, width = grid
-        corners = [0, width - 1, (height - 1) * width, height * width - 1]
-        score_BN[:, corners] = 1.0  # the corners are always kept
-        return score_BN
+        score_BHW = torch.sigmoid(self.scorer(residual_BN1))[..., 0].clone().unflatten(1, grid)
+        score_BHW[:, :: max(grid[0] - 1, 1), :: max(grid[1] - 1, 1)] = 1.0  # the corners are always kept
+        return score_BHW.flatten(1)
 
     def _guess(self, map_BCHW: Tensor) -> Tensor:
         padded = F.pad(map_BCHW, (1, 1, 1, 1), mode="replicate")

@@ -62,12 +62,9 @@ class Predictability:
         map_BCHW = F.pad(x_BNC.transpose(1, 2).unflatten(2, grid), (1, 1, 1, 1), mode="replicate")
         eight = (F.avg_pool2d(map_BCHW, 3, stride=1) * 9 - map_BCHW[:, :, 1:-1, 1:-1]) / 8
         residual_BN = (x_BNC - eight.flatten(2).transpose(1, 2)).square().mean(-1)
-        score_BN = torch.sigmoid(residual_BN)
-        height, width = grid
-        corners = torch.tensor(
-            [0, width - 1, (height - 1) * width, height * width - 1], device=score_BN.device
-        )
-        return score_BN.index_fill(1, corners, 1.0)
+        score_BHW = torch.sigmoid(residual_BN).unflatten(1, grid)
+        score_BHW[:, :: max(grid[0] - 1, 1), :: max(grid[1] - 1, 1)] = 1.0  # corners
+        return score_BHW.flatten(1)
 
 
 TRAINING_FREE: dict[str, type[Router]] = {

@@ -21,6 +21,7 @@ from accel.core.plan import TokenPlan
 from accel.core.readback import Readback, put_into
 from accel.core.run import Run, StepMethod
 from accel.core.schedule import slots
+from accel.core.site import Site
 from accel.core.span import Span
 from accel.core.target import Target
 from accel.core.weighted_attention import chosen
@@ -231,15 +232,17 @@ class TokenMerging(StepMethod):
 
     # Inside the denoiser, possibly traced.
 
-    def build(self, x_BNC: Tensor, grid: tuple[int, int]) -> TokenPlan | None:
-        """A plan from the tokens at a group's entry; None if a threshold finds nothing similar enough."""
-        config, N = self.config, x_BNC.shape[1]
+    def build(self, x_BNC: Tensor, site: Site) -> TokenPlan | None:
+        """A plan from the tokens at the entry of a group, whose first site this is; None if a threshold finds nothing
+        similar enough."""
+        assert self.run.grid is not None
+        config, N, grid = self.config, x_BNC.shape[1], site.grid(self.run.grid)
         if grid[0] * grid[1] != N:
             raise UnsupportedError(
                 f"{N} image tokens are not the {grid[0]}x{grid[1]} grid the model was told of"
             )
         if config.windows:
-            return self._windows(x_BNC, grid)
+            return self._windows(x_BNC, site)
         keep, protected, cell = _sizes(
             config, self.run.phase.budget, grid, multiple=16 if x_BNC.is_cuda else 1
         )
@@ -270,13 +273,14 @@ class TokenMerging(StepMethod):
                 return None
         return matching.merge_plan(best_GN, target_GN, keep).repeat(x_BNC.shape[0] // rows if rows > 1 else 1)
 
-    def _windows(self, x_BNC: Tensor, grid: tuple[int, int]) -> TokenPlan | None:
+    def _windows(self, x_BNC: Tensor, site: Site) -> TokenPlan | None:
         assert self.score is not None
+        assert self.run.grid is not None
+        grid = site.grid(self.run.grid)
         counts = windows.counts(grid, self.run.phase.budget, 16 if x_BNC.is_cuda else 1)
         if counts.slots == counts.tokens:
             return None
-        assert self.run.grid is not None
-        plan = windows.plan(windows.coarser(self.score, self.run.grid, grid), grid, counts)
+        plan = windows.plan(windows.coarser(self.score, self.run.grid, site.scale), grid, counts)
         return plan if self.tokens.shared_plan else plan.repeat(x_BNC.shape[0] // len(self.score))
 
     def _look(self, run: Run) -> None:
@@ -350,7 +354,7 @@ class _Group:
         if self.stale:
             image_BNC = x_BNC[:, : x_BNC.shape[1] - run.references]
             with torch.no_grad():
-                self.plan = self.method.build(image_BNC, self.method.sites[self.blocks.start].grid(run.grid))
+                self.plan = self.method.build(image_BNC, self.method.sites[self.blocks.start])
             self.stale, self.built, self.budget = False, True, run.phase.budget
         return None if self.plan is None else self.plan.before(run.references)
 
