@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from low_rank import LowRank, exact_times, parameters, safe_backends, velocity
 from scenes_latents import Latents, Workers, draw_captions
 from scenes_text import encode
@@ -321,7 +322,9 @@ def train(run: Run, args: argparse.Namespace, accelerator: Accelerator, workers:
         if run.step % args.log == 0:
             mean = torch.stack(losses).mean().item()  # the one wait for the device
             now = time.time()
-            run.seconds, last, losses = run.seconds + now - last, now, []
+            # The first process's clock, for all: they end, and go over to flow matching, at the same step.
+            (run.seconds,) = broadcast_object_list([run.seconds + now - last])
+            last, losses = now, []
             accelerator.print(f"upcycle step {run.step} loss {mean:.5f} {run.seconds:.0f} s", flush=True)
             if now - saved_at > EVERY and accelerator.is_main_process:
                 run.save()

@@ -108,6 +108,23 @@ def test_it_trains_stops_in_time_and_goes_on(trainer, tmp_path, monkeypatch, cap
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_all_processes_go_by_the_clock_of_the_first(trainer, tmp_path, monkeypatch, capsys):
+    sent = []
+
+    def broadcast(seconds):
+        sent.extend(seconds)
+        return [1000.0]  # the first one's, far ahead
+
+    monkeypatch.setattr(trainer, "broadcast_object_list", broadcast)
+    options = ["--worlds", "flat", "--size", "64", "--batch", "1", "--log", "1", "--report", "0"]
+    arguments = ["upcycle_chunking.py", "--out", str(tmp_path), *options, "--seconds", "1000"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    trainer.main()
+    assert len(sent) == 1
+    assert sent[0] < 1000
+    assert "1000 s" in capsys.readouterr().out
+
+
 def test_a_side_car_is_on_at_reduced_steps_only(trainer, model, tmp_path):
     """Merging by windows with an adapter: the first, dense step stays exact, and remove() gives everything back."""
     import accel
