@@ -139,6 +139,7 @@ def decode(
     """Plain decoding, one token after the other: the `Decoder` that every other one is measured against."""
     rounds, slots = rounds_of(model), model.forced_N.shape[0]
     key = (decode, sampling)
+    rounds.turn_to(*key)
     plain = rounds.keep(key, lambda: PlainRound(model, sampling, generators))
     plain.begin(model, generators)
     show(model, plain.token_BN)

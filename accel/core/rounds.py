@@ -32,6 +32,7 @@ class Rounds:
         self._capture = capture
         self._kept: dict[tuple, Any] = {}
         self._replays: dict[tuple, Round | None] = {}
+        self._samplings: dict[Any, list[Any]] = {}
 
     @property
     def captures(self) -> bool:
@@ -66,10 +67,26 @@ class Rounds:
             self._replays[key] = replay
         replay()
 
+    def turn_to(self, decoder: Any, sampling: Any) -> None:
+        """A batch is drawn so from here on. Of a decoder's samplings, the second elements of its keys, the last two
+        stay: who tries out temperatures would fill the memory."""
+        last = [one for one in self._samplings.get(decoder, []) if one != sampling]
+        self._samplings[decoder] = [*last[-1:], sampling]
+        gone = last[:-1]
+        self._drop(lambda key: key[0] is decoder and key[1] in gone)
+
+    def narrow(self, decoder: Any, width: int) -> None:
+        """Drop what a decoder kept for windows of other widths, the third elements of its keys."""
+        self._drop(lambda key: key[0] is decoder and key[2] != width)
+
     def forget(self, decoder: Any) -> None:
         """Drop what one decoder kept, and its captured rounds."""
+        self._samplings.pop(decoder, None)
+        self._drop(lambda key: key[0] is decoder)
+
+    def _drop(self, gone: Callable[[tuple], bool]) -> None:
         for kept in (self._kept, self._replays):
-            for key in [key for key in kept if key[0] is decoder]:
+            for key in [key for key in kept if gone(key)]:
                 del kept[key]
 
 

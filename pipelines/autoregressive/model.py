@@ -63,7 +63,7 @@ class PromptedModel:
         self.codebook_VD, self.row = adapter.codebook_VD, layout.row
         self.guided = guidance > 1
         prefix = self._prefix(prompts)
-        device = prefix.embedding_RPD.device
+        self.dtype, device = prefix.embedding_RPD.dtype, prefix.embedding_RPD.device
         self.rounds = rounds or Rounds()
         self.guidance = torch.zeros((), device=device)  # a tensor: no new graph for every value
         self.start_R = torch.zeros(len(prefix.lengths), dtype=torch.int64, device=device)

@@ -172,6 +172,38 @@ def test_rounds_go_when_the_decoder_is_removed():
     assert models(pipe) == []
 
 
+@pytest.mark.parametrize("name", ["plain", "noise"])
+def test_of_the_samplings_the_last_two_stay(name):
+    pipe = pipeline()
+    pipe.graphs, pipe._kept = True, kept("taped")
+    if CONFIGS[name] is not None:
+        accel.accelerate(pipe, CONFIGS[name])
+    counts, kept_of = [], []
+    for temperature in (1.0, 0.9, 0.8, 0.9):
+        tokens(pipe, temperature=temperature)
+        counts.append(replays(pipe))
+        kept_of.append(len(models(pipe)[0].rounds._kept))
+    assert counts[1] > counts[0]
+    assert max(counts[2:]) <= counts[1]
+    assert kept_of[1] == kept_of[2] == kept_of[3]
+
+
+def test_widths_that_lost_are_forgotten():
+    pipe = pipeline()
+    pipe.graphs, pipe._kept = True, kept("taped")
+    accel.accelerate(pipe, Config(auto_disable=False))
+    tokens(pipe)
+    rounds = models(pipe)[0].rounds
+    widths = {key[2] for key in (*rounds._kept, *rounds._replays) if key[0] is pipe.decoder}
+    assert len(widths) == 1
+    timed = pipe.decoder._timed
+    assert len(next(iter(timed.values()))) > 2, "more than one width was timed"
+    pipe.graphs = False
+    tokens(pipe)
+    tokens(pipe, guidance_scale=1.0)
+    assert len(timed) == 3, "eager rounds, and those without guidance, take another time"
+
+
 def test_a_capture_that_fails_is_told_once_and_decoding_goes_on():
     pipe = pipeline()
     expected = tokens(pipe)

@@ -68,6 +68,7 @@ class SpeculativeDecoder:
         """
         slots, began = model.forced_N.shape[0], time.perf_counter()
         step = self._step(model, sampling)
+        rounds_of(model).turn_to(self, sampling)
         width = self._width(model, sampling, step) if slots > 1 else 1
         if width == 1:
             token_BN = decode(model, sampling, generators, on_slots)
@@ -126,7 +127,9 @@ class SpeculativeDecoder:
             )
         timed = self._timed[key]
         width, speedup = windows.choose(timed, gain)
-        if speedup >= 1 or not config.auto_disable:
+        pays = speedup >= 1 or not config.auto_disable
+        rounds_of(model).narrow(self, width if pays else 1)
+        if pays:
             return width
         if key not in self._warned:
             self._warned.add(key)
@@ -167,6 +170,7 @@ class SpeculativeDecoder:
         turn: Callable[[TokenModel], None]
         if width == 1:
             key: tuple = (decode, sampling)
+            rounds.turn_to(*key)
             plain = rounds.keep(key, lambda: PlainRound(model, sampling, generators))
             plain.begin(model, generators)
             turn = plain
@@ -186,4 +190,6 @@ def _late(model: TokenModel) -> bool:
 
 def _kind(model: TokenModel) -> tuple:
     """What the time of a round, and what it yields, are remembered for."""
-    return model.images, model.vocabulary, model.forced_N.shape[0], model.first_BV.device
+    shape = (model.images, model.vocabulary, model.forced_N.shape[0], getattr(model, "guided", False))
+    dtype = getattr(model, "dtype", model.first_BV.dtype)
+    return *shape, dtype, model.first_BV.device, rounds_of(model).captures
