@@ -18,7 +18,9 @@ Shapes: B batch, H heads, L queries, S keys, d channels of a head.
 from __future__ import annotations
 
 import math
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -125,6 +127,26 @@ def chosen() -> dict[tuple[str, torch.dtype, int], str]:
     return dict(_CHOSEN)
 
 
+class _Weighed(threading.local):
+    """How often eager code of a thread has weighed keys, by form."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+
+
+_WEIGHED = _Weighed()
+
+
+def weighed() -> Counter[str]:
+    """How often keys have been weighed in this thread so far, in eager code, by form."""
+    return Counter(_WEIGHED.calls)
+
+
+def _note(form: str) -> None:
+    if not torch.compiler.is_compiling():
+        _WEIGHED.calls[form] += 1
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, parts: Runs, scale: float | None = None) -> Tensor:
     """softmax(scale q k + log size) v: (B, H, L, d), by the form that is fastest here.
 
@@ -134,8 +156,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, parts: Runs, scale: float | None = N
     """
     parts, scale = runs(parts), q.shape[-1] ** -0.5 if scale is None else scale
     if len(parts) == 1:  # all weigh the same
+        _note("mask")
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        _note("mask")
         return masked(q, k, v, parts, scale)  # log-sum-exps have no gradient
     key = (q.device.type, q.dtype, q.shape[-1])
     form = _CHOSEN.get(key)
@@ -143,6 +167,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, parts: Runs, scale: float | None = N
         if torch.compiler.is_compiling():
             return _standard(q)(q, k, v, parts, scale)
         form = _CHOSEN[key] = fastest(q, k, v, parts, scale)
+    _note(form)
     return FORMS[form](q, k, v, parts, scale)
 
 
@@ -306,6 +331,7 @@ def _with_mask(
     with torch._C.DisableTorchFunctionSubclass():
         if _simple(args, kwargs):
             return attend(query, key, value, attn_mask.parts, kwargs.get("scale"))
+        _note("mask")
         mask = bias(attn_mask.parts, query)[None, None, None]
         return F.scaled_dot_product_attention(query, key, value, mask, *args, **kwargs)
 
@@ -320,6 +346,7 @@ def _with_keys(
         if parts and attn_mask is None and _simple(args, kwargs) and query.ndim == 4:
             every = (*parts, (1, others)) if first else ((1, others), *parts)
             return attend(query, key, value, every, kwargs.get("scale"))
+        _note("mask")
         log_PK = size_PK.log()
         bias_PS = F.pad(log_PK, (0, others) if first else (others, 0))[:, None, None].to(query.dtype)
         if attn_mask is not None:

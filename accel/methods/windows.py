@@ -9,6 +9,8 @@ Shapes: G plan rows, N = H*W tokens, K slots, C channels.
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -17,15 +19,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from accel.core.around import compiled
 from accel.core.noise_levels import clean
 from accel.core.plan import TokenPlan
 from accel.core.run import Run
+from accel.core.site import Site
+from accel.core.weighted_attention import chosen, weighed
 from accel.errors import UnsupportedError
 
 #: Measured on the built-in model, 4 steps, half of the tokens, 24 pictures: 35.5 dB with the bias, 26.6 without.
 NO_BIAS = (
     "windows ran without a bias in attention, in which each then counts as one token: quality is much lower"
 )
+
+#: Where the model's attention goes another way than to the function at which keys are weighed.
+NOT_WEIGHED = (
+    "attention did not weigh what stands for several tokens: it does not go through torch's "
+    "scaled_dot_product_attention (an attention processor or backend of another kind)"
+)
+
+
+def tell_bias(run: Run, before: Counter[str], sites: Sequence[Site], windows: bool) -> None:
+    """After a step of fewer tokens, whose keys were to be weighed: what the statistics say of it.
+
+    Args:
+        before: what `weighed` told before the step.
+        sites: the modules that took part; masks reach any kind of attention, sized keys do not.
+        windows: the tokens were put together in windows.
+    """
+    forms = weighed() - before
+    if not forms and any(site.bias is not None for site in sites):
+        forms = Counter(["mask"])
+    elif not forms and (run.compilation is not None or _compiled(run)):  # not seen there
+        forms = Counter(chosen().values()) or Counter(["mask"])
+    run.stats.attention = ", ".join(sorted(forms)) or None
+    if not forms:
+        notes = [NO_BIAS, NOT_WEIGHED] if windows else [NOT_WEIGHED]
+        run.stats.notes += [note for note in notes if note not in run.stats.notes]
+
+
+def _compiled(run: Run) -> bool:
+    return any(compiled(part) for outer in run.target.outers for part in outer.modules())
+
 
 #: Tokens in a cell of either size.
 SMALL, LARGE = 4, 16

@@ -197,6 +197,34 @@ def test_windows_run_and_keep_what_was_asked_for(family):
     assert torch.equal(family.latents(pipe, steps=4, guidance=3.0), plain)
 
 
+def test_attention_that_goes_another_way_is_said_to_weigh_nothing():
+    """Sized keys lose their sizes in baddbmm and softmax; masks do not."""
+    from diffusers.models.attention_processor import AttnProcessor
+    from tiny_others import CASES
+
+    dit = CASES["DiT"]
+    for config in (
+        Config(groups="windows", ratio=0.5, refresh_every=1, dense_blocks_first=0),
+        Config(ratio=0.5, refresh_every=1, proportional=True),
+        accel.DynamicChunkingConfig(chunks="windows"),
+    ):
+        pipe = dit.make()
+        with accel.accelerate(pipe, config) as handle:
+            pipe(**dit.call(6, False, torch.float32))
+            assert handle.stats.attention in ("mask", "lse", "channel")
+            assert windows.NOT_WEIGHED not in handle.stats.notes
+            for block in pipe.transformer.transformer_blocks:
+                block.attn1.set_processor(AttnProcessor())
+            pipe(**dit.call(6, False, torch.float32))
+            assert handle.stats.attention is None
+            assert handle.stats.notes.count(windows.NOT_WEIGHED) == 1
+    pipe = FAMILIES["pixart"].make()
+    pipe.transformer.set_attn_processor(AttnProcessor())
+    with accel.accelerate(pipe, Config(groups="windows", ratio=0.5, refresh_every=1)) as handle:
+        FAMILIES["pixart"].latents(pipe, steps=4)
+        assert handle.stats.attention == "mask"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

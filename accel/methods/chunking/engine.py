@@ -18,7 +18,7 @@ from accel.core.run import Run, StepMethod
 from accel.core.schedule import slots
 from accel.core.span import Span
 from accel.core.target import Target
-from accel.core.weighted_attention import chosen
+from accel.core.weighted_attention import weighed
 from accel.errors import UnsupportedError
 from accel.methods import windows
 from accel.stats import Stats, StepStats
@@ -96,6 +96,7 @@ class DynamicChunking(StepMethod):
             part.forget()
 
     def prepare(self, run: Run) -> None:
+        self._weighed = weighed()
         if run.clock.step == 0:
             self.maps = []
             if self.config.in_windows and not self.bias:
@@ -142,7 +143,7 @@ class DynamicChunking(StepMethod):
         total = run.tokens
         plans = [(part, plan) for part in self.parts for plan in part.plans.values()]
         if self.bias and plans:
-            run.stats.attention = ", ".join(sorted(set(chosen().values()))) or "mask"
+            windows.tell_bias(run, self._weighed, self.sites, self.config.in_windows)
         self.maps.append(_sizes(plans[0][1], _known(run.grid)) if plans else None)
         calls = max((len(part.plans) for part in self.parts), default=1) or 1
         saved = sum(len(part.blocks) * (plan.tokens - plan.slots) for part, plan in plans) // calls

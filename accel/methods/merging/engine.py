@@ -6,6 +6,7 @@ Shapes: B batch, N tokens, K slots, C channels, c channels of a prediction, G pl
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -24,7 +25,7 @@ from accel.core.schedule import slots
 from accel.core.site import Site
 from accel.core.span import Span
 from accel.core.target import Target
-from accel.core.weighted_attention import chosen
+from accel.core.weighted_attention import weighed
 from accel.errors import AccelWarning, UnsupportedError
 from accel.kernels.detail import detail
 from accel.kernels.match import match
@@ -47,6 +48,7 @@ class _State:
         forecasts: of the running step.
         growths: of the merging errors of all groups, on their way to the host.
         noise: why nothing can be carried from step to step; None: it can.
+        weighed: how often keys had been weighed before the running step.
     """
 
     draw: Tensor
@@ -55,6 +57,7 @@ class _State:
     forecasts: list[Tensor] = field(default_factory=list)
     growths: list[Readback] = field(default_factory=list)
     noise: str | None = None
+    weighed: Counter[str] = field(default_factory=Counter)
 
 
 class TokenMerging(StepMethod):
@@ -142,6 +145,7 @@ class TokenMerging(StepMethod):
                 )
 
     def prepare(self, run: Run) -> None:
+        self.state.weighed = weighed()
         if run.clock.step == 0 and self.config.windows and not self.bias:
             run.stats.notes.append(windows.NO_BIAS)
         if run.clock.step == 1 and self.bias:
@@ -208,13 +212,13 @@ class TokenMerging(StepMethod):
     def account(self, run: Run) -> StepStats:
         total = run.tokens
         self._learn(run)
-        if self.bias and 0 < run.phase.budget < 1:
-            run.stats.attention = ", ".join(sorted(set(chosen().values()))) or "mask"
         held = memory(self.state.history)
         if not run.computed:
             return StepStats(0, total, forecast=total, cache_bytes=held)
         active = [g for g in self.groups if g.plan is not None and not run.phase.dense]
         saved = sum(len(g.blocks) * (g.plan.tokens - g.plan.slots) for g in active if g.plan is not None)
+        if self.bias and saved:
+            windows.tell_bias(run, self.state.weighed, self.sites, self.config.windows)
         built = sum(g.built for g in active)
         return StepStats(total - saved, total, built, len(active) - built, cache_bytes=held)
 
