@@ -13,20 +13,38 @@ import torch
 HERE = Path(__file__).parent
 
 
-files = pytest.mark.parametrize("file", ["numerics.py", "choosing.py"])
+FILES = ["numerics.py", "choosing.py"]
+files = pytest.mark.parametrize("file", FILES)
 
 
-def run(file, *options, **environment):
+def start(file, *options, **environment):
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, str(HERE / file)]
-    run = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-6000:]
-    assert " passed" in run.stdout
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env={**os.environ, **environment}, **pipes)
+
+
+def passed(process):
+    said, _ = process.communicate()
+    assert process.returncode == 0, said[-6000:]
+    assert " passed" in said
+
+
+@pytest.fixture(scope="module")
+def interpreting():
+    """Both at once: each takes half a minute of one core."""
+    settings = {
+        "TRITON_INTERPRET": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "ACCEL_KERNELS": "auto",
+        "OMP_NUM_THREADS": "1",
+    }
+    return {file: start(file, **settings) for file in FILES}
 
 
 @files
-def test_in_the_interpreter(file):
-    run(file, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", ACCEL_KERNELS="auto")
+def test_in_the_interpreter(file, interpreting):
+    passed(interpreting[file])
 
 
 @pytest.mark.gpu
@@ -35,4 +53,4 @@ def test_in_the_interpreter(file):
 def test_on_the_gpu(file):
     # Most of the time is the compiler's, with one kernel per type and number of channels.
     parallel = ("-n", "8") if importlib.util.find_spec("xdist") else ()
-    run(file, *parallel, TRITON_INTERPRET="0", ACCEL_KERNELS="auto")
+    passed(start(file, *parallel, TRITON_INTERPRET="0", ACCEL_KERNELS="auto"))
