@@ -36,8 +36,7 @@ from train_scenes_diffusion import image_ids
 
 from accel.core import sidecar
 from accel.core.plan import TokenPlan
-from accel.methods import windows
-from accel.methods.chunking import learned
+from accel.methods import learned, windows
 from accel.pipelines import builtin
 from accel.pipelines.builtin import textured
 from accel.pipelines.builtin.architecture import TEXT_TOKENS, shift_for

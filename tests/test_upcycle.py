@@ -10,7 +10,7 @@ import torch
 from accel.core import sidecar
 from accel.core.plan import TokenPlan
 from accel.core.span import Span
-from accel.methods.chunking import learned
+from accel.methods import learned
 from accel.pipelines.registry import find
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

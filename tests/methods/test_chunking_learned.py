@@ -11,7 +11,7 @@ from torch import nn
 from accel.core import sidecar
 from accel.core.copies import copies_plain
 from accel.errors import UnsupportedError, WeightsError
-from accel.methods.chunking import learned
+from accel.methods import learned
 
 GRID = (5, 7)
 

@@ -67,13 +67,13 @@ class DynamicChunking(StepMethod):
     def _router(self) -> Router:
         if self.config.router in TRAINING_FREE:
             return TRAINING_FREE[self.config.router]()
-        from .learned import load
+        from accel.methods.learned import load
 
         return load(self.config.router, self.target.denoiser)
 
     def attach(self, stack: ExitStack) -> None:
         if self.config.adapter is not None:
-            from .learned import Adapter
+            from accel.methods.learned import Adapter
 
             Adapter(self.config.adapter, self._reduces).attach(self.target.denoiser, stack)
         for part in self.parts:

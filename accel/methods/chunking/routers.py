@@ -15,7 +15,7 @@ from accel.methods import windows
 
 
 class Router(Protocol):
-    """What scores tokens; a learned one is loaded from a file by `accel.methods.chunking.learned`.
+    """What scores tokens; a learned one is loaded from a file by `accel.methods.learned`.
 
     Attributes:
         needs_tokens: it wants the tokens at the entry of the reduced blocks, and is called there, inside of the denoiser.

@@ -30,7 +30,7 @@ from accel.errors import AccelWarning, UnsupportedError
 from accel.kernels.detail import detail
 from accel.kernels.match import match
 from accel.methods import importance, windows
-from accel.methods.chunking.learned import Adapter
+from accel.methods.learned import Adapter
 from accel.stats import Stats, StepStats
 
 from . import matching, noise
