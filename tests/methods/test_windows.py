@@ -344,9 +344,14 @@ def test_the_clean_picture_of_scaled_models(name):
         torch.testing.assert_close(found, x0, atol=1e-4, rtol=0)
 
 
-def test_a_run_after_one_in_inference_mode():
+@pytest.mark.parametrize(
+    "config",
+    [Config(groups="windows", dense_steps_first=1, dense_steps_last=0), accel.DynamicChunkingConfig()],
+    ids=["merging", "chunking"],
+)
+def test_a_run_after_one_in_inference_mode(config):
     pipe = make_flux()
-    with accel.accelerate(pipe, Config(groups="windows", dense_steps_first=1, dense_steps_last=0)):
+    with accel.accelerate(pipe, config):
         with torch.inference_mode():
             first = FAMILIES["flux"].latents(pipe, steps=4)
         assert torch.equal(FAMILIES["flux"].latents(pipe, steps=4), first)

@@ -14,6 +14,7 @@ from accel.core.capability import require
 from accel.core.graphs import Held
 from accel.core.history import History, memory
 from accel.core.plan import TokenPlan
+from accel.core.readback import put_into
 from accel.core.run import Run, StepMethod
 from accel.core.schedule import slots
 from accel.core.span import Span
@@ -163,10 +164,7 @@ class DynamicChunking(StepMethod):
     def _score(self, score_BN: Tensor) -> None:
         """Of images that share a plan, the highest. In place, at one address in every run: a CUDA graph reads it there."""
         score_GN = score_BN.amax(0, keepdim=True) if self.tokens.shared_plan else score_BN
-        if self.score is None or self.score.shape != score_GN.shape or self.score.device != score_GN.device:
-            self.score = score_GN
-        else:
-            self.score.copy_(score_GN)
+        self.score = put_into(self.score, score_GN)
 
     # Inside the denoiser, possibly traced.
 
