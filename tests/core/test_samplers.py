@@ -89,7 +89,8 @@ def test_a_scheduler_is_taken_or_refused_by_what_it_does(name):
         return
     assert not noisy
     assert not second_order
-    assert distance < 0.3
+    # 0.26 of the first since gaps grow with the step.
+    assert distance < (0.3 if name == "EDMDPMSolverMultistepScheduler" else 0.25)
     if name not in OTHER_ANSWER:
         assert plain_error < 0.25, "the harness: a deterministic sampler finds the answer"
         assert outcome < 0.35
