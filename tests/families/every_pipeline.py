@@ -4,18 +4,18 @@
 
 Without weights: a pipeline is put together from the parts of the family's tiny checkpoint (a `Case` of this folder) and
 called with the arguments that its signature shares with that case's, and a picture, a mask or a strength where it asks
-for one. One that does not run plain that way is not counted; whether its denoiser is described is said of all.
+for one; or from its recipe (`recipes_*.py`), where it has one. One that does not run plain that way is not counted; whether its denoiser is described is said of all.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import inspect
 import logging
 import signal
-import typing
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,14 +23,21 @@ from typing import Any
 
 import diffusers
 import torch
-from conftest import randomise, tiny_vae
+from conftest import randomise
 from PIL import Image
+from recipe import assemble, classes_of
 from test_conformance import CASES
 
 import accel
 from accel.errors import AccelError
 from accel.pipelines import registry
 
+HERE = Path(__file__).parent
+RECIPES = {
+    name: recipe
+    for path in sorted(HERE.glob("recipes_*.py"))
+    for name, recipe in importlib.import_module(path.stem).RECIPES.items()
+}
 PRESETS = ("balanced", "merging")
 SECONDS = 120  # a pipeline; of random parts of sizes that do not go together, some never end
 DENOISERS = ("transformer", "unet", "prior", "decoder")
@@ -81,16 +88,6 @@ def denoiser_of(cls: type) -> str | None:
     return kinds[0].__name__ if kinds else None
 
 
-def classes_of(cls: type, parameter: str) -> list[type]:
-    try:
-        hint = typing.get_type_hints(cls.__init__).get(parameter)
-    except NameError:
-        hint = inspect.signature(cls.__init__).parameters[parameter].annotation
-    return [
-        one for one in (typing.get_args(hint) or (hint,)) if inspect.isclass(one) and one is not type(None)
-    ]
-
-
 @cache
 def made() -> list[tuple[Any, type, str, set[str]]]:
     """(case, class of its pipeline, class of its denoiser, names of its parts)"""
@@ -128,41 +125,6 @@ def builds(cls: type, case: Any) -> Iterator[Any]:
         options = {key: value for key, value in config.items() if not key.startswith("_")}
         options |= {"in_channels": channels, "out_channels": config.get("out_channels") or own}
         yield assemble(cls, {**base.components, slot: randomise(kind(**options), 0)})
-
-
-def assemble(cls: type, parts: dict[str, Any]) -> Any:
-    given = {}
-    denoiser = parts.get("transformer", parts.get("unet"))
-    for name, parameter in inspect.signature(cls.__init__).parameters.items():
-        if name in ("self", "args", "kwargs"):
-            continue
-        if name == "controlnet":
-            given[name] = controlnet(cls, denoiser)
-        elif name == "vae":
-            given[name] = parts.get(name) or tiny_vae()
-            if getattr(given[name].config, "shift_factor", 0) is None:
-                given[name].register_to_config(shift_factor=0.0)
-        elif name in parts:
-            given[name] = parts[name]
-        elif name in ("requires_safety_checker", "add_watermarker"):
-            given[name] = False
-        elif parameter.default is parameter.empty:
-            given[name] = None
-    pipe = cls(**given)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def controlnet(cls: type, denoiser: Any) -> Any:
-    for kind in classes_of(cls, "controlnet"):
-        if hasattr(kind, "from_unet"):
-            return kind.from_unet(denoiser, conditioning_embedding_out_channels=(16, 16))
-        if hasattr(kind, "from_transformer"):
-            names = set(inspect.signature(kind.from_transformer).parameters) & {
-                *("num_layers", "num_single_layers", "attention_head_dim", "num_attention_heads"),
-            }
-            return kind.from_transformer(denoiser, **{name: denoiser.config[name] for name in names})
-    raise ValueError("no control network of a kind that can be made from the denoiser")
 
 
 def calls(pipe: Any, case: Any) -> Iterator[dict[str, Any]]:
@@ -204,6 +166,16 @@ def first_line(error: BaseException) -> str:
 
 def tried(cls: type, denoiser: str) -> Row:
     row = Row(cls.__name__, denoiser, denoiser in registry.known(), "no case of this denoiser")
+    if (recipe := RECIPES.get(cls.__name__)) is not None:
+        try:
+            pipe = recipe.make()
+            plain = latents(pipe, recipe.call())
+        except TimeoutError:
+            raise
+        except Exception as error:
+            row.plain = first_line(error)
+            return row
+        return taken(row, pipe, recipe.call, plain)
     for case in cases_of(cls, denoiser)[:2]:
         try:
             for pipe in builds(cls, case):
@@ -215,9 +187,7 @@ def tried(cls: type, denoiser: str) -> Row:
                     except Exception as error:
                         row.plain = first_line(error)
                         continue
-                    row.plain = "yes"
-                    row.said = tuple(outcome(pipe, call, plain, preset) for preset in PRESETS)
-                    return row
+                    return taken(row, pipe, lambda call=call: call, plain)
         except TimeoutError:
             raise
         except Exception as error:
@@ -225,16 +195,22 @@ def tried(cls: type, denoiser: str) -> Row:
     return row
 
 
-def outcome(pipe: Any, call: dict[str, Any], plain: torch.Tensor, preset: str) -> str:
+def taken(row: Row, pipe: Any, call: Callable[[], dict[str, Any]], plain: torch.Tensor) -> Row:
+    row.plain = "yes"
+    row.said = tuple(outcome(pipe, call, plain, preset) for preset in PRESETS)
+    return row
+
+
+def outcome(pipe: Any, call: Callable[[], dict[str, Any]], plain: torch.Tensor, preset: str) -> str:
     """ "yes", or why not."""
     try:
         with accel.accelerate(pipe, preset) as handle:
-            fast = latents(pipe, call)
+            fast = latents(pipe, call())
     except AccelError as error:
         return first_line(error)
     except Exception as error:
         return f"CRASH {first_line(error)}"
-    if not (torch.isfinite(fast.float()).all() and torch.equal(latents(pipe, call), plain)):
+    if not (torch.isfinite(fast.float()).all() and torch.equal(latents(pipe, call()), plain)):
         return "WRONG not finite, or not restored"
     return "yes" if handle.stats.share < 1 else "nothing was left out"
 

@@ -1,0 +1,91 @@
+"""How a pipeline of diffusers is put together that none of the cases has the parts of, and called.
+
+`every_pipeline.py` takes the recipes of all `recipes_*.py` beside it: `RECIPES`, by the name of the pipeline's class.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from case import Case
+from conftest import tiny_vae
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A tiny pipeline and its call.
+
+    Attributes:
+        make: the pipeline with random weights, its progress bar off.
+        call: arguments of a call: a generator of its own each time, or what else makes it repeat itself.
+    """
+
+    make: Callable[[], Any]
+    call: Callable[[], dict[str, Any]]
+
+
+def like(case: Case, pipeline: type, parts: Callable[[], dict[str, Any]] = dict, **given: Any) -> Recipe:
+    """A pipeline of the parts of a case of the same denoiser, and its own `parts`; called as that, with what else is
+    `given` (functions are called for each call, None: not given)."""
+
+    def make() -> Any:
+        return assemble(pipeline, {**case.make().components, **parts()})
+
+    def call() -> dict[str, Any]:
+        own = {name: value() if callable(value) else value for name, value in given.items()}
+        names = inspect.signature(pipeline.__call__).parameters
+        shared = case.call(steps=10, wide=False, dtype=torch.float32).items()
+        arguments = {**{name: value for name, value in shared if name in names}, **own}
+        return {name: value for name, value in arguments.items() if value is not None}
+
+    return Recipe(make, call)
+
+
+def assemble(cls: type, parts: dict[str, Any]) -> Any:
+    given = {}
+    denoiser = parts.get("transformer", parts.get("unet"))
+    for name, parameter in inspect.signature(cls.__init__).parameters.items():
+        if name in ("self", "args", "kwargs"):
+            continue
+        if name == "controlnet":
+            given[name] = controlnet(cls, denoiser)
+        elif name == "vae":
+            given[name] = parts.get(name) or tiny_vae()
+            if getattr(given[name].config, "shift_factor", 0) is None:
+                given[name].register_to_config(shift_factor=0.0)
+        elif name in parts:
+            given[name] = parts[name]
+        elif name in ("requires_safety_checker", "add_watermarker"):
+            given[name] = False
+        elif parameter.default is parameter.empty:
+            given[name] = None
+    pipe = cls(**given)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def controlnet(cls: type, denoiser: Any) -> Any:
+    for kind in classes_of(cls, "controlnet"):
+        if hasattr(kind, "from_unet"):
+            return kind.from_unet(denoiser, conditioning_embedding_out_channels=(16, 16))
+        if hasattr(kind, "from_transformer"):
+            names = set(inspect.signature(kind.from_transformer).parameters) & {
+                *("num_layers", "num_single_layers", "attention_head_dim", "num_attention_heads"),
+            }
+            return kind.from_transformer(denoiser, **{name: denoiser.config[name] for name in names})
+    raise ValueError("no control network of a kind that can be made from the denoiser")
+
+
+def classes_of(cls: type, parameter: str) -> list[type]:
+    try:
+        hint = typing.get_type_hints(cls.__init__).get(parameter)
+    except NameError:
+        hint = inspect.signature(cls.__init__).parameters[parameter].annotation
+    return [
+        one for one in (typing.get_args(hint) or (hint,)) if inspect.isclass(one) and one is not type(None)
+    ]
