@@ -34,14 +34,15 @@ def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def tiny_vae() -> AutoencoderKL:
+def tiny_vae(channels: int = 4, levels: int = 2) -> AutoencoderKL:
+    """Halves the size between its levels."""
     vae = AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
+        block_out_channels=(8,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        latent_channels=channels,
         norm_num_groups=4,
         layers_per_block=1,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from unittest import mock
 
@@ -64,6 +65,7 @@ def sized(cls, *more):
     module = importlib.import_module(cls.__module__)
 
     class Sized(cls):
+        @functools.wraps(cls.__call__)
         def __call__(self, *args, height, width, **kwargs):
             sizes = (width, height, *more)
             with mock.patch.object(module, "calculate_dimensions", return_value=sizes):

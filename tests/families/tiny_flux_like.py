@@ -78,8 +78,8 @@ def klein_call(steps, wide, dtype, batch=2):
     return {**common(steps, wide, token=4), **texts(batch, DIM, dtype), "guidance_scale": 3.0}
 
 
-def make_qwen(pipeline=QwenImagePipeline, **parts):
-    transformer = QwenImageTransformer2DModel(
+def qwen_transformer(zero_cond_t: bool = True, **options) -> QwenImageTransformer2DModel:
+    return QwenImageTransformer2DModel(
         in_channels=16,
         out_channels=4,
         num_layers=3,
@@ -87,9 +87,13 @@ def make_qwen(pipeline=QwenImagePipeline, **parts):
         num_attention_heads=2,
         joint_attention_dim=DIM,
         axes_dims_rope=ROTARY,
-        zero_cond_t=True,
+        zero_cond_t=zero_cond_t,
+        **options,
     )
-    return make(pipeline, transformer, **parts)
+
+
+def make_qwen(pipeline=QwenImagePipeline, **parts):
+    return make(pipeline, qwen_transformer(), **parts)
 
 
 def masks(batch: int, length: int = 7) -> torch.Tensor:

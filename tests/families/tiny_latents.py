@@ -58,11 +58,11 @@ def zimage_call(steps, wide, dtype):
     }
 
 
-def make_sd3():
-    transformer = SD3Transformer2DModel(
+def sd3_transformer(dual: bool = True, channels: int = 4) -> SD3Transformer2DModel:
+    return SD3Transformer2DModel(
         sample_size=32,
-        in_channels=4,
-        out_channels=4,
+        in_channels=channels,
+        out_channels=channels,
         num_layers=3,
         attention_head_dim=16,
         num_attention_heads=2,
@@ -70,11 +70,14 @@ def make_sd3():
         caption_projection_dim=32,
         pooled_projection_dim=DIM,
         pos_embed_max_size=32,
-        dual_attention_layers=(0, 1),  # as in 3.5 medium
+        dual_attention_layers=(0, 1) if dual else (),  # as in 3.5 medium
         qk_norm="rms_norm",
     )
+
+
+def make_sd3():
     others = dict.fromkeys(("text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"))
-    return make(StableDiffusion3Pipeline, transformer, **others)
+    return make(StableDiffusion3Pipeline, sd3_transformer(), **others)
 
 
 def sd3_call(steps, wide, dtype):
