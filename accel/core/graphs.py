@@ -68,17 +68,17 @@ class Cuda:
     """A CUDA device."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._pool = device, torch.cuda.graph_pool_handle()
+        self.device, self._pool = device, torch.cuda.graph_pool_handle()
 
     def record(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         # One pool for all: what a graph puts out is cloned before another one runs, so that they may overlap.
         graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.current_stream(self._device)
+        stream = torch.cuda.current_stream(self.device)
         generator = torch.cuda.default_generators[stream.device.index]
         random = generator.clone_state()
         try:
             with (
-                torch.cuda.device(self._device),
+                torch.cuda.device(self.device),
                 torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
             ):
                 output = call()
@@ -93,7 +93,7 @@ class Cuda:
 
     def timed(self, call: Callable[[], Any]) -> tuple[Any, float, float]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(self._device)
+        torch.cuda.synchronize(self.device)
         began = time.perf_counter()
         start.record()
         result = call()

@@ -17,6 +17,8 @@ import torch
 
 from accel.errors import AccelWarning
 
+from .graphs import Cuda
+
 Round = Callable[[], None]
 Kept = TypeVar("Kept")
 
@@ -111,30 +113,30 @@ class CudaGraphs:
     """Captures rounds in CUDA graphs that share one pool of memory, as they run one after the other.
 
     Args:
+        recorder: records rounds on its device.
         failed: called once with the reason if a round cannot be captured.
     """
 
-    def __init__(self, device: torch.device, failed: Callable[[str], None]) -> None:
-        self._device, self._failed = device, failed
-        self._pool = torch.cuda.graph_pool_handle()
+    def __init__(self, recorder: Cuda, failed: Callable[[str], None]) -> None:
+        self._recorder, self._failed = recorder, failed
         #: Bytes that the graphs hold.
         self.nbytes = 0
 
+    @classmethod
+    def on(cls, device: torch.device, failed: Callable[[str], None]) -> CudaGraphs:
+        return cls(Cuda(device), failed)
+
     def __call__(self, body: Round) -> Round | None:
+        device = self._recorder.device
         torch.cuda.empty_cache()  # as entering a capture does: what is reserved after it is the capture's
-        before = torch.cuda.memory_reserved(self._device)
-        graph = torch.cuda.CUDAGraph()
+        before = torch.cuda.memory_reserved(device)
         try:
-            with (
-                torch.cuda.device(self._device),
-                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
-            ):
-                body()
+            replay, _ = self._recorder.record(body)
         except Exception as error:  # drivers, libraries and models each have their own
-            self._failed(why(error, torch.cuda.mem_get_info(self._device)[0]))
+            self._failed(why(error, torch.cuda.mem_get_info(device)[0]))
             return None
-        self.nbytes += max(0, torch.cuda.memory_reserved(self._device) - before)
-        return graph.replay
+        self.nbytes += max(0, torch.cuda.memory_reserved(device) - before)
+        return replay
 
 
 def why(error: Exception, free: int) -> str:

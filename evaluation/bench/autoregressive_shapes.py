@@ -307,7 +307,7 @@ def _ours(
         stack.wrap(compiled)
     capture = None
     if way == CAPTURED:
-        capture = CudaGraphs(device, lambda reason: problems.update({way: reason}))
+        capture = CudaGraphs.on(device, lambda reason: problems.update({way: reason}))
     prompts = [0] * batch
     model = PromptedModel(
         adapter, adapter.layout(None, None), prompts, GUIDANCE, grow=True, stack=stack, rounds=Rounds(capture)

@@ -37,14 +37,14 @@ class Kept:
     """Prompted models between calls, the last used last.
 
     Args:
-        capture: device → what captures rounds there (`CudaGraphs`).
+        capture: device → what captures rounds there (`CudaGraphs.on`).
         compiler: what the functions of a `Stack` go through where rounds are captured.
         devices: types of devices on which rounds can be captured.
     """
 
     def __init__(
         self,
-        capture: Callable[[torch.device, Callable[[str], None]], Any] = CudaGraphs,
+        capture: Callable[[torch.device, Callable[[str], None]], Any] = CudaGraphs.on,
         compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
         devices: tuple[str, ...] = ("cuda",),
     ) -> None:

@@ -141,6 +141,9 @@ class AutoregressivePipeline:
         """Arguments for tqdm; `disable=True` turns the bar off."""
         self._bar = options
 
+    @torch.inference_mode(
+        False
+    )  # what is kept for the next call must be writable there, in whatever mode that is
     @torch.no_grad()
     def __call__(
         self,

@@ -11,7 +11,7 @@ import torch
 from tiny_janus import PROMPTS
 
 import accel
-from accel.core.rounds import why
+from accel.core.rounds import CudaGraphs, why
 from accel.errors import AccelWarning, NumericsError
 from accel.methods.speculation import SpeculativeDecodingConfig, decoder, verify
 from accel.pipelines.autoregressive import AutoregressivePipeline
@@ -221,6 +221,72 @@ def test_a_capture_that_fails_is_told_once_and_decoding_goes_on():
         got = [tokens(pipe), tokens(pipe)]
     assert len(warned) == 1
     assert all(torch.equal(one, expected) for one in got)
+
+
+@pytest.mark.parametrize("name", ["plain", "noise"])
+def test_calls_in_and_out_of_inference_mode_share_what_is_kept(name):
+    pipe = pipeline()
+    pipe.graphs, pipe._kept = True, kept("taped")
+    if CONFIGS[name] is not None:
+        accel.accelerate(pipe, CONFIGS[name])
+    with torch.inference_mode():
+        first = tokens(pipe)
+    (model,) = models(pipe)
+    assert not first.is_inference()
+    assert torch.equal(tokens(pipe), first)
+    with torch.inference_mode():
+        assert torch.equal(tokens(pipe), first)
+    assert models(pipe) == [model], "made once"
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_model_made_in_inference_mode_draws_out_of_it(graphs):
+    expected = tokens(pipeline())
+    with torch.inference_mode():
+        pipe = pipeline()
+    assert next(pipe.model.parameters()).is_inference()
+    pipe.graphs, pipe._kept = graphs, kept("taped")
+    assert torch.equal(tokens(pipe), expected)
+    assert torch.equal(tokens(pipe), expected)
+
+
+def test_a_recorder_that_breaks_off_is_told_with_what_is_free(monkeypatch):
+    """And counts nothing as held. That torch is put back onto its stream is the recorder's own (`graphs.Cuda`)."""
+
+    class Breaks:
+        device = torch.device("cpu")
+
+        def record(self, body):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * 2**20, 2**30))
+    said = []
+    capture = CudaGraphs(Breaks(), said.append)
+    assert capture(lambda: None) is None
+    assert said == ["out of memory: it asked for 2.00 GiB, 3 MiB are free. A smaller batch leaves room"]
+    assert capture.nbytes == 0
+
+
+@pytest.mark.gpu
+def test_a_round_that_waits_leaves_torch_on_its_stream():
+    pipe, stream, waits = pipeline("cuda"), torch.cuda.current_stream(), [True]
+    expected = tokens(pipe)
+
+    class Waits(type(pipe.adapter)):
+        def logits(self, hidden_RWD):
+            if waits[0] and torch.cuda.is_current_stream_capturing():
+                hidden_RWD.sum().item()
+            return super().logits(hidden_RWD)
+
+    pipe.adapter.__class__ = Waits
+    pipe.graphs = True
+    with pytest.warns(AccelWarning, match="could not be captured"):
+        assert torch.equal(tokens(pipe), expected)
+    assert torch.cuda.current_stream() == stream
+    waits[0] = False
+    assert torch.rand(2, device="cuda").isfinite().all(), "its random numbers are not the recording's"
+    assert torch.equal(tokens(pipe, PROMPTS[:1]), expected[:1]), "another batch size is captured all the same"
+    assert replays(pipe) > 0
 
 
 def test_a_capture_that_fails_is_tried_again_for_another_batch():
