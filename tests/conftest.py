@@ -25,7 +25,7 @@ def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            scale = 0.2 if parameter.ndim == 1 else 1.2 / parameter[0].numel() ** 0.5
+            scale = 0.2 if parameter.ndim <= 1 else 1.2 / parameter[0].numel() ** 0.5
             noise = torch.randn(parameter.shape, generator=generator) * scale
             # Gains of norms well above 0, or queries and keys vanish and attention sees no positions.
             parameter.copy_(

@@ -157,14 +157,28 @@ def _has(module: nn.Module, path: str) -> bool:
 
 #: Attributes of diffusers pipelines that hold what is called at every step; the second list beside the first
 #: (Ideogram 4 has its unconditional branch in a module of its own).
-_DENOISERS = ("transformer", "unet", "prior", "decoder")
+_DENOISERS = ("transformer", "unet", "decoder", "prior")  # what costs most first, where there are several
 _BESIDE = ("unconditional_transformer",)
+#: Those that hold the scheduler of that loop.
+_SCHEDULERS = ("scheduler", "decoder_scheduler")
 
 
 #: Pipelines that need more of the denoiser than its prediction, and what that is.
+_GRADIENTS = "calls the denoiser for gradients too, of attention maps that a forecast does not have"
 _READS = {
-    "StableDiffusionSAGPipeline": "reads attention maps out of the denoiser at every step, for all of its tokens"
+    "CycleDiffusionPipeline": "reads each step's noise back from what the denoiser predicts for the source picture",
+    "StableDiffusionAttendAndExcitePipeline": _GRADIENTS,
+    "StableDiffusionParadigmsPipeline": "computes a window of steps in one call, over and over until they agree: there is "
+    "no step to leave out",
+    "StableDiffusionPix2PixZeroPipeline": _GRADIENTS,
+    "StableDiffusionSAGPipeline": "reads attention maps out of the denoiser at every step, for all of its tokens",
 }
+
+
+def scheduler_of(pipe: Any) -> Any:
+    """Whose steps the denoiser's loop takes; None: there is no scheduler."""
+    # Not `a or b`: a scheduler may have a length.
+    return next((s for name in _SCHEDULERS if (s := getattr(pipe, name, None)) is not None), None)
 
 
 def denoisers_of(pipe: Any) -> list[tuple[nn.Module, nn.Module]]:
@@ -180,7 +194,7 @@ def denoisers_of(pipe: Any) -> list[tuple[nn.Module, nn.Module]]:
         raise UnsupportedError(f"{type(pipe).__name__} {reads}. Run it without acceleration.")
     candidates = [getattr(pipe, name, None) for name in _DENOISERS]
     module = next((m for m in candidates if isinstance(m, nn.Module)), None)
-    if module is None or getattr(pipe, "scheduler", None) is None:
+    if module is None or scheduler_of(pipe) is None:
         if callable(getattr(pipe, "decoder", None)) and not isinstance(pipe.decoder, nn.Module):
             raise UnsupportedError(
                 f"{type(pipe).__name__} makes images token by token and has no denoiser: this method is for "

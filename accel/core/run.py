@@ -24,7 +24,7 @@ from accel.errors import AccelWarning, UnsupportedError
 from accel.stats import Stats, StepStats
 
 from . import caller, samplers
-from .capability import Adapter, denoisers_of
+from .capability import Adapter, denoisers_of, scheduler_of
 from .clock import Clock, Listener
 from .compiling import Compilation
 from .copies import copies_plain
@@ -57,9 +57,14 @@ class StepMethod(Method):
     @classmethod
     def take_apart(cls, pipe: Any, find: Callable[[nn.Module], Adapter]) -> Target:
         (_, denoiser), *beside = denoisers_of(pipe)
-        adapter = find(denoiser)
+        adapter, scheduler = find(denoiser), scheduler_of(pipe)
         adapter.check(denoiser)
-        return Target(weakref.ref(pipe), denoiser, tuple(m for _, m in beside), adapter, pipe.scheduler)
+        if not hasattr(scheduler, "step"):
+            raise UnsupportedError(
+                f"{type(scheduler).__name__} has no step: a predictor and a corrector call the denoiser several times at "
+                f"each noise level. {samplers.OTHER}"
+            )
+        return Target(weakref.ref(pipe), denoiser, tuple(m for _, m in beside), adapter, scheduler)
 
     @abstractmethod
     def forget(self) -> None:
@@ -410,8 +415,9 @@ class Run(Listener):
 
     @property
     def tokens(self) -> int:
-        """Image tokens of a plain step, over all blocks; 1 where they are not described, so that steps are counted."""
-        return 1 if self.grid is None else self.target.tokens(self.grid, self.references)
+        """Image tokens of a plain step, over all blocks; 1 where they are not described, or no block takes any, so that
+        steps are counted."""
+        return (self.grid and self.target.tokens(self.grid, self.references)) or 1
 
     def arrives(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """One of this loop's calls has come."""
@@ -523,7 +529,7 @@ class Run(Listener):
         if self.clock.running:
             return
         pipe, who = self.target.pipe(), caller.pipeline()
-        if pipe is not None and who in (None, pipe) and not self.clock.follows(pipe.scheduler):
+        if pipe is not None and who in (None, pipe) and not self.clock.follows(scheduler_of(pipe)):
             raise UnsupportedError(
                 "the pipeline's scheduler was replaced after accelerate(), so its steps cannot be followed. "
                 "Call handle.remove() (or accelerate(..., replace=True)) after setting the scheduler."

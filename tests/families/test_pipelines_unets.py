@@ -1,0 +1,82 @@
+"""Pipelines around U-Nets and priors: which loop is followed, what cannot be, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from every_pipeline import latents
+from recipes_kandinsky import RECIPES as KANDINSKY
+from recipes_pixels import RECIPES as PIXELS
+from recipes_unets import RECIPES as UNETS
+
+import accel
+from accel.core.capability import denoisers_of, scheduler_of
+from accel.errors import UnsupportedError
+
+RECIPES = {**UNETS, **KANDINSKY, **PIXELS}
+EVERY_SECOND = accel.ForecastConfig(cycle=(0, 1), dense_steps_first=3, dense_steps_last=1)
+NOTHING = accel.ForecastConfig(cycle=(0, 1), dense_steps_first=1000)
+
+
+def calls_of(module):
+    """A list that grows by one with every call that reaches the module."""
+    seen = []
+    module.register_forward_hook(lambda *_: seen.append(1))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("CycleDiffusionPipeline", "each step's noise back"),
+        ("ScoreSdeVePipeline", "ScoreSdeVeScheduler has no step"),
+        ("StableDiffusionAttendAndExcitePipeline", "gradients"),
+        ("StableDiffusionParadigmsPipeline", "window of steps"),
+        ("StableDiffusionPix2PixZeroPipeline", "gradients"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused_at_once(name, message):
+    with pytest.raises(UnsupportedError, match=message):
+        accel.accelerate(RECIPES[name].make(), "balanced")
+
+
+@pytest.mark.parametrize(
+    ("name", "denoiser"),
+    [
+        ("KandinskyV22CombinedPipeline", "unet"),
+        ("StableUnCLIPPipeline", "unet"),
+        ("UnCLIPPipeline", "decoder"),
+        ("UnCLIPImageVariationPipeline", "decoder"),
+        ("WuerstchenCombinedPipeline", "decoder"),
+        ("StableCascadePriorPipeline", "prior"),
+    ],
+)
+def test_of_several_denoisers_the_one_that_makes_the_picture_is_accelerated(name, denoiser):
+    pipe = RECIPES[name].make()
+    assert [module for module, _ in denoisers_of(pipe)] == [getattr(pipe, denoiser)]
+    assert scheduler_of(pipe) is getattr(pipe, "scheduler", getattr(pipe, "decoder_scheduler", None))
+
+
+def test_steps_of_a_denoiser_without_transformer_blocks_are_counted():
+    """Kandinsky's U-Net has attention, and no block that takes tokens: 0 of 0 is no share."""
+    recipe = KANDINSKY["KandinskyV22Pipeline"]
+    pipe = recipe.make()
+    plain = latents(pipe, recipe.call())
+    calls = calls_of(pipe.unet.conv_in)
+    with accel.accelerate(pipe, EVERY_SECOND) as handle:
+        fast = latents(pipe, recipe.call())
+    assert handle.stats.share == len(calls) / 10 == 0.7
+    assert 0 < float((fast - plain).norm() / plain.norm()) < 1
+
+
+@pytest.mark.parametrize(
+    "name", ["DDIMPipeline", "KandinskyPipeline", "StableUnCLIPPipeline", "MarigoldDepthPipeline"]
+)
+def test_a_forecast_of_nothing_changes_nothing(name):
+    recipe = RECIPES[name]
+    pipe = recipe.make()
+    plain = latents(pipe, recipe.call())
+    with accel.accelerate(pipe, NOTHING) as handle:
+        assert torch.equal(latents(pipe, recipe.call()), plain)
+    assert handle.stats.share == 1
+    assert torch.equal(latents(pipe, recipe.call()), plain)
