@@ -164,7 +164,7 @@ def without_padding(call):
     return {name: None if "_embeds_mask" in name else value for name, value in call.items()}
 
 
-@pytest.mark.parametrize("keys_values", ["all", "none"])
+@pytest.mark.parametrize("keys_values", ["all", 0.5, "none"])
 @pytest.mark.parametrize("name", KEPT)
 def test_kept_keys_and_values_are_the_right_ones(name, keys_values):
     """The same input at every step is answered as by the plain pipeline; but not if nothing is kept."""

@@ -12,6 +12,7 @@ from diffusers import FlowMatchHeunDiscreteScheduler
 import accel
 from accel.core.site import Side
 from accel.errors import ConfigError, UnsupportedError
+from accel.methods.pruning.engine import _spread
 from accel.pipelines import registry
 
 Config = accel.TokenPruningConfig
@@ -56,7 +57,7 @@ def test_budget_one_is_bit_exact_and_says_so(family, options):
 
 
 @OPTIONS
-@pytest.mark.parametrize("keys_values", ["all", "none"])
+@pytest.mark.parametrize("keys_values", ["all", 0.4, "none"])
 def test_selecting_all_tokens_is_the_plain_pipeline(family, options, keys_values):
     pipe = family.make()
     plain = family.latents(pipe, **options)
@@ -124,7 +125,7 @@ def test_computed_tokens_attend_to_the_whole_image(family):
         return sdpa(*args, **kwargs)
 
     text = 7 if family is FAMILIES["flux"] else 0
-    for keys_values, keys in (("all", 96), ("none", 48)):
+    for keys_values, keys in (("all", {96}), (0.4, {96, 48}), ("none", {48})):
         seen.clear()
         with (
             accel.accelerate(pipe, Config(cycle=(0.5,), keys_values=keys_values)),
@@ -132,7 +133,23 @@ def test_computed_tokens_attend_to_the_whole_image(family):
         ):
             m.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
             family.latents(pipe, steps=4)
-        assert set(seen) == {(96 + text, 96 + text), (48 + text, keys + text)}
+        assert set(seen) == {(96 + text, 96 + text), *((48 + text, k + text) for k in keys)}
+
+
+def test_keys_and_values_of_some_layers_take_their_share_of_the_memory(family):
+    pipe, blocks = family.make(), 5 if family is FAMILIES["flux"] else 3
+    taken = {}
+    for keys_values in ("none", 0.4, "all"):
+        with accel.accelerate(pipe, Config(cycle=(0.5,), keys_values=keys_values)) as handle:
+            family.latents(pipe, steps=6)
+        taken[keys_values] = handle.stats.cache_bytes
+    share = (taken[0.4] - taken["none"]) / (taken["all"] - taken["none"])
+    assert share == pytest.approx(round(0.4 * blocks) / blocks, abs=0.03)  # with text in some of FLUX's
+
+
+def test_layers_that_keep_are_spread_evenly():
+    assert _spread(list(range(10)), 0.3) == [1, 5, 8]
+    assert _spread(list(range(10)), 0.01) == [5]
 
 
 def test_stats(family):
@@ -284,6 +301,7 @@ def test_compiled_equals_eager(family):
         ({"fresh_share": 1.1}, r"fresh_share must be in \[0, 1\]"),
         ({"max_age": 0}, "max_age must be a whole number >= 1"),
         ({"keys_values": "some"}, "all, none"),
+        ({"keys_values": 1}, "a share in"),
         ({"dense_steps_first": 0}, "dense_steps_first must be a whole number >= 1"),
         ({"dense_steps_last": -1}, "dense_steps_last must be a whole number >= 0"),
         ({"score": "change", "dense_steps_first": 1}, "at least 2"),

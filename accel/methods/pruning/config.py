@@ -22,7 +22,6 @@ from accel.errors import ConfigError
 _CHOICES = {
     "score": ("error", "change", "age"),
     "clustering": ("grid", "kmeans"),
-    "keys_values": ("all", "none"),
 }
 #: What only partial steps look at.
 _PARTIAL = ("score", "clusters", "clustering", "fresh_share", "keys_values")
@@ -52,7 +51,8 @@ class TokenPruningConfig:
         max_age: no token goes more steps than this without being computed; steps become dense where the
             budgets could not keep it. None: no bound but the schedule's dense steps.
         keys_values: "all" keeps every layer's keys and values, so that computed tokens attend to the whole
-            image; "none" lets them attend to text and to each other only, which takes no memory.
+            image; "none" lets them attend to text and to each other only, which takes no memory; a share in (0, 1) keeps
+            those of that share of the layers, evenly spread, for that share of the memory.
         references: of models that edit, compute the tokens of their reference images at every n-th of the steps that
             compute anything only, from the first on, 0: at the first alone, and let the image attend to their kept
             keys and values at the others. 1: always. With `cycle=(1,)` nothing else is left out, so that it goes
@@ -77,7 +77,7 @@ class TokenPruningConfig:
     clustering: Literal["grid", "kmeans"] = "grid"
     fresh_share: float = 0.0
     max_age: int | None = None
-    keys_values: Literal["all", "none"] = "all"
+    keys_values: Literal["all", "none"] | float = "all"
     references: int = 1
     guidance_every: int = 1
     dense_steps_first: int = 2
@@ -101,6 +101,8 @@ class TokenPruningConfig:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             check(value in choices, name, f"one of {', '.join(choices)}", value)
+        valid = self.keys_values in ("all", "none") or is_share(self.keys_values)
+        check(valid, "keys_values", "one of all, none, or a share in (0, 1)", self.keys_values)
         valid = is_whole(self.clusters) and self.clusters >= 0
         check(valid, "clusters", "a whole number >= 0", self.clusters)
         valid = is_number(self.fresh_share) and 0 <= self.fresh_share <= 1
@@ -139,7 +141,7 @@ class TokenPruningConfig:
     def keeps(self) -> bool:
         """Whether keys and values are kept from step to step."""
         partial = any(0 < b < 1 for b in self.schedule().budgets)
-        return self.keys_values == "all" and (partial or self.references != 1)
+        return self.keys_values != "none" and (partial or self.references != 1)
 
     @classmethod
     def cat(cls, budget: float = 0.3, clusters: int = 20) -> TokenPruningConfig:

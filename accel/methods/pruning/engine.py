@@ -17,10 +17,11 @@ from accel.core.capability import require
 from accel.core.graphs import Held
 from accel.core.guidance import Guidance
 from accel.core.history import History, growth, memory
-from accel.core.keyvalues import KeyValues
+from accel.core.keyvalues import Attention, KeyValues
 from accel.core.plan import TokenPlan
 from accel.core.run import Run, StepMethod
 from accel.core.schedule import slots
+from accel.core.site import Side, Site
 from accel.core.span import Span
 from accel.core.target import Target
 from accel.errors import AccelWarning, UnsupportedError
@@ -87,6 +88,8 @@ class TokenPruning(StepMethod):
         self.kept = KeyValues(self.run.serves)
         attentions = target.adapter.attentions if self._keeps else None
         self.attentions = [] if attentions is None else list(attentions(target.denoiser))
+        if isinstance(config.keys_values, float):
+            self.attentions = _spread(self.attentions, config.keys_values)
         for attention in self.attentions:
             attention.check(target.denoiser)
         if not (config.schedule().reduces or self.reduces):
@@ -98,11 +101,15 @@ class TokenPruning(StepMethod):
         if self._keeps:
             self.kept.attach(denoiser, self.attentions, stack)
         # After the hooks on the attentions: those are inside.
-        masks = {name for attention in self.attentions for name in attention.masks}
-        sides = [tuple(side for side in site.sides if side.name not in masks) for site in self.sites]
-        sites = [replace(site, sides=kept) for site, kept in zip(self.sites, sides, strict=True)]
+        sites = [replace(site, sides=self._sides(site)) for site in self.sites]
         self.span.attach(denoiser, sites, stack, bias=False)
         self.run.attach(stack)
+
+    def _sides(self, site: Site) -> tuple[Side, ...]:
+        """What follows the computed tokens into a block: masks over all keys do not, where all keys are kept."""
+        inside = [a for a in self.attentions if a.path.startswith(f"{site.path}.")]
+        masks = {name for attention in inside for name in attention.masks}
+        return tuple(side for side in site.sides if side.name not in masks)
 
     def compile(self, how: bool | str, stack: ExitStack) -> None:
         super().compile(how, stack)
@@ -382,3 +389,9 @@ class TokenPruning(StepMethod):
         self.run.check_calls(max(call + 1, len(self.state.forecasts)), len(self.state.forecasts))
         assert self.state.computed is not None
         return torch.where(self.state.computed, prediction, self.state.forecasts[call])
+
+
+def _spread(attentions: list[Attention], share: float) -> list[Attention]:
+    """This share of them, at least one, at equal distances."""
+    count = max(1, round(share * len(attentions)))
+    return [attentions[(2 * i + 1) * len(attentions) // (2 * count)] for i in range(count)]
