@@ -3,6 +3,7 @@
     python examples/scenes_scores.py --worlds flat textured --rows plain matching:0.5 windows:0.5 windows:0.67 upcycled:0.67
     python examples/scenes_scores.py --worlds textured --set detail --per 8
     python examples/scenes_scores.py --truth --per 24        # detector and autoencoder, no model
+    python examples/scenes_scores.py --density --per 4       # where tokens are kept, on pictures whose outlines are known
 
 A row is plain, or `groups:share of tokens merged away`; `upcycled` is windows with the side-car of `--adapter`. All rows
 draw the same prompts from the same noise. The six tasks are of held-out combinations; `--set detail` are the small,
@@ -14,18 +15,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import FluxImg2ImgPipeline
 
 import accel
 from accel.evaluation import judges, scenes, suites
 from accel.evaluation.bootstrap import mean_interval
 from accel.evaluation.scenes import detail, scale_of
+from accel.evaluation.scenes.render import edges_and_ground
 from accel.pipelines import builtin
 from accel.pipelines.builtin import textured
+from accel.pipelines.builtin.architecture import TEXT_TOKENS
 
 
 def config_of(row: str, adapter: Path | None) -> accel.TokenMergingConfig | None:
@@ -96,6 +101,42 @@ def autoencoder(world: str, per: int, seed: int) -> None:
     print(f"{world}, autoencoder: {len(lines)} renders, {decibels.mean():.1f} dB", flush=True)
 
 
+@torch.no_grad()
+def density(
+    pipe, world: str, config: accel.DynamicChunkingConfig, per: int, seed: int
+) -> tuple[float, float]:
+    """Computed tokens per token on the outlines of objects and on the ground, over the reduced steps: renders are half
+    drowned in noise and drawn again, so that where the outlines are is known."""
+    lines = [p.metadata for p in prompts_of("tasks", per, seed) if p.metadata]
+    drawn = scenes.sample_scenes(lines, np.random.default_rng(0), world)
+    edge_BHW, ground_BHW = edges_and_ground(drawn, 8, 32)
+    redraw = FluxImg2ImgPipeline(**pipe.components)
+    redraw.set_progress_bar_config(disable=True)
+    kept: list[list[float]] = []
+    for line, image, edge_HW, ground_HW in zip(
+        lines, scenes.render(drawn), edge_BHW, ground_BHW, strict=True
+    ):
+        with accel.accelerate(redraw, config) as handle:
+            redraw(
+                line.prompt,
+                negative_prompt="",
+                true_cfg_scale=3.0,
+                image=image[None],
+                strength=0.5,
+                num_inference_steps=8,
+                height=256,
+                width=256,
+                max_sequence_length=TEXT_TOKENS,
+                generator=torch.Generator("cpu").manual_seed(seed),
+                output_type="latent",
+            )
+            maps = [1 / sizes[0].cpu() for sizes in handle.boundary_maps() if sizes is not None]
+        assert maps
+        kept += [[m[edge_HW].mean().item(), m[ground_HW].mean().item()] for m in maps]
+    on_edge, on_ground = np.mean(kept, 0)
+    return float(on_edge), float(on_ground)
+
+
 def summary(values: list[float], prompts: list[suites.Prompt]) -> str:
     found = mean_interval(values, [p.text for p in prompts], bounds=(0, 1))
     return f"{found.value:.3f} ({found.low:.2f} to {found.high:.2f})"
@@ -116,6 +157,7 @@ def main() -> None:
     parser.add_argument(
         "--truth", action="store_true", help="the detector and the autoencoder alone, no model"
     )
+    parser.add_argument("--density", action="store_true", help="where tokens are kept, alone")
     parser.add_argument("--out", type=Path, help="JSON lines: a record for every picture")
     args = parser.parse_args()
     if args.truth:
@@ -123,6 +165,14 @@ def main() -> None:
             truth(world, which, args.per, args.seed)
         for world in ("flat", "textured"):
             autoencoder(world, -(-args.per // 6), args.seed)
+        return
+    if args.density:
+        for budget, router in itertools.product((0.5, 0.33), ("windows", "cosine", "predictability")):
+            config = accel.DynamicChunkingConfig(router=router, budget=budget)
+            edge, ground = density(builtin.load_pipeline(), "flat", config, args.per, args.seed)
+            print(
+                f"{router}, {budget:.0%}: {edge:.3f} on outlines, {ground:.3f} on the ground, {edge / ground:.2f}x"
+            )
         return
     judge = judges.scenes_judge().scorer
     prompts = prompts_of(args.which, args.per, args.seed)

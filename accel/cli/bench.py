@@ -141,6 +141,7 @@ def few_step(
         int | None, typer.Option(min=1, max=16_384, help="Height and width; default: the pipeline's.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=c.MAX_SEED, help="Base seed.")] = 0,
+    lpips: c.Lpips = None,
     device: c.Device = None,
     dtype: c.Dtype = None,
 ) -> None:
@@ -152,8 +153,10 @@ def few_step(
     from accel.evaluation import suites
     from accel.evaluation.bench.compare import compare
     from accel.evaluation.bench.peers import few_step as settings_for
+    from accel.evaluation.scorers import lpips_scorer
     from accel.generation import Settings, is_autoregressive
 
+    scorers = [lpips_scorer(lpips)] if lpips else []  # before anything is made: the file may be missing
     wanted, counts = _pattern(only), c.wholes(steps, "--steps", "4,6,8")
     chosen = {n: [c for c in settings_for(n) if wanted.search(c.name)] for n in counts}
     if not all(chosen.values()):
@@ -181,6 +184,7 @@ def few_step(
             limit=limit,
             seed=seed,
             progress=progress,
+            scorers=scorers,
         )
         say(f"# {count} steps")
         show_report(page.read_text(encoding="utf-8"))

@@ -43,6 +43,9 @@ Size = Annotated[str | None, typer.Option(help="Pixels: 512 or WIDTHxHEIGHT. Def
 Guidance = Annotated[
     float | None, typer.Option(help="Classifier-free guidance scale. Default: the pipeline's own.")
 ]
+Lpips = Annotated[
+    str | None, typer.Option(help="Path of torchvision's alexnet-owt-7be5be79.pth: adds LPIPS.")
+]
 Temperature = Annotated[
     float | None,
     typer.Option(help="Autoregressive models: logits are divided by it; 0 is greedy. Default: the model's."),

@@ -17,7 +17,7 @@ from rich.progress import Progress as Bars
 from accel.errors import AccelWarning
 from accel.strict import dump_json
 
-from .common import MAX_SEED
+from .common import MAX_SEED, Lpips
 from .markdown import show_report
 from .terminal import progress_console as _console
 from .terminal import say
@@ -57,9 +57,6 @@ Device = Annotated[str | None, typer.Option(help="cuda, cpu, mps; default: cuda 
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default: the pipeline's.")]
 Warmup = Annotated[int, typer.Option(min=0, help="Untimed images per configuration at every start.")]
 Verify = Annotated[bool, typer.Option("--verify", help="Check existing images by hash, not only by length.")]
-Lpips = Annotated[
-    str | None, typer.Option(help="Path of torchvision's alexnet-owt-7be5be79.pth: adds LPIPS.")
-]
 Clip = Annotated[str | None, typer.Option(help="CLIP folder or hub id: adds CLIP score; colours in GenEval.")]
 Extractors = Annotated[
     list[str] | None,

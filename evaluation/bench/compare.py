@@ -21,7 +21,7 @@ from accel.evaluation.report import plot, report
 from accel.evaluation.report.table import Table
 from accel.evaluation.run import check, run
 from accel.evaluation.score import score
-from accel.evaluation.scorers import pixel_scorers
+from accel.evaluation.scorers import Scorer, pixel_scorers
 from accel.evaluation.suites import Prompt, Suite, take
 
 from . import frontier
@@ -77,6 +77,7 @@ def compare(
     limit: int | None = None,
     seed: int = 0,
     progress: Callable[[Any], None] | None = None,
+    scorers: Sequence[Scorer] = (),
 ) -> Path:
     """Compare settings on one pipeline, in one process; returns the Markdown report.
 
@@ -84,6 +85,7 @@ def compare(
         path: folder for images, records and report; continued if it exists.
         call: arguments of every pipeline call; `num_inference_steps` among them.
         limit: number of prompts.
+        scorers: beside the suite's own, PSNR and SSIM.
 
     Settings that are missing, fail when tried, or of other libraries fail later are written to problems.json and
     into the report with their errors; the denoiser's multiply-accumulates for the first prompt to macs.json and
@@ -125,9 +127,9 @@ def compare(
     write_atomically(folder.path / MACS, json.dumps(macs, indent=2) + "\n")
     if suite.name == "scenes":
         judge = scenes_judge()
-        score(path, [judge.scorer, *pixel_scorers()], bounds=judge.bounds)
+        score(path, [judge.scorer, *pixel_scorers(), *scorers], bounds=judge.bounds)
     else:
-        score(path, pixel_scorers())
+        score(path, [*pixel_scorers(), *scorers])
     page = _report(folder, names, problems, macs)
     _frontier(page, macs)
     return page

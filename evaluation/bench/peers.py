@@ -19,6 +19,7 @@ from torch import nn
 
 from accel import configs
 from accel.evaluation.configurations import Configuration
+from accel.methods.chunking import DynamicChunkingConfig
 from accel.methods.forecasting import ForecastConfig
 from accel.methods.merging import TokenMergingConfig
 from accel.methods.pruning import TokenPruningConfig
@@ -343,11 +344,23 @@ def _composed(steps: int) -> dict[str, Any]:
         "few-step-fast": configs.load("few-step-fast"),
         "windows-25": _windows(0.25),
         "windows-50-copy": replace(_windows(0.5), unmerge="copy"),
+        **_published(),
     }
     # After the dense first step: 1 dense, 0 forecast, between a share of the tokens.
     for name, cycle in _SCHEDULES.get(steps, {}).items():
         found[name] = _windows(*cycle, order=1)
     return found
+
+
+def _published() -> dict[str, DynamicChunkingConfig]:
+    """Half of the tokens by DC-DiT's routers, untrained, with its Gaussian and without."""
+    cosine = DynamicChunkingConfig.dc_dit()
+    return {
+        "cosine-50": cosine,
+        "predictability-50": DynamicChunkingConfig.dc_dit(router="predictability"),
+        "cosine-50-copy": replace(cosine, dechunk="copy"),
+        "cosine-50-carry": replace(cosine, dechunk="carry"),
+    }
 
 
 #: Number of steps -> schedules of dense, windowed and forecast steps.

@@ -115,6 +115,20 @@ def object_coverage(scenes: Scenes, size: int) -> tuple[torch.Tensor, torch.Tens
     return torch.cat(images), torch.cat(slots), torch.cat(covers)
 
 
+def edges_and_ground(scenes: Scenes, side: int, cells: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, cells, cells) bool each: the squares of `side` pixels through which an outline of an object goes, and those that
+    no object touches."""
+    image_O, _, cover_OHW = object_coverage(scenes, side * cells)
+    edge_BHW = torch.zeros(len(scenes), cells, cells, dtype=torch.bool, device=cover_OHW.device)
+    touched_BHW = edge_BHW.clone()
+    for image, cover_HW in zip(image_O.tolist(), cover_OHW, strict=True):
+        squares = cover_HW.unflatten(0, (cells, side)).unflatten(2, (cells, side))
+        high, low = squares.amax((1, 3)), squares.amin((1, 3))
+        edge_BHW[image] |= (high >= 0.5) & (low < 0.5)
+        touched_BHW[image] |= high > 0
+    return edge_BHW, ~touched_BHW
+
+
 def _ground(scenes: Scenes, size: int) -> torch.Tensor:
     x, y = pixel_grid(size, scenes.shape_BM.device)
     direction = scenes.gradient_B[:, None, None]

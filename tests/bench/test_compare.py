@@ -18,6 +18,7 @@ from accel.evaluation.bench.peers import Peer
 from accel.evaluation.configurations import PLAIN, Configuration
 from accel.evaluation.errors import RecordError
 from accel.evaluation.folder import RunFolder
+from accel.evaluation.scorers import PairScorer
 from accel.evaluation.suites import Prompt, Suite
 
 SUITE = Suite("prompts", [Prompt(i, f"prompt {i}") for i in range(4)])
@@ -175,3 +176,13 @@ def test_the_page_says_what_it_was_made_with(tmp_path):
     session = next(RunFolder(tmp_path / "r").sessions())
     assert f"threads {session['threads']}; torch {torch.__version__}, diffusers " in line
     assert "cache-dit" in line
+
+
+def test_scorers_beside_the_usual_ones_get_a_column(tmp_path):
+    largest = PairScorer("largest", lambda a, b: (a - b).abs().amax((1, 2, 3)), higher_is_better=False)
+    assert "largest" not in start(tmp_path / "without", [HALF])
+    page = start(tmp_path / "with", [HALF], scorers=[largest])
+    assert "largest" in page
+    summary = json.loads((tmp_path / "with" / "report" / "report.json").read_text())
+    values = {row["name"]: row["metrics"].get("largest") for row in summary["configurations"]}
+    assert values["steps=2"]["mean"]["value"] > 0

@@ -155,6 +155,8 @@ def test_few_steps_are_compared_with_what_people_use_and_one_schedule_for_both(s
         "tomesd",
         "fbc-0.1",
         f"steps={steps // 2}",
+        "cosine-50",
+        "predictability-50",
     } <= set(names)
     mixed = [s for s in settings if s.name.startswith("mixed-")]
     assert len(mixed) >= 2

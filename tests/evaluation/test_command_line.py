@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from accel.cli import bench as cli_bench
 from accel.cli import evaluate as cli_evaluate
 from accel.errors import AccelError, AccelWarning
 from accel.evaluation import metrics
@@ -145,4 +146,14 @@ def test_weights_that_are_missing_are_named_before_anything_is_generated(tmp_pat
         command = ["all", str(tmp_path / "r"), "--model", "absent.py:make", option, value]
         with pytest.raises(WeightsError, match=says):
             CliRunner().invoke(cli_evaluate.app, command, catch_exceptions=False)
+    command = [
+        "few-step",
+        str(tmp_path / "r"),
+        "--model",
+        "absent.py:make",
+        "--lpips",
+        "/nowhere/alexnet.pth",
+    ]
+    with pytest.raises(WeightsError, match="no such weight file"):
+        CliRunner().invoke(cli_bench.app, command, catch_exceptions=False)
     assert not (tmp_path / "r").exists()

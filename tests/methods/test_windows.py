@@ -15,6 +15,7 @@ from accel.core.plan import TokenPlan
 from accel.core.site import rotary
 from accel.core.span import Span
 from accel.errors import ConfigError, UnsupportedError
+from accel.evaluation.scenes.render import edges_and_ground
 from accel.methods import windows
 from accel.pipelines.registry import find
 
@@ -355,3 +356,37 @@ def test_a_run_after_one_in_inference_mode(config):
         with torch.inference_mode():
             first = FAMILIES["flux"].latents(pipe, steps=4)
         assert torch.equal(FAMILIES["flux"].latents(pipe, steps=4), first)
+
+
+def test_outlines_keep_more_tokens_than_the_ground():
+    """On pictures whose outlines are known; scores without meaning keep no more there."""
+    drawn, latents = _scenes_as_tokens()
+    edge_BHW, ground_BHW = edges_and_ground(drawn, 8, 32)
+    assert edge_BHW.sum((1, 2)).min() > 10
+    assert not (edge_BHW & ground_BHW).any()
+    wrong = torch.rand(latents.shape[:2], generator=torch.Generator().manual_seed(0))
+    for budget in (0.5, 0.33):
+        counts = windows.counts((32, 32), budget)
+        ratios = []
+        for score in (windows.variance(latents, (32, 32)), wrong):
+            plan = windows.plan(score, (32, 32), counts)
+            kept_BHW = (1 / plan.size).gather(1, plan.owner).unflatten(1, (32, 32))
+            assert torch.allclose(kept_BHW.sum((1, 2)), torch.tensor(float(counts.slots)))
+            ratios.append((kept_BHW[edge_BHW].mean() / kept_BHW[ground_BHW].mean()).item())
+        assert ratios[0] > 2
+        assert 0.9 < ratios[1] < 1.1
+
+
+def _scenes_as_tokens():
+    import numpy as np
+    from diffusers import FluxPipeline
+
+    from accel.evaluation import scenes
+    from accel.pipelines import builtin
+
+    lines = scenes.prompts("test", per_task=1, seed=0)
+    drawn = scenes.sample_scenes(lines, np.random.default_rng(0))
+    with torch.no_grad():
+        vae = builtin.load_pipeline("cpu").vae
+        latents = vae.encode(scenes.render(drawn) * 2 - 1).latent_dist.mean
+    return drawn, FluxPipeline._pack_latents(latents, *latents.shape)
