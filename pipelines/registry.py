@@ -11,6 +11,7 @@ from accel.core.capability import Adapter
 #: Class name -> module whose `ADAPTER` describes it.
 _BUILTIN = {
     "AuraFlowTransformer2DModel": "accel.pipelines.diffusion.auraflow",
+    "BriaFibo2Transformer2DModel": "accel.pipelines.diffusion.fibo2",
     "BriaFiboTransformer2DModel": "accel.pipelines.diffusion.fibo",
     "BriaTransformer2DModel": "accel.pipelines.diffusion.bria",
     "ChromaTransformer2DModel": "accel.pipelines.diffusion.chroma",
@@ -26,6 +27,7 @@ _BUILTIN = {
     "HiDreamImageTransformer2DModel": "accel.pipelines.diffusion.hidream",
     "HunyuanDiT2DModel": "accel.pipelines.diffusion.hunyuan_dit",
     "HunyuanImageTransformer2DModel": "accel.pipelines.diffusion.hunyuanimage",
+    "Ideogram4Transformer2DModel": "accel.pipelines.diffusion.ideogram4",
     "JoyImageEditPlusTransformer3DModel": "accel.pipelines.diffusion.joyimage_plus",
     "JoyImageEditTransformer3DModel": "accel.pipelines.diffusion.joyimage",
     "Kandinsky5Transformer3DModel": "accel.pipelines.diffusion.kandinsky5",
@@ -38,6 +40,7 @@ _BUILTIN = {
     "OvisImageTransformer2DModel": "accel.pipelines.diffusion.longcat",
     "PixArtTransformer2DModel": "accel.pipelines.diffusion.pixart",
     "PRXTransformer2DModel": "accel.pipelines.diffusion.prx",
+    "QwenImage21Transformer2DModel": "accel.pipelines.diffusion.qwenimage21",
     "QwenImageTransformer2DModel": "accel.pipelines.diffusion.qwenimage",
     "SanaTransformer2DModel": "accel.pipelines.diffusion.sana",
     "SD3Transformer2DModel": "accel.pipelines.diffusion.sd3",

@@ -72,12 +72,13 @@ def _models() -> list[dict[str, str]]:
         tokens, branches = adapter.tokens, adapter.branches
         kept = "yes" if adapter.attentions else "no keys kept"
         whole = tokens is not None and tokens.convolutional  # convolutions want the tokens of a U-Net whole
+        prunes = tokens is not None and not whole and tokens.spread is not None
         rows.append(
             {
                 "denoiser": name,
                 "forecasts": "yes",
                 "merging": ("stack, block" if whole else "span, block") if tokens else "no",
-                "pruning": kept if tokens and not whole else "no",
+                "pruning": kept if prunes else "no",
                 "branches": "yes" if branches.batched or branches.calls else "no",
             }
         )

@@ -24,6 +24,7 @@ CAPABILITIES = {
     "span": "tokens that can stay reduced from the first block to the last (not Tokens.convolutional)",
     "keys and values": "where its attentions make keys and values (Adapter.attentions)",
     "key bias": "how its attentions take a bias per key (Site.bias, Site.keys)",
+    "tokens alone": "predictions of image tokens and nothing in front of them (Tokens.spread)",
     "branches": "how its calls run the branches of guidance (Adapter.branches)",
 }
 
@@ -59,7 +60,8 @@ class Tokens:
         of: (denoiser, prediction, grid) -> the prediction per token (B, N, c), in the tokens' order.
         put: (denoiser, prediction, tokens (B, N, c), grid) -> the prediction with these tokens in it, the inverse
             of `of`.
-        spread: (denoiser, values per token (B, N), grid) -> the same values, broadcasting to a prediction.
+        spread: (denoiser, values per token (B, N), grid) -> the same values, broadcasting to a prediction; None: there
+            are others in front of the tokens in some predictions, of which they say nothing.
         shared_plan: the model can only follow one plan for the whole batch.
         convolutional: between stacks of blocks (`Site.stretch`) there are convolutions, which see every token.
         refuse: called with (denoiser's arguments by name, True if tokens stay reduced between blocks); raises
@@ -71,7 +73,7 @@ class Tokens:
     grid: Callable[[nn.Module, Any], tuple[int, int]]
     of: Callable[[nn.Module, Tensor, tuple[int, int]], Tensor]
     put: Callable[[nn.Module, Tensor, Tensor, tuple[int, int]], Tensor]
-    spread: Callable[[nn.Module, Tensor, tuple[int, int]], Tensor]
+    spread: Callable[[nn.Module, Tensor, tuple[int, int]], Tensor] | None
     shared_plan: bool
     refuse: Callable[[Mapping[str, Any], bool], None] = lambda arguments, span: None
     convolutional: bool = False
@@ -103,6 +105,8 @@ class Adapter:
             found.add("tokens")
             if not self.tokens.convolutional:
                 found.add("span")
+            if self.tokens.spread is not None:
+                found.add("tokens alone")
             if all(site.weighs for site in sites):
                 found.add("key bias")
         if self.attentions is not None:

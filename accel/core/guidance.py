@@ -71,10 +71,18 @@ class Guidance:
         if self.history is None:
             return
         run.check_calls(len(run.outputs), 1 if self._batched else 2)
-        if run.changed:  # guidance was turned off or on: the history is about other calls
-            self.history = None
+        if run.changed:
+            self._again()
         elif not run.branch_skipped:
             self.history.add(self._branches(), run.time)
+
+    def _again(self) -> None:
+        """The history is about other calls. It begins again, unless guidance was turned off or on."""
+        outputs, samples = self.run.outputs, self.run.clock.samples or 0
+        whole = len(outputs[0]) == 2 * samples if self._batched else len(outputs) == 2
+        self.history = History(self.order) if whole else None
+        if self.history is not None:
+            self.history.start(self._branches(), self.run.time)
 
     @property
     def _declared(self) -> Branches:

@@ -162,8 +162,10 @@ class Run(Listener):
         self.branch_skipped: bool
         self.changed: bool
         self.outputs: tuple[Tensor, ...]
-        self._shapes: list[tuple]  # of the calls of the last computed step
+        self._shapes: list[tuple]  # of the calls of the last computed step, and of what they made
         self._shapes_now: list[tuple]
+        self._made: list[torch.Size]
+        self._made_now: list[torch.Size]
         self._idle()
 
     def attach(self, stack: ExitStack) -> None:
@@ -262,7 +264,7 @@ class Run(Listener):
         self.prepared = clock.step
         self.method.prepare(self)
         self.outputs = ()
-        self._calls, self.seen, self._shapes_now = 0, 0, []
+        self._calls, self.seen, self._shapes_now, self._made_now = 0, 0, [], []
 
     def check_calls(self, calls: int, expected: int) -> None:
         """Refuse a step that calls the denoiser another number of times than the steps before it, where it is not
@@ -345,7 +347,7 @@ class Run(Listener):
                 done, computed=done.computed - saved, forecast=done.forecast + saved, branch_skipped=True
             )
         if self.computed:
-            self._shapes = self._shapes_now
+            self._shapes, self._made = self._shapes_now, self._made_now
         self.stats.record(done)
         if clock.step == clock.total - 1 and self.device.type == "cuda":
             self.stats.peak_bytes = torch.cuda.max_memory_allocated(self.device)
@@ -399,7 +401,7 @@ class Run(Listener):
         self.branch_skipped = self.changed = self._foreign = self._gridless = False
         self.outputs = ()
         self._calls = self.seen = 0
-        self._shapes, self._shapes_now = [], []
+        self._shapes, self._shapes_now, self._made, self._made_now = [], [], [], []
 
     # The denoiser's side, at its gate: eager, around the call of the module.
 
@@ -500,6 +502,12 @@ class Run(Listener):
         """It came out with this; what the pipeline gets."""
         prediction = prediction_of(output)
         self._form = like(output)
+        if self.computed:
+            # Qwen-Image 2.1 predicts the whole sequence at the first step and the image alone after it.
+            shape = prediction.shape[1:]  # half of a batch is the same
+            if self._made[self._calls : self._calls + 1] not in ([], [shape]):
+                self._change()
+            self._made_now.append(shape)
         self.method.leaving(self)
         if self.answers is None and any(gate.overwrites for gate in self._gates):
             self.method.keep(self)

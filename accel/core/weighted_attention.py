@@ -299,10 +299,23 @@ class SizedKeys(Tensor):
             func = _unflatten
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **kwargs)
+        if func is Tensor.__getitem__ and _without_image(args[0], args[1]):
+            return out
         if isinstance(out, Tensor) or type(out) in (tuple, list):
             found = _sized_among((*args, *kwargs.values()))
             return out if found is None else found.like(out)
         return out
+
+
+def _without_image(keys: Any, index: Any) -> bool:
+    """Whether none of the image's rows are among those of (B, S, ...) that an index picks."""
+    if not isinstance(keys, SizedKeys) or not (isinstance(index, tuple) and len(index) > 1):
+        return False
+    if not isinstance(index[1], slice):
+        return False
+    start, stop, _ = index[1].indices(keys.shape[1])
+    slots, rows = keys.size_PK.shape[-1], keys.shape[1]
+    return start >= slots if keys.first else stop <= rows - slots
 
 
 def _unflatten(x: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:

@@ -24,7 +24,7 @@ class Form(TypedDict):
 
     of: Callable[[nn.Module, Tensor, Grid], Tensor]
     put: Callable[[nn.Module, Tensor, Tensor, Grid], Tensor]
-    spread: Callable[[nn.Module, Tensor, Grid], Tensor]
+    spread: Callable[[nn.Module, Tensor, Grid], Tensor] | None
 
 
 #: The prediction is (B, N, c) already, but for the tokens of reference images behind.
@@ -32,6 +32,13 @@ PACKED = Form(
     of=lambda denoiser, prediction, grid: prediction[:, : prod(grid)],
     put=lambda denoiser, prediction, x_BNc, grid: torch.cat([x_BNc, prediction[:, prod(grid) :]], 1),
     spread=lambda denoiser, x_BN, grid: x_BN[..., None],
+)
+
+#: The same behind tokens that are none of the image, in as many of its predictions as have them.
+LAST = Form(
+    of=lambda denoiser, prediction, grid: prediction[:, -prod(grid) :],
+    put=lambda denoiser, prediction, x_BNc, grid: torch.cat([prediction[:, : -prod(grid)], x_BNc], 1),
+    spread=None,
 )
 
 
@@ -57,7 +64,7 @@ def patches(size: Callable[[Any], int], channels: Callable[[Any], int] | None = 
         return torch.cat([image, prediction[:, channels(denoiser) :]], 1)
 
     def spread(denoiser: Any, x_BN: Tensor, grid: Grid) -> Tensor:
-        x_B1hw = x_BN.unflatten(1, grid)[:, None]
+        x_B1hw = x_BN[:, : prod(grid)].unflatten(1, grid)[:, None]  # of references nothing is predicted
         side = size(denoiser)
         return x_B1hw.repeat_interleave(side, 2).repeat_interleave(side, 3)
 
@@ -169,13 +176,16 @@ def image_of(
             that broadcasts to predictions.
     """
 
+    spread = form["spread"]
+    assert spread is not None
+
     def put(denoiser: Any, prediction: Tensor, x_BNc: Tensor, grid: Grid) -> Tensor:
         return back(form["put"](denoiser, image(prediction), x_BNc, grid), prediction)
 
     return Form(
         of=lambda denoiser, prediction, grid: form["of"](denoiser, image(prediction), grid),
         put=put,
-        spread=lambda denoiser, x_BN, grid: back(form["spread"](denoiser, x_BN, grid), None),
+        spread=lambda denoiser, x_BN, grid: back(spread(denoiser, x_BN, grid), None),
     )
 
 
@@ -224,8 +234,11 @@ def framed(form: Form, when: Callable[[Any], bool] = lambda denoiser: True) -> F
             return form["put"](denoiser, prediction, x_BNc, grid)
         return form["put"](denoiser, prediction.squeeze(2), x_BNc, grid).unsqueeze(2)
 
+    of_image = form["spread"]
+    assert of_image is not None
+
     def spread(denoiser: Any, x_BN: Tensor, grid: Grid) -> Tensor:
-        values = form["spread"](denoiser, x_BN, grid)
+        values = of_image(denoiser, x_BN, grid)
         return values.unsqueeze(2) if when(denoiser) else values
 
     return Form(of=of, put=put, spread=spread)

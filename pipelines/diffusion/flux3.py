@@ -10,19 +10,20 @@ from torch import nn
 
 from accel.core.capability import Adapter, Branches, Tokens
 from accel.core.keyvalues import Attention
-from accel.core.site import Site, rotary, rows
+from accel.core.site import Keys, Site, rotary, rows
 
 from .common import PACKED, blocks, id_grid, refuse_arguments
 from .flux import rotate
 
 _SIDES = (rows("temb_mod"), rotary("image_rotary_emb", image="last", dims=(0,)))
+_KEYS = Keys(("attn.norm_k|attn.to_k",))
 _MODE, _SINGLE = "mode_blocks.image", "single_transformer_blocks"
 
 
 def _sites(denoiser: nn.Module) -> list[Site]:
     return [
-        *blocks(denoiser, _MODE, Site("", sides=_SIDES)),
-        *blocks(denoiser, _SINGLE, Site("", output=1, sides=_SIDES)),
+        *blocks(denoiser, _MODE, Site("", sides=_SIDES, keys=_KEYS)),
+        *blocks(denoiser, _SINGLE, Site("", output=1, sides=_SIDES, keys=_KEYS)),
     ]
 
 

@@ -123,6 +123,18 @@ def test_keys_carry_their_sizes_to_attention(first, mask, ordered):
     torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_keys_without_the_image_among_them_carry_nothing():
+    """Qwen-Image 2.1 lets text attend to the keys before it."""
+    q, k = numbers(2, 11, 3, 16), numbers(2, 19, 3, 16)
+    for first, text in ((False, slice(None, 5)), (True, slice(14, None))):
+        sized = wa.SizedKeys.of(k, torch.full((1, 14), 4.0), ((4, 14),), first)
+        assert type(sized[:, text]) is torch.Tensor
+        assert isinstance(sized[:, 1:] if not first else sized[:, :18], wa.SizedKeys)
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, sized[:, text], k[:, text])))
+        plain = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k[:, text], k[:, text])))
+        assert torch.equal(out, plain)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("channels", [64, 128])

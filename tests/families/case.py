@@ -21,6 +21,7 @@ class Case:
         tokens: image tokens of one image at the usual size.
         batch: images of a call.
         references: tokens of reference images, at the usual size.
+        steps: how many show every form of its calls (a pipeline that keeps keys and values: two).
         positions: where positions come from: "sides" travel along (rotary tables), or they are "added" at the entry.
     """
 
@@ -29,6 +30,7 @@ class Case:
     tokens: int
     batch: int = 2
     references: int = 0
+    steps: int = 1
     positions: Literal["sides", "added"] = "sides"
 
     def latents(

@@ -26,6 +26,7 @@ from tiny_flux_like import CASES as FLUX_LIKE
 from tiny_flux_like import qwen_transformer
 from tiny_latents import CASES as LATENTS
 from tiny_latents import sd3_transformer
+from tiny_latest import CASES as LATEST
 from tiny_more import CASES as MORE
 from tiny_others import CASES as OTHERS
 
@@ -406,4 +407,7 @@ RECIPES: dict[str, Recipe] = {
         upsampling_width=48,
         image=lambda: [[picture(), picture()], [picture(), None]],
     ),
+    "BriaFibo2Pipeline": of(LATEST["FIBO 2"]),
+    "QwenImage21Pipeline": of(LATEST["Qwen-Image 2.1"]),
+    "JoyImageEditPlusPipeline": of(LATEST["JoyImage-Edit Plus"]),
 }

@@ -13,6 +13,7 @@ import tiny_latents
 import torch
 from conftest import Watch
 from diffusers import StableDiffusion3PAGPipeline
+from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21FlexAttnProcessor
 from test_conformance import CASES, relative
 
 import accel
@@ -127,10 +128,52 @@ def test_skip_layer_guidance_is_refused_in_a_run():
         pipe(**call, skip_guidance_layers=[1], skip_layer_guidance_start=0.01, skip_layer_guidance_stop=0.9)
 
 
-def test_a_token_method_on_ideogram_says_what_works():
-    pipe = CASES["Ideogram 4"].make()
-    with pytest.raises(UnsupportedError, match="balanced"):
-        accel.accelerate(pipe, "merging")
+@pytest.mark.parametrize("family", ["Ideogram 4", "Qwen-Image 2.1"])
+def test_pruning_where_a_prediction_holds_more_than_the_image_is_refused(family):
+    pipe = CASES[family].make()
+    with pytest.raises(UnsupportedError, match="nothing in front of them"):
+        accel.accelerate(pipe, accel.TokenPruningConfig(keys_values="none"))
+
+
+def test_predictions_that_become_shorter_are_followed():
+    """Qwen-Image 2.1 predicts text and image at the first step, and the image alone after it."""
+    case = CASES["Qwen-Image 2.1"]
+    pipe = case.make()
+    plain = case.latents(pipe, steps=12)
+    with accel.accelerate(pipe, accel.ForecastConfig(cycle=(1,), guidance_every=2)) as handle:
+        assert 0 < relative(case.latents(pipe, steps=12), plain) < 0.3
+    assert handle.stats.branches_skipped == 5
+    errors = []
+    for correct in (False, True):
+        with accel.accelerate(pipe, accel.ForecastConfig(cycle=(0, 1), correct=correct)) as handle:
+            errors.append(relative(case.latents(pipe, steps=12), plain))
+        assert handle.stats.notes == []  # what the sampler gets is a mix of what was predicted for the image
+    assert errors[0] != errors[1]
+
+
+def test_digests_of_different_lengths_in_one_batch_are_refused():
+    case = CASES["FIBO 2"]
+    call = case.call(steps=10, wide=False, dtype=F32)
+    even, uneven = torch.ones(2, 9, dtype=torch.bool), torch.ones(2, 9, dtype=torch.bool)
+    even[:, 8:], uneven[1, 4:] = False, False
+    pipe = case.make()
+    with accel.accelerate(pipe, "merging") as handle:
+        pipe(**call, prompt_embeds_mask=even)
+        assert handle.stats.share < 1
+        with pytest.raises(UnsupportedError, match="another order"):
+            pipe(**call, prompt_embeds_mask=uneven)
+        # Of the negative prompt it shows at the first step on fewer tokens.
+        with pytest.raises(UnsupportedError, match="another order"):
+            pipe(**call, negative_prompt_embeds_mask=uneven[:, :5])
+
+
+def test_a_mask_that_is_no_tensor_is_refused():
+    """FlexAttention's."""
+    case = CASES["Qwen-Image 2.1, uncached"]
+    pipe = case.make()
+    pipe.transformer.set_attn_processor(QwenImage21FlexAttnProcessor())
+    with accel.accelerate(pipe, "merging"), pytest.raises(UnsupportedError, match="QwenImage21AttnProcessor"):
+        case.latents(pipe, steps=10)
 
 
 KEPT = [

@@ -50,7 +50,6 @@ GRID = (8, 12)
 
 #: Where repeated tokens are not as one, for reasons of the model's own.
 UNLIKE = {
-    "FLUX.3, modular": "where its keys are made is not described: its slots weigh as one token",
     "Nucleus": "its experts choose among the tokens there are",
     "Lumina-Next": "it scales its softmax by the number of tokens it is given",
 }
@@ -66,7 +65,7 @@ def latents(pipe, case, plan, *, bias):
     with ExitStack() as stack:
         sites = [site for site in adapter.tokens.sites(denoiser) if site.scale == 1]
         Span(plan_for, tokens=lambda: 96).attach(denoiser, sites, stack, bias=bias)
-        return case.latents(pipe, steps=1)
+        return case.latents(pipe, steps=case.steps)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -78,9 +78,8 @@ class DynamicChunking(StepMethod):
 
             Adapter(self.config.adapter, self._reduces).attach(self.target.denoiser, stack)
         for part in self.parts:
-            part.span.attach(
-                self.target.denoiser, [self.sites[i] for i in part.blocks], stack, bias=self.bias
-            )
+            for module in self.target.modules:
+                part.span.attach(module, [self.sites[i] for i in part.blocks], stack, bias=self.bias)
         self.run.attach(stack)
 
     def _reduces(self) -> bool:

@@ -144,12 +144,19 @@ class Forecasting(StepMethod):
         if run.phase.dense:
             self.guidance.account()
             if state.corrects:
-                state.fit.observe(run.outputs, run.clock.model_output)
+                state.fit.observe(self._of_image(run), run.clock.model_output)
         if run.computed:
             self._observe(run)
         state.age = 0 if run.computed else state.age + 1
         held = memory(state.history, self.guidance.history, *self.correction.tensors)
         return StepStats(run.tokens, run.tokens, cache_bytes=held, oldest_age=state.age)
+
+    def _of_image(self, run: Run) -> tuple[Tensor, ...]:
+        """What was predicted, of a sequence the image's tokens: those that the sampler gets."""
+        tokens, made = run.target.adapter.tokens, run.clock.model_output
+        if tokens is None or run.grid is None or not isinstance(made, Tensor) or made.ndim != 3:
+            return run.outputs
+        return tuple(tokens.of(run.target.denoiser, output, run.grid) for output in run.outputs)
 
     def _observe(self, run: Run) -> None:
         """Learn from a step that was computed."""

@@ -114,7 +114,8 @@ class TokenMerging(StepMethod):
         for group in self.groups:
             for span, blocks in group.spans:
                 sites = [self.sites[i] for i in blocks]
-                span.attach(self.target.denoiser, sites, stack, bias=self.bias)
+                for module in self.target.modules:
+                    span.attach(module, sites, stack, bias=self.bias)
         if self.config.adapter is not None:
             Adapter(self.config.adapter, self.merges_now).attach(self.target.denoiser, stack)
         self.run.attach(stack)

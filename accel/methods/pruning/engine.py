@@ -74,7 +74,7 @@ class TokenPruning(StepMethod):
     def __init__(self, target: Target, config: TokenPruningConfig, stats: Stats) -> None:
         self.target, self.config = target, config
         self._keeps, self.reduces = config.keeps, config.references != 1
-        needs = {"tokens", "span"} | ({"keys and values"} if self._keeps else set())
+        needs = {"tokens", "span", "tokens alone"} | ({"keys and values"} if self._keeps else set())
         require(self.name, needs, target.adapter, target.denoiser)
         assert target.adapter.tokens is not None
         self.tokens = target.adapter.tokens
@@ -348,6 +348,7 @@ class TokenPruning(StepMethod):
         x_BN = x_GN if self.state.rows == 1 else x_GN.repeat(batch // self.state.rows, 1)
         if self.run.references:  # nobody reads what is predicted for them: as for the last token
             x_BN = torch.cat([x_BN, x_BN[:, -1:].expand(-1, self.run.references)], 1)
+        assert self.tokens.spread is not None
         return self.tokens.spread(self.target.denoiser, x_BN, self.run.grid)
 
     def calls_changed(self, run: Run) -> None:
