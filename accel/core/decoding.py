@@ -43,7 +43,8 @@ class TokenModel(Protocol):
     and `row`, how many slots after a token the one right below it stands. If it has `at_most`, a decoder that knows
     how far the images are sets it before each forward: no `at_B` is larger, so that nothing behind need be looked at;
     `seen(width)` then says what the forward's shapes depend on. `rounds` (`accel.core.rounds.Rounds`) says that all its
-    tensors stay where they are, and runs rounds. `nan_B` (int64) and `check(values of nan_B)` find NaN. A decoder puts the tokens
+    tensors stay where they are, and runs rounds. Where `shrinks` is true, `only(images)` gives the
+    model for some of its images. `nan_B` (int64) and `check(values of nan_B)` find NaN. A decoder puts the tokens
     (B, N or more) that it writes, finished ones and drafts, where the model has `drawn_BS`, for previews.
     """
 

@@ -5,6 +5,7 @@ Shapes: B images, R slots of a ring, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -53,6 +54,14 @@ class Randomness:
         """A new batch: nothing is drawn yet."""
         self.generators = generators
         self._drawn = [0] * len(generators)
+
+    def only(self, images: Sequence[int]) -> Randomness:
+        """Of some images, to go on with."""
+        part = copy.copy(self)
+        part.generators = [self.generators[image] for image in images]
+        part._drawn = [self._drawn[image] for image in images]
+        part.exponential_BRV = self.exponential_BRV[images]
+        return part
 
     def uniform(self, *shape: int) -> Tensor:
         """(B, *shape) float32 in [0, 1)."""

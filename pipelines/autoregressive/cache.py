@@ -42,6 +42,14 @@ class PlacedCache(Cache):
             own.lazy_initialization(states, states)
         return own._keys.flatten(0, 1), own._values.flatten(0, 1)
 
+    def only(self, index_R: Tensor) -> PlacedCache:
+        """A copy of some rows."""
+        part = PlacedCache(len(self._layers), len(index_R), self.places)
+        for mine, own in zip(part._layers, self._layers, strict=True):
+            if own.is_initialized:
+                mine._keys, mine._values, mine.is_initialized = own._keys[index_R], own._values[index_R], True
+        return part
+
     def aim(self, place_RW: Tensor, seen: int) -> Tensor:
         """Say where the next forward writes and how far it looks: places 0 ... `seen` - 1.
 

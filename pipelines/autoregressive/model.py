@@ -9,6 +9,7 @@ V vocabulary, S cached places, of which the first K are looked at.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -75,6 +76,8 @@ class PromptedModel:
         self._forward, self._grow = forward or forward_once, grow
         #: The image's tokens so far, if the decoder shows them.
         self.drawn_BS: Tensor | None = None
+        #: Which images those of `only` are, and their `nan_B`.
+        self._image_B, self._parts = torch.arange(self.images, device=device), list[tuple[Tensor, Tensor]]()
         #: The first place of each image whose logits were NaN; `places` if there is none.
         self.nan_B = torch.full((self.images,), self.places, device=device)
         self._read(prefix, guidance)
@@ -98,6 +101,7 @@ class PromptedModel:
         self.guidance.fill_(guidance)
         self.start_R.copy_(torch.tensor(prefix.lengths))
         self.nan_B.fill_(self.places)
+        self._parts.clear()
         self.first_BV = self._prefill(prefix)
         #: The furthest slot that the next forward can begin at, if a decoder knows.
         self.at_most: int | None = None
@@ -127,6 +131,22 @@ class PromptedModel:
         """See `accel.core.decoding.TokenModel`."""
         return self._forward(self, token_BW, at_B, self.seen(token_BW.shape[1]))
 
+    @property
+    def shrinks(self) -> bool:
+        """Whether fewer rows are less work, not shapes that are compiled or captured anew."""
+        return self._grow and not self.rounds.captures
+
+    def only(self, images: Sequence[int]) -> PromptedModel:
+        """Some of the images, to go on with while the others are finished. `check` of the whole tells of their NaN."""
+        part, index_B = copy.copy(self), torch.tensor(images, device=self.start_R.device)
+        index_R = torch.cat([index_B, index_B + self.images]) if self.guided else index_B
+        part.images, part.rounds, part.drawn_BS = len(images), Rounds(), None
+        part.key_values, part.start_R = self.key_values.only(index_R), self.start_R[index_R]
+        part.first_BV, part.nan_B = self.first_BV[index_B], self.nan_B[index_B]
+        part._image_B = self._image_B[index_B]
+        self._parts.append((part._image_B, part.nan_B))  # a list that parts share
+        return part
+
     def so_far(self, finished: int) -> tuple[Tensor, int] | None:
         """Tokens (B, rows * columns) of an image of which only some slots are finished, and how many of its rows are: those
         below repeat the last of them. None if there is no row yet, or the decoder does not show its tokens.
@@ -154,6 +174,8 @@ class PromptedModel:
         """
         if nan is not None and min(nan) >= self.places:
             return
+        for image_B, nan_B in self._parts:
+            self.nan_B[image_B] = torch.minimum(self.nan_B[image_B], nan_B)
         slots = (self.nan_B - self.start_R[: self.images] + 1).tolist()
         bad = [(slot, image) for image, slot in enumerate(slots) if slot < self.layout.slots]
         if bad:
