@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
+import torch
+from case import numbers, quiet
 from conftest import randomise, tiny_vae
 from diffusers import (
+    AmusedScheduler,
     AutoencoderDC,
     AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
     HunyuanDiT2DControlNetModel,
+    Kandinsky6SRPipeline,
     QwenImageControlNetModel,
     SanaControlNetModel,
     SCMScheduler,
     SD3ControlNetModel,
+    UVit2DModel,
+    VQModel,
     ZImageControlNetModel,
 )
+from diffusers.models import Kandinsky6SRTransformer3DModel, Kandinsky6SRVAE
 from PIL import Image
 from recipe import Letters, Recipe, first_prompt, like, of, tiny_clip, tiny_t5
 from tiny_convolutions import CASES as CONVOLUTIONS
@@ -29,6 +38,7 @@ from tiny_latents import sd3_transformer
 from tiny_latest import CASES as LATEST
 from tiny_more import CASES as MORE
 from tiny_others import CASES as OTHERS
+from transformers import BatchFeature
 
 SIZE = {"height": 32, "width": 48}
 
@@ -198,6 +208,129 @@ def visual_cloze_parts() -> dict[str, Any]:
 
 
 SANA = {"height": 32, "width": 64}
+
+
+def amused(pipeline: type, **given: Any) -> Recipe:
+    """Tokens of a picture, made by classification: 8 x 8 of them, of 2 pixels."""
+
+    def make() -> Any:
+        transformer = UVit2DModel(
+            hidden_size=32,
+            cond_embed_dim=32,
+            micro_cond_encode_dim=8,
+            micro_cond_embed_dim=5 * 8,
+            encoder_hidden_size=32,
+            vocab_size=33,
+            codebook_size=32,
+            in_channels=32,
+            block_out_channels=32,
+            num_res_blocks=1,
+            block_num_heads=2,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            sample_size=8,
+        )
+        vqvae = VQModel(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=8,
+            num_vq_embeddings=32,
+            norm_num_groups=4,
+            lookup_from_codebook=True,
+            mid_block_add_attention=False,
+        )
+        return quiet(
+            pipeline(
+                vqvae=randomise(vqvae, 1),
+                tokenizer=Letters(),
+                text_encoder=tiny_clip(projected=True),
+                transformer=randomise(transformer, 0),
+                scheduler=AmusedScheduler(mask_token_id=32),
+            )
+        )
+
+    def call() -> dict[str, Any]:
+        own = {name: value() for name, value in given.items()}
+        generator = torch.Generator().manual_seed(5)
+        return {"prompt": "a", "num_inference_steps": 10, "generator": generator, "output_type": "pt", **own}
+
+    return Recipe(make, call)
+
+
+def square(image: Image.Image) -> Image.Image:
+    return image.resize((16, 16))
+
+
+def zimage_omni() -> dict[str, Any]:
+    """Its denoiser also reads what another model sees in the reference images."""
+    made = LATENTS["Z-Image"].make().transformer
+    options = {**options_of(made, type(made)), "siglip_feat_dim": 8}
+    vae = tiny_vae().to(torch.bfloat16)  # as the pipeline takes for granted
+    seen = {"siglip": Seen(), "siglip_processor": Spots()}
+    return {"transformer": randomise(type(made)(**options), 0), "vae": vae, **seen}
+
+
+class Seen(torch.nn.Module):
+    """In place of SigLIP: 2 x 3 spots of a picture."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def forward(self, spatial_shapes: torch.Tensor) -> Any:
+        return SimpleNamespace(last_hidden_state=numbers(1, 6, 8, seed=9))
+
+
+class Spots:
+    def __call__(self, images: list[Image.Image], return_tensors: str) -> BatchFeature:
+        return BatchFeature({"spatial_shapes": torch.tensor([[2, 3]])})
+
+
+def omni_prompts(seed: int) -> list[list[torch.Tensor]]:
+    """Of each of 2 prompts what comes before the picture, between it and the image to make, and after."""
+    return [[numbers(length, 32, seed=seed + length) for length in (5, 3, 2)] for _ in range(2)]
+
+
+def super_resolution() -> Recipe:
+    """A picture of 16 pixels, twice as large by tiles of 128, which the denoiser sees as 8 x 8 tokens."""
+
+    def make() -> Any:
+        transformer = Kandinsky6SRTransformer3DModel(
+            in_visual_dim=4,
+            out_visual_dim=4,
+            time_dim=16,
+            model_dim=32,
+            ff_dim=48,
+            num_visual_blocks=2,
+            axes_dims=(4, 6, 6),
+            tile_sizes=((128, 128),),
+        )
+        vae = Kandinsky6SRVAE(
+            latent_channels=4,
+            encoder_block_out_channels=(16,) * 5,
+            decoder_block_out_channels=(16,) * 5,
+            layers_per_block=1,
+        )
+        return quiet(
+            Kandinsky6SRPipeline(
+                transformer=randomise(transformer, 0),
+                vae=randomise(vae, 1),
+                scheduler=FlowMatchEulerDiscreteScheduler(),
+            )
+        )
+
+    def call() -> dict[str, Any]:
+        return {
+            "video": [picture().resize((96, 64))],
+            "resolution_scale": 2,
+            "num_inference_steps": 10,
+            "generator": torch.Generator().manual_seed(5),
+            "output_type": "pt",
+        }
+
+    return Recipe(make, call)
+
+
 QWEN = {"height": 64, "width": 96}
 
 RECIPES: dict[str, Recipe] = {
@@ -410,4 +543,21 @@ RECIPES: dict[str, Recipe] = {
     "BriaFibo2Pipeline": of(LATEST["FIBO 2"]),
     "QwenImage21Pipeline": of(LATEST["Qwen-Image 2.1"]),
     "JoyImageEditPlusPipeline": of(LATEST["JoyImage-Edit Plus"]),
+    "AmusedPipeline": amused(diffusers.AmusedPipeline),
+    "AmusedImg2ImgPipeline": amused(diffusers.AmusedImg2ImgPipeline, image=lambda: square(picture())),
+    "AmusedInpaintPipeline": amused(
+        diffusers.AmusedInpaintPipeline,
+        image=lambda: square(picture()),
+        mask_image=lambda: square(mask()),
+    ),
+    "Kandinsky6SRPipeline": super_resolution(),
+    "ZImageOmniPipeline": like(
+        LATENTS["Z-Image"],
+        diffusers.ZImageOmniPipeline,
+        zimage_omni,
+        image=lambda: picture().resize((64, 64)),
+        prompt_embeds=lambda: omni_prompts(2),
+        negative_prompt_embeds=lambda: omni_prompts(4),
+        **SIZE,
+    ),
 }
