@@ -13,6 +13,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Run a `triton.jit` function; an empty grid runs nothing."""
     if 0 in grid:
         return
+    # As it was by default up to Triton 3.9, which warns that 3.10 will not: fewer roundings, and the checks allow for them.
+    meta["enable_fp_fusion"] = True
     if instead is None:
         kernel[grid](*args, **meta)
     else:

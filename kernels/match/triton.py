@@ -114,15 +114,10 @@ def match(x_BNC: Tensor, dst_GD: Tensor, exempt_GN: Tensor | None) -> tuple[Tens
 def _tile(x: Tensor, N: int, M: int, G: int) -> tuple[int, int, int, int, int]:
     """(tokens, destinations and channels of a block, warps, stages)."""
     if x.dtype == torch.float32:
-        return 64, 64, 32, 4, 2  # exact products, without tensor cores
+        return 64, 64, 32, 8, 2  # exact products, without tensor cores
     if INTERPRETED or ceil_div(N, 128) * ceil_div(M, 256) * G < 64:
         return 64, 64, 64, 4, 3  # few tokens: more blocks than the large tile gives
     if triton.runtime.driver.active.get_current_target().arch in (90, 100, 103):
         return 128, 256, 64, 8, 3
-    return (
-        128,
-        128,
-        64,
-        8,
-        2,
-    )  # the large one spills on an A100, and consumer GPUs have 99 KB of shared memory
+    # The large one spills on an A100, and consumer GPUs have 99 KB of shared memory.
+    return 128, 128, 32, 8, 3

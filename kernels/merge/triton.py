@@ -28,8 +28,8 @@ def mean(x, segments, out, N, K, stride, D: tl.constexpr, BLOCK: tl.constexpr, A
     total = tl.zeros((BLOCK,), tl.float32)
     while j < last:
         for ahead in tl.static_range(AT_ONCE):
-            live = j + ahead < last
-            n = tl.load(lists + K + 1 + j + ahead, mask=live, other=0).to(tl.int64)
+            n = tl.load(lists + K + 1 + j + ahead, mask=j + ahead < last, other=0).to(tl.int64)
+            live = tl.full((BLOCK,), j + ahead, tl.int32) < last
             if D % BLOCK == 0:
                 total += tl.load(rows + n * D, mask=live, other=0.0).to(tl.float32)
             else:

@@ -30,7 +30,7 @@ def choose(best, target, dst, owner, N, K, BLOCK: tl.constexpr):
     wanted = (N - K).to(tl.int64)
     level = tl.zeros((), tl.int64)
     one = tl.full((), 1, tl.int64)
-    for turn in tl.static_range(16):
+    for turn in range(16):
         shift = 30 - 2 * turn
         a = (level + (one << shift) + lowest).to(tl.int32)
         b = (level + ((one * 2) << shift) + lowest).to(tl.int32)

@@ -21,12 +21,13 @@ def add_change(full, y, reduced, owner, out, N, K, stride, D: tl.constexpr, BLOC
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     b = tl.program_id(2).to(tl.int64)
     slot = tl.load(owner + b * stride + n)
-    there = (slot >= 0) & (slot < K)
+    slots = tl.full((BLOCK,), slot, tl.int64)  # one flag for the block, and the loads stay wide
+    there = (slots >= 0) & (slots < K)
     inside = d < D
     owned = inside & there
-    if D % BLOCK == 0:  # one flag for the block, and the loads stay wide
+    if D % BLOCK == 0:
         inside = d >= 0
-        owned = inside & there
+        owned = there
     at = (b * K + slot) * D + d
     place = (b * N + n) * D + d
     change = tl.load(y + at, mask=owned, other=0.0).to(tl.float32)
