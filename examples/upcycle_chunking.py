@@ -254,13 +254,15 @@ def compare(model: Model, low: LowRank | None, world: str, budget: float, count:
 class Run:
     """The state of a training run, and its files in `out`."""
 
+    checkpoint, file, kind = "upcycle.pt", "chunking.safetensors", learned.KIND
+
     def __init__(self, out: Path, model: Model, low: LowRank, rate: float):
         self.out, self.model, self.low, self.rate = out, model, low, rate
         self.optimizer = torch.optim.AdamW(low.parameters(), rate, (0.9, 0.97), weight_decay=0.0)
         self.average = [p.detach().clone() for p in low.parameters()]
         self.step, self.seconds = 0, 0.0
-        if (out / "upcycle.pt").exists():
-            saved = torch.load(out / "upcycle.pt", weights_only=True)
+        if (out / self.checkpoint).exists():
+            saved = torch.load(out / self.checkpoint, weights_only=True)
             low.load_state_dict(saved["low"])
             self.optimizer.load_state_dict(saved["optimizer"])
             for mean, value in zip(self.average, saved["average"], strict=True):
@@ -290,10 +292,11 @@ class Run:
             "step": self.step,
             "seconds": self.seconds,
         }
-        torch.save(state, self.out / "upcycle.part")
-        (self.out / "upcycle.part").replace(self.out / "upcycle.pt")
+        part = (self.out / self.checkpoint).with_suffix(".part")
+        torch.save(state, part)
+        part.replace(self.out / self.checkpoint)
         named = dict(zip(self.low.named(), self.average, strict=True))
-        size = sidecar.write(self.out / "chunking.safetensors", learned.KIND, self.model.fits, named)
+        size = sidecar.write(self.out / self.file, self.kind, self.model.fits, named)
         assert size <= LIMIT, f"{size} bytes: lower the ranks"
         return size
 
