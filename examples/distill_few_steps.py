@@ -2,7 +2,6 @@
 
     python examples/distill_few_steps.py --out runs/turbo --seconds 2400             # CPU or GPU, resumable
     python examples/distill_few_steps.py --out runs/turbo-8 --steps 8 --seconds 1200 --start runs/turbo/turbo.safetensors
-    python examples/distill_few_steps.py --out runs/turbo --seconds 2400 --report 48 # the finished run's scores alone
 
 The built-in model takes 20 steps of two calls each; what this makes takes four of one call, as FLUX.1-schnell, Turbo and
 Lightning versions of large models do. No pictures are needed: captions are drawn, and from each state of a walk the
@@ -39,6 +38,8 @@ from upcycle_chunking import EVERY, Model, guide
 from upcycle_chunking import Run as _Run
 
 from accel.core import sidecar
+from accel.evaluation import judges, suites
+from accel.pipelines import builtin
 
 KIND = "few steps"
 WORLD = "flat"
@@ -124,7 +125,9 @@ class Walks:
         return [torch.cat(column) for column in zip(*picked, strict=True)]
 
 
-def train(run: Run, model: Model, args: argparse.Namespace, until: float, batch: int, accel: Accelerator) -> None:
+def train(
+    run: Run, model: Model, args: argparse.Namespace, until: float, batch: int, accel: Accelerator
+) -> None:
     """One size, to `until` seconds of the whole run."""
     run.model = model
     walks = Walks(model, args.steps, batch, 1000 * accel.process_index + run.step)
@@ -157,8 +160,6 @@ def train(run: Run, model: Model, args: argparse.Namespace, until: float, batch:
 @torch.no_grad()
 def score(pipe, count: int, steps: int, guidance: float, size: int, seed: int) -> float:
     """Share of fresh prompts of held-out combinations that the detector takes for right."""
-    from accel.evaluation import judges, suites
-
     lines = suites.take(suites.scenes(per_task=-(-count // 6), seed=seed).prompts, count)
     images = []
     for start in range(0, count, 8):
@@ -180,19 +181,19 @@ def score(pipe, count: int, steps: int, guidance: float, size: int, seed: int) -
 
 
 def report(run: Run, args: argparse.Namespace, device: torch.device, dtype: torch.dtype | None) -> None:
-    """Scores at the last size: plain, guided; few steps, guided and not, before and after."""
-    from accel.pipelines import builtin
-
+    """Scores at the last size: plain, the same in few steps, and distilled."""
     pipe, size = builtin.load_pipeline(device, dtype), args.sizes[-1]
     pipe.set_progress_bar_config(disable=True)
-    steps = args.steps
-    rows = [("plain", 24, 3.0), *(("plain", n, g) for n in steps for g in (3.0, 1.0))]
-    rows += [("distilled", n, 1.0) for n in steps]
-    for name, count, guidance in rows:
-        if name == "distilled" and rows.index((name, count, guidance)) == len(rows) - len(steps):
-            sidecar.read(args.out / Run.file, KIND).merge(pipe.transformer)
-        value = score(pipe, args.report, count, guidance, size, args.seed)
-        print(f"{name}, {count} steps, guidance {guidance:g}: score {value:.3f} of {args.report}", flush=True)
+
+    def row(name: str, steps: int, guidance: float) -> None:
+        value = score(pipe, args.report, steps, guidance, size, args.seed)
+        print(f"{name}, {steps} steps, guidance {guidance:g}: score {value:.3f} of {args.report}", flush=True)
+
+    for steps, guidance in [(24, 3.0), *itertools.product(args.steps, (3.0, 1.0))]:
+        row("plain", steps, guidance)
+    sidecar.read(args.out / Run.file, KIND).merge(pipe.transformer)
+    for steps in args.steps:
+        row("distilled", steps, 1.0)
 
 
 def main() -> None:
@@ -206,7 +207,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256], help="pixels, stage by stage")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.3, 0.35, 0.35], help="of the time")
     parser.add_argument(
-        "--batches", type=int, nargs="+", help="default: 256, 128 and 64 on a GPU, 8, 4 and 4 on CPU"
+        "--batches", type=int, nargs="+", help="default: 256, 128 and 128 on a GPU, 8, 4 and 4 on CPU"
     )
     parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--reuse", type=int, default=3, help="how often each state is used")
@@ -220,7 +221,9 @@ def main() -> None:
     accelerator = Accelerator()
     gpu = accelerator.device.type == "cuda"
     dtype = torch.float32 if args.float32 else (safe_backends(False) or torch.bfloat16)
-    args.batches = args.batches or ([256, 128, 64] if gpu else [8, 4, 4])[-len(args.sizes) :]
+    args.batches = args.batches or [(32 if gpu else 1) * max(4, 512 // size) for size in args.sizes]
+    if not len(args.sizes) == len(args.shares) == len(args.batches):
+        parser.error("--sizes, --shares and --batches want one value a stage each")
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     stages = list(zip(args.sizes, args.batches, itertools.accumulate(args.shares), strict=True))

@@ -5,6 +5,7 @@
 #
 #   scripts/gpu.sh [OUT]                          # default: gpu-report
 #   PARTS="model" MODEL_SECONDS=150 scripts/gpu.sh
+#   PARTS="distill" scripts/gpu.sh                # not among the default parts: four steps without guidance
 #   TINY=1 scripts/gpu.sh                         # tries everything out on a CPU
 #
 # From a bare checkout, too: accel is copied onto the path as pyproject.toml maps it, and wheels in .whl/ are unpacked
@@ -62,9 +63,11 @@ part ar "${AR_SECONDS:-110}" "$python" "$root/scripts/autoregressive_on_gpu.py" 
 part model "${MODEL_SECONDS:-170}" "$python" -m accel bench model --arch "$arch" --size "$sizes" \
   --rounds "${ROUNDS:-1}" --steps "${STEPS:-24}" --minutes "$(minutes "${MODEL_SECONDS:-170}")" --out model \
   ${rows:+--rows "$rows"} $tiny
+if [[ -n $tiny ]]; then stages=(--sizes 64 --shares 1 --seconds 1 --report 0); else stages=(--seconds "$((${DISTILL_SECONDS:-600} - 180))"); fi
+part distill "${DISTILL_SECONDS:-600}" "$python" "$root/examples/distill_few_steps.py" --out distill "${stages[@]}"
 
 echo "== what each part printed last"
-for name in tests kernels ar model; do
+for name in tests kernels ar model distill; do
   [[ -f $name.end ]] || continue
   said=$name.txt
   [[ -f $name/$name.md ]] && said=$name/$name.md # whole, even if the part was stopped

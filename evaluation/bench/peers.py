@@ -346,6 +346,10 @@ def _composed(steps: int) -> dict[str, Any]:
         "windows-50-copy": replace(_windows(0.5), unmerge="copy"),
         **_published(),
     }
+    for left_out in _LEFT_OUT.get(steps, ()):
+        computed = tuple(step for step in range(steps) if step not in left_out)
+        name = "-".join(["forecast", *map(str, left_out)])
+        found[name] = ForecastConfig(steps=computed, total=steps, correct="auto")
     # After the dense first step: 1 dense, 0 forecast, between a share of the tokens.
     for name, cycle in _SCHEDULES.get(steps, {}).items():
         found[name] = _windows(*cycle, order=1)
@@ -363,9 +367,15 @@ def _published() -> dict[str, DynamicChunkingConfig]:
     }
 
 
+#: Number of steps -> which are forecast, the others computed.
+_LEFT_OUT: dict[int, tuple[tuple[int, ...], ...]] = {
+    4: ((2,), (3,)),
+    6: ((4,), (3, 5)),
+    8: ((5,), (4, 6), (3, 5, 7)),
+}
 #: Number of steps -> schedules of dense, windowed and forecast steps.
 _SCHEDULES: dict[int, dict[str, tuple[float, ...]]] = {
-    4: {"mixed-50-50-0": (0.5, 0.5, 0), "mixed-33-33-0": (0.33, 0.33, 0)},
+    4: {"mixed-50-50-0": (0.5, 0.5, 0), "mixed-33-33-0": (0.33, 0.33, 0), "mixed-50-0-50": (0.5, 0, 0.5)},
     6: {"mixed-50-50-50-0-50": (0.5, 0.5, 0.5, 0, 0.5), "mixed-33-33-33-0-33": (0.33, 0.33, 0.33, 0, 0.33)},
     8: {
         "mixed-1-1-1-0-1-0-1": (1, 1, 1, 0, 1, 0, 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -158,6 +159,13 @@ def test_few_steps_are_compared_with_what_people_use_and_one_schedule_for_both(s
         "cosine-50",
         "predictability-50",
     } <= set(names)
+    left_out = [s for s in settings if re.fullmatch(r"forecast(-\d)+", s.name)]
+    assert len(left_out) >= 2
+    for setting in left_out:
+        budgets = [phase.budget for phase in setting.method.schedule().phases(steps)]
+        assert [step for step, budget in enumerate(budgets) if budget == 0] == [
+            int(step) for step in setting.name.split("-")[1:]
+        ]
     mixed = [s for s in settings if s.name.startswith("mixed-")]
     assert len(mixed) >= 2
     for setting in mixed:
