@@ -148,7 +148,9 @@ class Span:
             plan = self.plan
             if plan is None or not self.serves():
                 return None
-            return SizedKeys.of(output, plan.size, plan.classes, first)
+            # Perturbed-attention guidance gives attention the first two of three parts of the batch.
+            size_PK = plan.size if len(plan.size) == 1 else plan.size[: output.shape[0]]
+            return SizedKeys.of(output, size_PK, plan.classes, first)
 
         return weigh
 

@@ -24,6 +24,7 @@ from accel.core.noise_levels import clean
 from accel.core.plan import TokenPlan
 from accel.core.run import Run
 from accel.core.site import Site
+from accel.core.target import Target
 from accel.core.weighted_attention import chosen, weighed
 from accel.errors import UnsupportedError
 
@@ -37,6 +38,24 @@ NOT_WEIGHED = (
     "attention did not weigh what stands for several tokens: it does not go through torch's "
     "scaled_dot_product_attention (an attention processor or backend of another kind)"
 )
+
+
+def check_processors(target: Target, sites: Sequence[Site]) -> None:
+    """At the first call of a run, before which pipelines set theirs.
+
+    Raises:
+        UnsupportedError: perturbed-attention guidance splits the batch, for the whole of which a mask has rows; or, in joint
+            attention, lets image tokens attend to themselves, in one branch, which counts once whatever a slot stands for.
+    """
+    for site in sites:
+        for path, module in target.denoiser.get_submodule(site.path).named_modules():
+            name = type(getattr(module, "processor", None)).__name__
+            if "PAG" in name and (site.bias is not None or "Joint" in name):
+                raise UnsupportedError(
+                    f"{site.path}.{path} has a {name}: perturbed-attention guidance splits the batch inside of attention, "
+                    "where slots cannot weigh as many tokens as they stand for. Use TokenMergingConfig(proportional=False), or "
+                    "pag_scale=0."
+                )
 
 
 def tell_bias(run: Run, before: Counter[str], sites: Sequence[Site], windows: bool) -> None:

@@ -125,11 +125,14 @@ def test_perturbed_attention_takes_merging_without_weights():
     pipe = StableDiffusionXLPAGPipeline.from_pipe(XL.make(), pag_applied_layers=["mid"])
     pipe.set_progress_bar_config(disable=True)
     plain = XL.latents(pipe, steps=8)
+    calls = []
     with (
+        pipe.unet.conv_in.register_forward_hook(lambda *_: calls.append(1)),
         accel.accelerate(pipe, "merging"),
         pytest.raises(UnsupportedError, match=r"PAG.*proportional=False"),
     ):
         XL.latents(pipe, steps=8)
+    assert not calls  # said before anything is computed
     with accel.accelerate(pipe, accel.TokenMergingConfig(proportional=False)) as handle:
         assert torch.isfinite(XL.latents(pipe, steps=8)).all()
     assert handle.stats.share < 0.95

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from case import Case
+from recipes_transformers import RECIPES
 from test_conformance import CASES, denoiser_of, relative
 
 from accel.core.plan import TokenPlan
@@ -79,6 +81,20 @@ def test_a_window_is_as_heavy_as_its_tokens(name):
         pytest.skip(
             "another grid, or tokens are not described; with references, the blocks are the same family's"
         )
+    weigh(pipe, case)
+
+
+def test_so_it_is_where_attention_gets_two_of_three_branches():
+    """Perturbed-attention guidance splits the batch inside of attention; every image has a plan of its own here."""
+    recipe = RECIPES["HunyuanDiTPAGPipeline"]
+    weigh(
+        recipe.make(),
+        Case(recipe.make, lambda steps, **_: {**recipe.call(), "num_inference_steps": steps}, 96),
+    )
+
+
+def weigh(pipe, case):
+    adapter = find(denoiser_of(pipe))
     assert "key bias" in adapter.has(denoiser_of(pipe))
     rows = 1 if adapter.tokens.shared_plan else case.batch
     score = torch.rand(rows, 96, generator=torch.Generator().manual_seed(4))

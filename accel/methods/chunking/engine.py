@@ -95,6 +95,10 @@ class DynamicChunking(StepMethod):
         for part in self.parts:
             part.forget()
 
+    def entering(self, run: Run) -> None:
+        if self.bias and run.clock.step == 0:
+            windows.check_processors(self.target, self.sites)
+
     def prepare(self, run: Run) -> None:
         self._weighed = weighed()
         if run.clock.step == 0:

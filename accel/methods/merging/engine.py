@@ -135,22 +135,10 @@ class TokenMerging(StepMethod):
         for group in self.groups:
             group.forget()
 
-    def _check_processors(self) -> None:
-        """After the first step: pipelines set theirs in the call, once they have set the timesteps."""
-        for path, module in self.target.denoiser.named_modules():
-            if "PAG" in type(getattr(module, "processor", None)).__name__:
-                raise UnsupportedError(
-                    f"{path} has a {type(module.processor).__name__}: perturbed-attention guidance splits the batch inside "
-                    "of attention, where slots cannot weigh as many tokens as they stand for. Use "
-                    "proportional=False, or pag_scale=0."
-                )
-
     def prepare(self, run: Run) -> None:
         self.state.weighed = weighed()
         if run.clock.step == 0 and self.config.windows and not self.bias:
             run.stats.notes.append(windows.NO_BIAS)
-        if run.clock.step == 1 and self.bias:
-            self._check_processors()
         if run.clock.step == 0 and (self.config.order > 0 or 0 in self.config.budgets):
             run.check_sampler()
         run.correct, self.state.forecasts = None, []
@@ -185,6 +173,10 @@ class TokenMerging(StepMethod):
             run.stats.notes.append(
                 f"unmerge='carry' became 'copy': {type(self.target.scheduler).__name__} {reason}"
             )
+
+    def entering(self, run: Run) -> None:
+        if self.bias and run.clock.step == 0:
+            windows.check_processors(self.target, self.sites)
 
     def held(self, run: Run) -> Held:
         if run.phase.dense:
