@@ -9,20 +9,12 @@ import inspect
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
+import diffusers
 import torch
 from case import Case
-from conftest import randomise, tiny_vae
-from transformers import (
-    BatchEncoding,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    T5Config,
-    T5EncoderModel,
-)
+from conftest import tiny_vae
 
 
 @dataclass(frozen=True)
@@ -38,8 +30,27 @@ class Recipe:
     call: Callable[[], dict[str, Any]]
 
 
-def like(case: Case, pipeline: type, parts: Callable[[], dict[str, Any]] = dict, **given: Any) -> Recipe:
-    """A pipeline of the parts of a case of the same denoiser, and its own `parts`; called as that, with what else is
+Parts = Callable[[], dict[str, Any]]
+
+
+def family(
+    case: Case, given: dict[str, Any], parts: Parts = dict, wrap: Callable = lambda cls: cls, **pipelines: Any
+) -> dict[str, Recipe]:
+    """Recipes of `pipelines`, by name, each with what it alone is called with.
+
+    Args:
+        given: what all are called with.
+        wrap: class -> class.
+        case, parts: as in `like`.
+    """
+    return {
+        name: like(case, wrap(getattr(diffusers, name)), parts, **{**given, **own})
+        for name, own in pipelines.items()
+    }
+
+
+def like(case: Case, pipeline: type, parts: Parts = dict, **given: Any) -> Recipe:
+    """A pipeline of the parts of a case of the same denoiser and of its own `parts`, called as that and with what is
     `given` (functions are called for each call). Parts whose names begin with "_" are attributes."""
 
     def make() -> Any:
@@ -63,51 +74,6 @@ def first_prompt(case: Case) -> dict[str, Any]:
     """Of a case's call what is there for each prompt, for one of them."""
     call = case.call(steps=10, wide=False, dtype=torch.float32).items()
     return {name: value[:1] for name, value in call if "prompt" in name and isinstance(value, torch.Tensor)}
-
-
-class Letters:
-    """In place of a tokenizer: a number for each letter."""
-
-    model_max_length = 16
-    added_tokens_encoder = MappingProxyType({})
-
-    def __call__(self, text: str | list[str], max_length: int | None = None, **options: Any) -> BatchEncoding:
-        texts = [text] if isinstance(text, str) else text
-        length = min(max_length or 16, 16)
-        rows = [([1 + ord(letter) % 30 for letter in one[: length - 1]] + [31]) for one in texts]
-        ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
-        return BatchEncoding({"input_ids": ids, "attention_mask": (ids > 0).long()})
-
-    def tokenize(self, text: str) -> list[str]:
-        return list(text)
-
-    def batch_decode(self, ids: torch.Tensor, **options: Any) -> list[str]:
-        return ["".join(chr(96 + int(i)) for i in row) for row in ids]
-
-
-def tiny_clip(width: int = 32, projected: bool = False) -> Any:
-    """A CLIP text encoder for `Letters`."""
-    config = CLIPTextConfig(
-        vocab_size=32,
-        hidden_size=width,
-        intermediate_size=width,
-        projection_dim=width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        bos_token_id=0,
-        eos_token_id=31,
-        pad_token_id=0,
-    )
-    return randomise((CLIPTextModelWithProjection if projected else CLIPTextModel)(config), 5)
-
-
-def tiny_t5(width: int = 32) -> Any:
-    """A T5 encoder for `Letters`."""
-    config = T5Config(
-        vocab_size=32, d_model=width, d_kv=8, d_ff=width, num_layers=2, num_heads=2, decoder_start_token_id=0
-    )
-    return randomise(T5EncoderModel(config), 6)
 
 
 def of(case: Case) -> Recipe:

@@ -6,28 +6,22 @@ import inspect
 from types import SimpleNamespace
 from typing import Any
 
-import diffusers
 import torch
-from case import numbers, quiet
+from case import Case, numbers
 from conftest import randomise, tiny_vae
 from diffusers import (
-    AmusedScheduler,
     AutoencoderDC,
     AutoencoderKLQwenImage,
-    FlowMatchEulerDiscreteScheduler,
     HunyuanDiT2DControlNetModel,
-    Kandinsky6SRPipeline,
     QwenImageControlNetModel,
     SanaControlNetModel,
     SCMScheduler,
     SD3ControlNetModel,
-    UVit2DModel,
-    VQModel,
     ZImageControlNetModel,
 )
-from diffusers.models import Kandinsky6SRTransformer3DModel, Kandinsky6SRVAE
+from parts import WORDS, mask, picture, text_encoder, tokenizer
 from PIL import Image
-from recipe import Letters, Recipe, first_prompt, like, of, tiny_clip, tiny_t5
+from recipe import Recipe, family, first_prompt, of
 from tiny_convolutions import CASES as CONVOLUTIONS
 from tiny_editing import CASES as EDITING
 from tiny_editing import sized
@@ -38,21 +32,7 @@ from tiny_latents import sd3_transformer
 from tiny_latest import CASES as LATEST
 from tiny_more import CASES as MORE
 from tiny_others import CASES as OTHERS
-from transformers import BatchFeature
-
-SIZE = {"height": 32, "width": 48}
-
-
-def picture() -> Image.Image:
-    """Of a colour that changes from left to right."""
-    return Image.linear_gradient("L").convert("RGB").rotate(90).resize((48, 32))
-
-
-def mask() -> Image.Image:
-    """The left half is to be painted."""
-    image = Image.new("L", (48, 32), 0)
-    image.paste(255, (0, 0, 24, 32))
-    return image
+from transformers import BatchFeature, T5Config, T5EncoderModel
 
 
 def chroma_inpaint() -> dict[str, Any]:
@@ -74,10 +54,6 @@ def qwen_vae() -> AutoencoderKLQwenImage:
         latents_std=[1.0] * 4,
     )
     return randomise(vae, 1)
-
-
-def qwen_parts() -> dict[str, Any]:
-    return {"vae": qwen_vae()}
 
 
 def options_of(transformer: Any, kind: type) -> dict[str, Any]:
@@ -127,7 +103,7 @@ def zimage_controlled(channels: int) -> dict[str, Any]:
 
 
 def qwen_edit_parts() -> dict[str, Any]:
-    return {"vae": qwen_vae(), "text_encoder": tiny_clip(), "processor": None}
+    return {"vae": qwen_vae(), "text_encoder": text_encoder(), "processor": None}
 
 
 def layered_parts() -> dict[str, Any]:
@@ -135,10 +111,14 @@ def layered_parts() -> dict[str, Any]:
     return {**qwen_edit_parts(), "transformer": randomise(transformer, 0)}
 
 
+def another(case: Case, **options: Any) -> dict[str, Any]:
+    """The case's denoiser with other options."""
+    made = case.make().transformer
+    return {"transformer": randomise(type(made)(**{**options_of(made, type(made)), **options}), 0)}
+
+
 def kandinsky5_i2i() -> dict[str, Any]:
-    made = MORE["Kandinsky 5"].make().transformer
-    transformer = type(made)(**{**options_of(made, type(made)), "visual_cond": True})
-    return {"transformer": randomise(transformer, 0), "_resolutions": [(192, 128)], **eighth()}
+    return {**another(MORE["Kandinsky 5"], visual_cond=True), "_resolutions": [(192, 128)], **eighth()}
 
 
 def hunyuan_controlled() -> dict[str, Any]:
@@ -175,101 +155,28 @@ def sana_controlled() -> dict[str, Any]:
 
 
 def sprint_parts() -> dict[str, Any]:
-    made = CONVOLUTIONS["Sana"].make().transformer
-    options = {**options_of(made, type(made)), "guidance_embeds": True, "qk_norm": "rms_norm_across_heads"}
-    return {
-        "transformer": randomise(type(made)(**options), 0),
-        "scheduler": SCMScheduler(),
-        "vae": sana_vae(),
-    }
-
-
-def prx_pixel() -> dict[str, Any]:
-    made = LATENTS["PRX"].make().transformer
-    options = {
-        **options_of(made, type(made)),
-        "in_channels": 3,
-        "bottleneck_size": 8,
-        "resolution_embeds": True,
-    }
-    return {"transformer": randomise(type(made)(**options), 0)}
+    made = another(CONVOLUTIONS["Sana"], guidance_embeds=True, qk_norm="rms_norm_across_heads")
+    return {**made, "scheduler": SCMScheduler(), "vae": sana_vae()}
 
 
 def visual_cloze_parts() -> dict[str, Any]:
-    made = EDITING["FLUX.1 Kontext"].make().transformer
-    options = {**options_of(made, type(made)), "in_channels": 16 + 16 + 16, "out_channels": 16}
-    texts = {
-        "text_encoder": tiny_clip(),
-        "text_encoder_2": tiny_t5(),
-        "tokenizer": Letters(),
-        "tokenizer_2": Letters(),
+    """A picture of pictures, the last of them to be made."""
+    config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    return {
+        **another(EDITING["FLUX.1 Kontext"], in_channels=3 * 16, out_channels=16),
+        "text_encoder": text_encoder(),
+        "text_encoder_2": randomise(T5EncoderModel(config), 6),
+        "tokenizer": tokenizer(),
+        "tokenizer_2": tokenizer(),
+        "resolution": 32,
     }
-    return {"transformer": randomise(type(made)(**options), 0), **texts, "resolution": 32}
-
-
-SANA = {"height": 32, "width": 64}
-
-
-def amused(pipeline: type, **given: Any) -> Recipe:
-    """Tokens of a picture, made by classification: 8 x 8 of them, of 2 pixels."""
-
-    def make() -> Any:
-        transformer = UVit2DModel(
-            hidden_size=32,
-            cond_embed_dim=32,
-            micro_cond_encode_dim=8,
-            micro_cond_embed_dim=5 * 8,
-            encoder_hidden_size=32,
-            vocab_size=33,
-            codebook_size=32,
-            in_channels=32,
-            block_out_channels=32,
-            num_res_blocks=1,
-            block_num_heads=2,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=32,
-            sample_size=8,
-        )
-        vqvae = VQModel(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=8,
-            num_vq_embeddings=32,
-            norm_num_groups=4,
-            lookup_from_codebook=True,
-            mid_block_add_attention=False,
-        )
-        return quiet(
-            pipeline(
-                vqvae=randomise(vqvae, 1),
-                tokenizer=Letters(),
-                text_encoder=tiny_clip(projected=True),
-                transformer=randomise(transformer, 0),
-                scheduler=AmusedScheduler(mask_token_id=32),
-            )
-        )
-
-    def call() -> dict[str, Any]:
-        own = {name: value() for name, value in given.items()}
-        generator = torch.Generator().manual_seed(5)
-        return {"prompt": "a", "num_inference_steps": 10, "generator": generator, "output_type": "pt", **own}
-
-    return Recipe(make, call)
-
-
-def square(image: Image.Image) -> Image.Image:
-    return image.resize((16, 16))
 
 
 def zimage_omni() -> dict[str, Any]:
     """Its denoiser also reads what another model sees in the reference images."""
-    made = LATENTS["Z-Image"].make().transformer
-    options = {**options_of(made, type(made)), "siglip_feat_dim": 8}
     vae = tiny_vae().to(torch.bfloat16)  # as the pipeline takes for granted
-    seen = {"siglip": Seen(), "siglip_processor": Spots()}
-    return {"transformer": randomise(type(made)(**options), 0), "vae": vae, **seen}
+    made = another(LATENTS["Z-Image"], siglip_feat_dim=8)
+    return {**made, "vae": vae, "siglip": Seen(), "siglip_processor": Spots()}
 
 
 class Seen(torch.nn.Module):
@@ -291,273 +198,133 @@ def omni_prompts(seed: int) -> list[list[torch.Tensor]]:
     return [[numbers(length, 32, seed=seed + length) for length in (5, 3, 2)] for _ in range(2)]
 
 
-def super_resolution() -> Recipe:
-    """A picture of 16 pixels, twice as large by tiles of 128, which the denoiser sees as 8 x 8 tokens."""
-
-    def make() -> Any:
-        transformer = Kandinsky6SRTransformer3DModel(
-            in_visual_dim=4,
-            out_visual_dim=4,
-            time_dim=16,
-            model_dim=32,
-            ff_dim=48,
-            num_visual_blocks=2,
-            axes_dims=(4, 6, 6),
-            tile_sizes=((128, 128),),
-        )
-        vae = Kandinsky6SRVAE(
-            latent_channels=4,
-            encoder_block_out_channels=(16,) * 5,
-            decoder_block_out_channels=(16,) * 5,
-            layers_per_block=1,
-        )
-        return quiet(
-            Kandinsky6SRPipeline(
-                transformer=randomise(transformer, 0),
-                vae=randomise(vae, 1),
-                scheduler=FlowMatchEulerDiscreteScheduler(),
-            )
-        )
-
-    def call() -> dict[str, Any]:
-        return {
-            "video": [picture().resize((96, 64))],
-            "resolution_scale": 2,
-            "num_inference_steps": 10,
-            "generator": torch.Generator().manual_seed(5),
-            "output_type": "pt",
-        }
-
-    return Recipe(make, call)
-
-
-QWEN = {"height": 64, "width": 96}
+SIZE, QUARTER, SANA = {"height": 32, "width": 48}, {"height": 64, "width": 96}, {"height": 32, "width": 64}
+PICTURE = {"image": picture, "strength": 0.9}
+PAINT = {**PICTURE, "mask_image": mask}
+CONTROL = {"control_image": picture}
+QWEN, QWEN_EDIT = FLUX_LIKE["Qwen-Image"], EDITING["Qwen-Image-Edit"]
+SD3, ZIMAGE, SANA_CASE = LATENTS["Stable Diffusion 3"], LATENTS["Z-Image"], CONVOLUTIONS["Sana"]
+KONTEXT, HUNYUAN = EDITING["FLUX.1 Kontext"], OTHERS["Hunyuan-DiT"]
+CLOZE = {
+    "image": lambda: [[picture(), picture()], [picture(), None]],
+    "task_prompt": "a",
+    "content_prompt": "b",
+    "prompt_embeds": None,
+    "pooled_prompt_embeds": None,
+    "max_sequence_length": WORDS,
+}
 
 RECIPES: dict[str, Recipe] = {
-    "ChromaInpaintPipeline": like(
-        FLUX_LIKE["Chroma"],
-        diffusers.ChromaInpaintPipeline,
-        chroma_inpaint,
-        image=picture,
-        mask_image=mask,
-        strength=0.9,
-        **SIZE,
+    **family(FLUX_LIKE["Chroma"], SIZE, chroma_inpaint, ChromaInpaintPipeline=PAINT),
+    **family(KONTEXT, SIZE, FluxKontextInpaintPipeline={**PAINT, "_auto_resize": False}),
+    **family(
+        KONTEXT,
+        CLOZE,
+        visual_cloze_parts,
+        VisualClozeGenerationPipeline={},
+        VisualClozePipeline={"upsampling_height": 32, "upsampling_width": 48},
     ),
-    "QwenImageImg2ImgPipeline": like(
-        FLUX_LIKE["Qwen-Image"],
-        diffusers.QwenImageImg2ImgPipeline,
-        qwen_parts,
-        image=picture,
-        strength=0.9,
-        **QWEN,
+    **family(
+        QWEN,
+        QUARTER,
+        lambda: {"vae": qwen_vae()},
+        QwenImageImg2ImgPipeline=PICTURE,
+        QwenImageInpaintPipeline=PAINT,
     ),
-    "QwenImageInpaintPipeline": like(
-        FLUX_LIKE["Qwen-Image"],
-        diffusers.QwenImageInpaintPipeline,
-        qwen_parts,
-        image=picture,
-        mask_image=mask,
-        strength=0.9,
-        **QWEN,
-    ),
-    "QwenImageControlNetPipeline": like(
-        FLUX_LIKE["Qwen-Image"],
-        diffusers.QwenImageControlNetPipeline,
-        qwen_controlled,
-        control_image=picture,
-        **QWEN,
-    ),
-    "QwenImageControlNetInpaintPipeline": like(
-        FLUX_LIKE["Qwen-Image"],
-        diffusers.QwenImageControlNetInpaintPipeline,
+    **family(QWEN, QUARTER, qwen_controlled, QwenImageControlNetPipeline=CONTROL),
+    **family(
+        QWEN,
+        QUARTER,
         lambda: qwen_controlled(extra_condition_channels=4),
-        control_image=picture,
-        control_mask=mask,
-        **QWEN,
+        QwenImageControlNetInpaintPipeline={**CONTROL, "control_mask": mask},
     ),
-    "StableDiffusion3Img2ImgPipeline": like(
-        LATENTS["Stable Diffusion 3"],
-        diffusers.StableDiffusion3Img2ImgPipeline,
-        image=picture,
-        strength=0.9,
-        **SIZE,
-    ),
-    "StableDiffusion3InpaintPipeline": like(
-        LATENTS["Stable Diffusion 3"],
-        diffusers.StableDiffusion3InpaintPipeline,
-        sd3_inpaint,
-        image=picture,
-        mask_image=mask,
-        strength=0.9,
-        **SIZE,
-    ),
-    "StableDiffusion3PAGPipeline": like(
-        LATENTS["Stable Diffusion 3"], diffusers.StableDiffusion3PAGPipeline, sd3_parts, **SIZE
-    ),
-    "StableDiffusion3PAGImg2ImgPipeline": like(
-        LATENTS["Stable Diffusion 3"],
-        diffusers.StableDiffusion3PAGImg2ImgPipeline,
-        sd3_parts,
-        image=picture,
-        strength=0.9,
-        **SIZE,
-    ),
-    "StableDiffusion3ControlNetPipeline": like(
-        LATENTS["Stable Diffusion 3"],
-        diffusers.StableDiffusion3ControlNetPipeline,
-        sd3_parts,
-        control_image=picture,
-        **SIZE,
-    ),
-    "StableDiffusion3ControlNetInpaintingPipeline": like(
-        LATENTS["Stable Diffusion 3"],
-        diffusers.StableDiffusion3ControlNetInpaintingPipeline,
-        lambda: sd3_parts(extra_conditioning_channels=1),
-        control_image=picture,
-        control_mask=mask,
-        **SIZE,
-    ),
-    "ZImageImg2ImgPipeline": like(
-        LATENTS["Z-Image"], diffusers.ZImageImg2ImgPipeline, image=picture, strength=0.9, **SIZE
-    ),
-    "ZImageInpaintPipeline": like(
-        LATENTS["Z-Image"],
-        diffusers.ZImageInpaintPipeline,
-        image=picture,
-        mask_image=mask,
-        strength=0.9,
-        **SIZE,
-    ),
-    "ZImageControlNetPipeline": like(
-        LATENTS["Z-Image"],
-        diffusers.ZImageControlNetPipeline,
-        lambda: zimage_controlled(4),
-        control_image=picture,
-        **SIZE,
-    ),
-    "ZImageControlNetInpaintPipeline": like(
-        LATENTS["Z-Image"],
-        diffusers.ZImageControlNetInpaintPipeline,
-        lambda: zimage_controlled(9),
-        image=lambda: [picture()] * 2,
-        mask_image=lambda: [mask()] * 2,
-        control_image=lambda: [picture()] * 2,
-        **SIZE,
-    ),
-    "FluxKontextInpaintPipeline": like(
-        EDITING["FLUX.1 Kontext"],
-        diffusers.FluxKontextInpaintPipeline,
-        image=picture,
-        mask_image=mask,
-        strength=0.9,
-        _auto_resize=False,
-        **SIZE,
-    ),
-    "QwenImageEditPipeline": of(EDITING["Qwen-Image-Edit"]),
-    "QwenImageEditInpaintPipeline": like(
-        EDITING["Qwen-Image-Edit"],
-        sized(diffusers.QwenImageEditInpaintPipeline, None),
+    "QwenImageEditPipeline": of(QWEN_EDIT),
+    **family(
+        QWEN_EDIT,
+        QUARTER,
         qwen_edit_parts,
-        image=picture,
-        mask_image=mask,
-        strength=0.9,
-        **QWEN,
+        lambda cls: sized(cls, None),
+        QwenImageEditInpaintPipeline=PAINT,
     ),
-    "QwenImageEditPlusPipeline": like(
-        EDITING["Qwen-Image-Edit"],
-        sized(diffusers.QwenImageEditPlusPipeline),
+    **family(
+        QWEN_EDIT,
+        {**QUARTER, **first_prompt(QWEN_EDIT)},
         qwen_edit_parts,
-        image=lambda: [picture(), picture()],
-        **QWEN,
-        **first_prompt(EDITING["Qwen-Image-Edit"]),
+        sized,
+        QwenImageEditPlusPipeline={"image": lambda: [picture()] * 2},
     ),
-    "QwenImageLayeredPipeline": like(
-        EDITING["Qwen-Image-Edit"],
-        sized(diffusers.QwenImageLayeredPipeline),
+    **family(
+        QWEN_EDIT,
+        {**QUARTER, **first_prompt(QWEN_EDIT)},
         layered_parts,
-        image=picture,
-        prompt="a",
-        layers=2,
-        output_type="pt",  # it cannot give latents
-        **QWEN,
-        **first_prompt(EDITING["Qwen-Image-Edit"]),
+        sized,
+        # It cannot give latents.
+        QwenImageLayeredPipeline={"image": picture, "prompt": "a", "layers": 2, "output_type": "pt"},
     ),
-    "LongCatImageEditPipeline": of(EDITING["LongCat-Image-Edit"]),
-    "Kandinsky5T2IPipeline": of(MORE["Kandinsky 5"]),
-    "Kandinsky5I2IPipeline": like(
-        MORE["Kandinsky 5"],
-        diffusers.Kandinsky5I2IPipeline,
-        kandinsky5_i2i,
-        image=lambda: [picture()] * 2,
+    **family(SD3, SIZE, StableDiffusion3Img2ImgPipeline=PICTURE),
+    **family(SD3, SIZE, sd3_inpaint, StableDiffusion3InpaintPipeline=PAINT),
+    **family(
+        SD3,
+        SIZE,
+        sd3_parts,
+        StableDiffusion3PAGPipeline={},
+        StableDiffusion3PAGImg2ImgPipeline=PICTURE,
+        StableDiffusion3ControlNetPipeline=CONTROL,
     ),
-    "HunyuanDiTControlNetPipeline": like(
-        OTHERS["Hunyuan-DiT"],
-        diffusers.HunyuanDiTControlNetPipeline,
-        hunyuan_controlled,
-        control_image=picture,
+    **family(
+        SD3,
+        SIZE,
+        lambda: sd3_parts(extra_conditioning_channels=1),
+        StableDiffusion3ControlNetInpaintingPipeline={**CONTROL, "control_mask": mask},
     ),
-    "HunyuanDiTPAGPipeline": like(OTHERS["Hunyuan-DiT"], diffusers.HunyuanDiTPAGPipeline, eighth),
-    "SanaControlNetPipeline": like(
-        CONVOLUTIONS["Sana"], diffusers.SanaControlNetPipeline, sana_controlled, control_image=picture, **SANA
+    **family(ZIMAGE, SIZE, ZImageImg2ImgPipeline=PICTURE, ZImageInpaintPipeline=PAINT),
+    **family(ZIMAGE, SIZE, lambda: zimage_controlled(4), ZImageControlNetPipeline=CONTROL),
+    **family(
+        ZIMAGE,
+        SIZE,
+        lambda: zimage_controlled(9),
+        ZImageControlNetInpaintPipeline={
+            "image": lambda: [picture()] * 2,
+            "mask_image": lambda: [mask()] * 2,
+            "control_image": lambda: [picture()] * 2,
+        },
     ),
-    "SanaPAGPipeline": like(
-        CONVOLUTIONS["Sana"], diffusers.SanaPAGPipeline, lambda: {"vae": sana_vae()}, **SANA
+    **family(
+        ZIMAGE,
+        SIZE,
+        zimage_omni,
+        ZImageOmniPipeline={
+            "image": lambda: picture((64, 64)),
+            "prompt_embeds": lambda: omni_prompts(2),
+            "negative_prompt_embeds": lambda: omni_prompts(4),
+        },
     ),
-    "SanaSprintPipeline": like(
-        CONVOLUTIONS["Sana"], diffusers.SanaSprintPipeline, sprint_parts, **SANA, intermediate_timesteps=None
-    ),
-    "SanaSprintImg2ImgPipeline": like(
-        CONVOLUTIONS["Sana"],
-        diffusers.SanaSprintImg2ImgPipeline,
+    **family(HUNYUAN, {}, hunyuan_controlled, HunyuanDiTControlNetPipeline=CONTROL),
+    **family(HUNYUAN, {}, eighth, HunyuanDiTPAGPipeline={}),
+    **family(SANA_CASE, SANA, sana_controlled, SanaControlNetPipeline=CONTROL),
+    **family(SANA_CASE, SANA, lambda: {"vae": sana_vae()}, SanaPAGPipeline={}),
+    **family(
+        SANA_CASE,
+        {**SANA, "intermediate_timesteps": None},
         sprint_parts,
-        image=picture,
-        strength=0.9,
-        intermediate_timesteps=None,
-        **SANA,
+        SanaSprintPipeline={},
+        SanaSprintImg2ImgPipeline=PICTURE,
     ),
-    "PRXPixelPipeline": like(LATENTS["PRX"], diffusers.PRXPixelPipeline, prx_pixel, **SIZE, output_type="pt"),
-    "VisualClozeGenerationPipeline": like(
-        EDITING["FLUX.1 Kontext"],
-        diffusers.VisualClozeGenerationPipeline,
-        visual_cloze_parts,
-        task_prompt="a",
-        content_prompt="b",
-        prompt_embeds=None,
-        pooled_prompt_embeds=None,
-        max_sequence_length=16,
-        image=lambda: [[picture(), picture()], [picture(), None]],
+    **family(
+        LATENTS["PRX"],
+        SIZE,
+        lambda: another(LATENTS["PRX"], in_channels=3, bottleneck_size=8, resolution_embeds=True),
+        PRXPixelPipeline={"output_type": "pt"},
     ),
-    "VisualClozePipeline": like(
-        EDITING["FLUX.1 Kontext"],
-        diffusers.VisualClozePipeline,
-        visual_cloze_parts,
-        task_prompt="a",
-        content_prompt="b",
-        prompt_embeds=None,
-        pooled_prompt_embeds=None,
-        max_sequence_length=16,
-        upsampling_height=32,
-        upsampling_width=48,
-        image=lambda: [[picture(), picture()], [picture(), None]],
+    **family(
+        MORE["Kandinsky 5"],
+        {},
+        kandinsky5_i2i,
+        Kandinsky5I2IPipeline={"image": lambda: [picture()] * 2},
     ),
+    "Kandinsky5T2IPipeline": of(MORE["Kandinsky 5"]),
+    "LongCatImageEditPipeline": of(EDITING["LongCat-Image-Edit"]),
     "BriaFibo2Pipeline": of(LATEST["FIBO 2"]),
     "QwenImage21Pipeline": of(LATEST["Qwen-Image 2.1"]),
     "JoyImageEditPlusPipeline": of(LATEST["JoyImage-Edit Plus"]),
-    "AmusedPipeline": amused(diffusers.AmusedPipeline),
-    "AmusedImg2ImgPipeline": amused(diffusers.AmusedImg2ImgPipeline, image=lambda: square(picture())),
-    "AmusedInpaintPipeline": amused(
-        diffusers.AmusedInpaintPipeline,
-        image=lambda: square(picture()),
-        mask_image=lambda: square(mask()),
-    ),
-    "Kandinsky6SRPipeline": super_resolution(),
-    "ZImageOmniPipeline": like(
-        LATENTS["Z-Image"],
-        diffusers.ZImageOmniPipeline,
-        zimage_omni,
-        image=lambda: picture().resize((64, 64)),
-        prompt_embeds=lambda: omni_prompts(2),
-        negative_prompt_embeds=lambda: omni_prompts(4),
-        **SIZE,
-    ),
 }
