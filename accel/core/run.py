@@ -417,9 +417,9 @@ class Run(Listener):
 
     @property
     def tokens(self) -> int:
-        """Image tokens of a plain step, over all blocks; 1 where they are not described, or no block takes any, so that
-        steps are counted."""
-        return (self.grid and self.target.tokens(self.grid, self.references)) or 1
+        """Image tokens of a plain step, over all blocks; 2 where they are not described, or no block takes any, so that
+        steps, and halves of them, are counted."""
+        return (self.grid and self.target.tokens(self.grid, self.references)) or 2
 
     def arrives(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """One of this loop's calls has come."""

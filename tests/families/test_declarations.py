@@ -151,6 +151,25 @@ def test_predictions_that_become_shorter_are_followed():
     assert errors[0] != errors[1]
 
 
+def test_what_forecasts_missed_is_made_up_for_where_predictions_have_frames():
+    """Z-Image predicts one frame, and its sampler gets pictures."""
+    case = CASES["Z-Image"]
+    pipe = case.make()
+    with accel.accelerate(pipe, accel.ForecastConfig(cycle=(0, 1), correct=True)) as handle:
+        corrected = case.latents(pipe, steps=12)
+    assert handle.stats.notes == []
+    with accel.accelerate(pipe, accel.ForecastConfig(cycle=(0, 1), correct=False)):
+        assert relative(case.latents(pipe, steps=12), corrected) > 1e-3
+
+
+def test_half_of_a_step_is_counted_where_tokens_are_not_described():
+    case = CASES["Sana"]
+    pipe = case.make()
+    with accel.accelerate(pipe, accel.ForecastConfig(cycle=(1,), guidance_every=2)) as handle:
+        case.latents(pipe, steps=12)
+    assert handle.stats.share == 1 - handle.stats.branches_skipped / 2 / 12 < 1
+
+
 def test_digests_of_different_lengths_in_one_batch_are_refused():
     case = CASES["FIBO 2"]
     call = case.call(steps=10, wide=False, dtype=F32)

@@ -81,7 +81,9 @@ def mix(product_nn: Tensor) -> tuple[float, list[float]]:
 
 def _branches(output: Tensor, model_output: Tensor) -> list[Tensor]:
     """The parts of a prediction that are like the sampler's input: images of a batch, without channels (a learned
-    variance) or tokens (of reference images) that come after."""
+    variance) or tokens (of reference images) that come after, or a dimension for the one frame (Z-Image)."""
+    if output.ndim == model_output.ndim + 1 and output.shape[2] == 1:
+        output = output.squeeze(2)
     if output.ndim != model_output.ndim or output.shape[0] % model_output.shape[0]:
         return []
     for dim in range(1, output.ndim):
