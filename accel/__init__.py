@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from . import configs as configs
     from . import errors as errors
     from .api import accelerate
+    from .core.schedule import Schedule
     from .errors import AccelError, AccelWarning
     from .handle import Handle
     from .methods.chunking.config import DynamicChunkingConfig
     from .methods.forecasting.config import ForecastConfig
-    from .methods.merging.config import TokenMergingConfig
-    from .methods.pruning.config import TokenPruningConfig
+    from .methods.merging.config import Matching, TokenMergingConfig
+    from .methods.pruning.config import Selection, TokenPruningConfig
     from .methods.speculation.config import SpeculativeDecodingConfig
     from .stats import Stats
 
@@ -36,6 +37,9 @@ __all__ = [
     "DynamicChunkingConfig",
     "ForecastConfig",
     "Handle",
+    "Matching",
+    "Schedule",
+    "Selection",
     "SpeculativeDecodingConfig",
     "Stats",
     "TokenMergingConfig",
@@ -52,6 +56,9 @@ _HOME = {
     "DynamicChunkingConfig": "accel.methods.chunking.config",
     "ForecastConfig": "accel.methods.forecasting.config",
     "Handle": "accel.handle",
+    "Matching": "accel.methods.merging.config",
+    "Schedule": "accel.core.schedule",
+    "Selection": "accel.methods.pruning.config",
     "SpeculativeDecodingConfig": "accel.methods.speculation.config",
     "Stats": "accel.stats",
     "TokenMergingConfig": "accel.methods.merging.config",

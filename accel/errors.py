@@ -29,7 +29,7 @@ class UnknownNameError(ConfigError):
     """A name (preset, method, key, model class) is not known."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
-        self.kind, self.name, self.known = kind, name, sorted(known)
+        self.kind, self.name, self.known, self.hint = kind, name, sorted(known), hint
         nearest = difflib.get_close_matches(name, self.known, n=2, cutoff=0.5)
         message = f"unknown {kind} {name!r}."
         if nearest:

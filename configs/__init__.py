@@ -2,17 +2,20 @@
 
 method: token_merging     # which configuration class
 ratio: 0.5                # its fields
+schedule:                 # and those of a class within
+  refresh_every: 1
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import is_dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from accel import methods
+from accel.core.checks import check_keys
 from accel.errors import ConfigError, UnknownNameError
 from accel.strict import MAX_BYTES, StrictError, parse_yaml, read_text
 
@@ -60,13 +63,35 @@ def _from_mapping(content: Mapping[str, Any], where: str) -> Any:
     if method is None:
         raise ConfigError(f"{where}: `method` is missing; one of {', '.join(methods.names())}")
     cls = methods.config_class(str(method))
-    known = [f.name for f in fields(cls)]
-    for key in settings:
-        if key not in known:
-            raise UnknownNameError(f"key in {where}:", str(key), known)
     try:
+        check_keys(cls, settings)
         return cls(**settings)
+    except UnknownNameError as error:
+        raise UnknownNameError(f"{error.kind} in {where}:", error.name, error.known, error.hint) from error
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     except TypeError as error:  # a list or a mapping where a number or a word belongs
         raise ConfigError(f"{where}: a value is of the wrong kind ({error})") from error
+
+
+def change(config: Any, settings: Mapping[str, Any]) -> Any:
+    """A configuration with other values of some of its settings, those of a class within as `schedule.dense_last`.
+
+    Raises:
+        UnknownNameError: no such setting.
+        ConfigError: a value is out of range, or belongs into a class within.
+    """
+    changes: dict[str, Any] = {}
+    short = getattr(type(config), "SHORT", {})
+    for key, value in settings.items():
+        name, _, inner = (f"schedule.{short[key]}" if key in short else key).partition(".")
+        if not inner:
+            changes[name] = value
+            continue
+        before: Any = changes.get(name, getattr(config, name, None))
+        if not is_dataclass(before):
+            check_keys(type(config), [key])
+        check_keys(type(before), [inner])
+        changes[name] = replace(before, **{inner: value})
+    check_keys(type(config), changes)
+    return replace(config, **changes)

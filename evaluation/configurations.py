@@ -14,6 +14,8 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from accel.errors import ConfigError
+
 from .errors import EvaluationError
 from .textfiles import first_line
 
@@ -82,14 +84,14 @@ def parse(spec: str) -> Configuration:
     """Parse `[NAME:]PART[,KEY=VALUE...]`.
 
     PART is `plain`, a preset, a YAML file or `steps=N`; `steps=N` may follow a preset, and any other
-    KEY=VALUE replaces a setting of it: `plain`, `steps=8`, `balanced`, `mild:merging,ratio=0.3`,
-    `mine.yaml,steps=12`.
+    KEY=VALUE replaces a setting of it, KEY=schedule.dense_last one of its schedule: `plain`, `steps=8`, `balanced`,
+    `mild:merging,ratio=0.3`, `mine.yaml,steps=12`.
     """
     match = re.match(r"([A-Za-z0-9][\w.+-]*):(?=.)", spec)
     name, rest = (match[1], spec[match.end() :]) if match else (None, spec)
     source: str | None = None
     settings: dict[str, Any] = {}
-    for index, part in enumerate(rest.split(",")):
+    for index, part in enumerate(re.split(r",(?![^\[{]*[\]}])", rest)):
         key, equals, value = part.partition("=")
         if equals and key in settings:
             raise EvaluationError(f"configuration {spec!r}: {key} is given twice")
@@ -138,13 +140,10 @@ def _load(source: str, settings: dict[str, Any], spec: str) -> Any:
     from accel import configs
 
     method = configs.load(source)
-    if not settings:
-        return method
-    valid = [field.name for field in dataclasses.fields(method)]
-    if unknown := [key for key in settings if key not in valid]:
-        raise EvaluationError(f"configuration {spec!r}: no setting {unknown[0]!r}; valid: {', '.join(valid)}")
     try:
-        return dataclasses.replace(method, **settings)
+        return configs.change(method, settings)
+    except ConfigError as error:
+        raise EvaluationError(f"configuration {spec!r}: {error}") from None
     except TypeError as error:  # compared with numbers and found to be none
         raise EvaluationError(f"configuration {spec!r}: a setting has the wrong type ({error})") from None
 

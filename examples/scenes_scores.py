@@ -41,11 +41,11 @@ def config_of(row: str, adapter: Path | None) -> accel.TokenMergingConfig | None
     return accel.TokenMergingConfig(
         ratio=float(share),
         groups=groups,
-        protect=0.1 if float(share) <= 0.5 else 0.0,
+        matching=accel.Matching(protect=0.0)
+        if groups == "matching" and float(share) > 0.5
+        else accel.Matching(),
         adapter=str(adapter) if name == "upcycled" else None,
-        dense_steps_first=1,
-        dense_steps_last=0,
-        refresh_every=1,
+        schedule=accel.Schedule(dense_first=1, dense_last=0, refresh_every=1),
     )
 
 

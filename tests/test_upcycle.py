@@ -152,7 +152,7 @@ def test_a_side_car_is_on_at_reduced_steps_only(trainer, model, tmp_path):
                 pipe("a photo of a star", **options)
         return seen
 
-    settings = {"groups": "windows", "dense_steps_first": 1, "dense_steps_last": 0, "refresh_every": 1}
+    settings = {"groups": "windows", "schedule": {"dense_first": 1, "dense_last": 0, "refresh_every": 1}}
     plain = latents()
     windows = latents(accel.TokenMergingConfig(ratio=0.6, **settings))
     adapted = latents(accel.TokenMergingConfig(ratio=0.6, adapter=file, **settings))

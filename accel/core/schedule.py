@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from accel.errors import ConfigError
 
-from .checks import is_number, is_whole, is_wholes
+from .checks import check, check_used, is_number, is_share, is_whole, is_wholes, settings
 
 
 @dataclass(frozen=True)
@@ -29,81 +30,95 @@ class Phase:
         return self.budget >= 1
 
 
+@settings
 @dataclass(frozen=True)
 class Schedule:
     """(step, total) -> Phase.
 
-    What is computed comes from one of three: a `cycle`, `growth`, or a list of `steps`.
-
-    `cycle` holds the budgets of the steps between the dense head and the dense tail and is repeated:
-    `(0.5,)` is half of the tokens at every step, `(1, 0, 0.25, 0)` a dense step, a forecast, a partial step,
-    a forecast.
+    What is computed comes from one of three: a `cycle`, `growth`, or a list of `steps`. A configuration's may leave all
+    three out where its method has a default.
 
     Attributes:
-        cycle: budgets in [0, 1].
-        dense_first, dense_last: number of dense steps at either end of a cycle's.
-        refresh_every: refresh at every n-th step that is not dense; 0: at the first one only.
-        late_cycle: budgets in place of `cycle` once this share of all steps is over, `late_from`, and the cycle
-            that runs is complete; None: the same.
+        cycle: budgets in [0, 1] of the steps between the dense first and last ones, repeated: `(0.5,)` is half of the
+            tokens at every step, `(1, 0, 0.25, 0)` a dense step, a forecast, a partial step, a forecast.
+        dense_first, dense_last: number of dense steps at either end of a cycle's. None: the method's default.
+        refresh_every: refresh at every n-th step that is not dense; 0: at the first one only. None: the method's default.
+        late_cycle: budgets in place of `cycle` once this share of all steps is over, `late_from` in (0, 1), and the cycle
+            that runs is complete: early, predictions change faster. None: the same.
         refresh_at: steps at which to refresh, not `refresh_every`; the first reduced step always does.
         guidance_every: both branches of guidance at every n-th of the steps in between that compute anything,
             counted from the dense head, so that the first of them has one branch; 1: always.
-        growth, tail: r and q of gaps that grow with the step, for any number of steps (see `growing`).
-        steps: the steps that are computed, from 0, rising; the others are forecast.
+        growth, tail: r and q of gaps that grow with the step, for any number of steps (see `growing`): after step i of N,
+            the next to be computed is round(min(r i, q (N - i) + 1)) further on. 0.42 and 0.5 compute 10 of 24: 0 to 4,
+            6, 9, 13, 18, 22.
+        steps: the steps that are computed, from 0, rising (`accel tune` finds them); the others are forecast.
         total: the number of steps of the runs that `steps` are for; None: any that has them all.
+
+    Raises:
+        ConfigError: a value is outside its range, or has no effect.
     """
 
-    cycle: tuple[float, ...] = ()
-    dense_first: int = 0
-    dense_last: int = 0
-    refresh_every: int = 0
+    cycle: tuple[float, ...] | None = None
+    dense_first: int | None = None
+    dense_last: int | None = None
+    refresh_every: int | None = None
     refresh_at: tuple[int, ...] = ()
     guidance_every: int = 1
     late_cycle: tuple[float, ...] | None = None
     late_from: float = 0.5
     growth: float | None = None
     tail: float = 0.5
-    steps: tuple[int, ...] = ()
+    steps: tuple[int, ...] | None = None
     total: int | None = None
 
     def __post_init__(self) -> None:
-        self._check_source()
-        for name, cycle in (("cycle", self.cycle), ("late_cycle", self.late_cycle)):
-            missing = cycle is None or (cycle == () and name == "cycle")
-            if not missing and not (cycle and all(0 <= b <= 1 for b in cycle)):
-                raise ConfigError(f"{name} must hold budgets in [0, 1], got {cycle}")
+        for name in ("cycle", "late_cycle"):
+            cycle = getattr(self, name)
+            valid = isinstance(cycle, tuple) and cycle and all(is_number(b) and 0 <= b <= 1 for b in cycle)
+            check(cycle is None or bool(valid), f"schedule.{name}", "a list of budgets in [0, 1]", cycle)
         for name in ("dense_first", "dense_last", "refresh_every"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 0:
-                raise ConfigError(f"{name} must be a whole number >= 0, got {value!r}")
-        if not isinstance(self.guidance_every, int) or self.guidance_every < 1:
-            raise ConfigError(f"guidance_every must be a whole number >= 1, got {self.guidance_every!r}")
+            valid = value is None or (is_whole(value) and value >= 0)
+            check(valid, f"schedule.{name}", "a whole number >= 0", value)
+        check(is_wholes(self.refresh_at), "schedule.refresh_at", "whole numbers >= 0", self.refresh_at)
+        valid = is_whole(self.guidance_every) and self.guidance_every >= 1
+        check(valid, "schedule.guidance_every", "a whole number >= 1", self.guidance_every)
+        check(is_share(self.late_from), "schedule.late_from", "in (0, 1)", self.late_from)
+        for name in ("growth", "tail"):
+            value = getattr(self, name)
+            valid = (value is None and name == "growth") or (is_number(value) and value > 0)
+            check(valid, f"schedule.{name}", "a number > 0", value)
+        valid = is_wholes(self.steps) and list(self.steps or ()) == sorted({0, *(self.steps or ())})
+        check(self.steps is None or valid, "schedule.steps", "whole numbers that rise from 0", self.steps)
+        last = -1 if self.steps is None else self.steps[-1]
+        valid = self.total is None or (is_whole(self.total) and self.total > last)
+        check(valid, "schedule.total", "a whole number above the last of steps", self.total)
+        self._check_effects()
 
-    def _check_source(self) -> None:
-        named = {"cycle": self.cycle != (), "growth": self.growth is not None, "steps": self.steps != ()}
-        given = [name for name, there in named.items() if there]
-        if len(given) != 1:
-            found = "got none" if not given else f"got {' and '.join(given)}"
-            raise ConfigError(f"a schedule has one of cycle (budgets in [0, 1]), growth and steps: {found}")
-        if not self.cycle and (self.dense_first or self.dense_last or self.late_cycle is not None):
-            raise ConfigError(
-                f"{given[0]} says of every step whether it is computed: leave dense_first, dense_last and late_cycle out"
-            )
-        for name, value in (("growth", self.growth), ("tail", self.tail)):
-            if value is not None and not (is_number(value) and value > 0):
-                raise ConfigError(f"{name} must be a number > 0, got {value!r}")
-        valid = is_wholes(self.steps) and list(self.steps) == sorted({0, *self.steps})
-        if self.steps and not valid:
-            raise ConfigError(f"steps must be whole numbers that rise from 0, got {self.steps!r}")
-        if self.total is not None and not (
-            self.steps and is_whole(self.total) and self.total > self.steps[-1]
-        ):
-            raise ConfigError(f"total must be a whole number above the last of steps, got {self.total!r}")
+    def _check_effects(self) -> None:
+        given = [name for name in ("cycle", "growth", "steps") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(f"a schedule has one of cycle, growth and steps: got {' and '.join(given)}")
+        for name, by in (("late_from", "late_cycle"), ("tail", "growth"), ("total", "steps")):
+            check_used(self, (name,), getattr(self, by) is not None, f"no {by} is given", "schedule.")
+        if not self.cycled:
+            why = f"{given[0]} says of every step whether it is computed"
+            check_used(self, ("dense_first", "dense_last", "late_cycle"), False, why, "schedule.")
+
+    @property
+    def cycled(self) -> bool:
+        """Whether neither growth nor steps say what is computed."""
+        return self.growth is None and self.steps is None
+
+    def over(self, default: Schedule) -> Schedule:
+        """With what it leaves out as in another one; where growth or steps are given, nothing is."""
+        names = ("cycle", "dense_first", "dense_last", "refresh_every") if self.cycled else ()
+        return replace(self, **{n: getattr(default, n) for n in names if getattr(self, n) is None})
 
     @property
     def budgets(self) -> tuple[float, ...]:
         """All that occur between the dense steps at either end."""
-        return (*self.cycle, *(self.late_cycle or ())) or (1.0, 0.0)
+        return (*(self.cycle or ()), *(self.late_cycle or ())) if self.cycled else (1.0, 0.0)
 
     @property
     def reduces(self) -> bool:
@@ -114,11 +129,11 @@ class Schedule:
         """The phases of a run of `total` steps.
 
         Raises:
-            ConfigError: `steps` are for runs of another length.
+            ConfigError: nothing says what is computed, or `steps` are for runs of another length.
         """
-        budgets = self._cycled(total) if self.cycle else self._computed(total)
-        first, last = self.dense_first, self.dense_last
-        if not self.cycle:
+        budgets = self._cycled(total) if self.cycled else self._computed(total)
+        first, last = self.dense_first or 0, self.dense_last or 0
+        if not self.cycled:
             first = next((step for step, budget in enumerate(budgets) if budget == 0), total)
         phases, reduced, computed = [], 0, 0
         for step, budget in enumerate(budgets):
@@ -128,22 +143,26 @@ class Schedule:
             if budget >= 1:
                 phases.append(Phase(1.0, guided=guided))
                 continue
-            due = step in self.refresh_at if self.refresh_at else _every(self.refresh_every, reduced)
+            due = step in self.refresh_at if self.refresh_at else _every(self.refresh_every or 0, reduced)
             phases.append(Phase(budget, refresh=reduced == 0 or due, guided=guided))
             reduced += 1
         return tuple(phases)
 
     def _cycled(self, total: int) -> list[float]:
-        budgets, late = [1.0] * total, self._late(total)
-        for step in range(self.dense_first, total - self.dense_last):
-            first, cycle = self.dense_first, self.cycle
+        if self.cycle is None:
+            raise ConfigError(
+                "the schedule has neither cycle, growth nor steps: a configuration's full_schedule has"
+            )
+        budgets, late, start = [1.0] * total, self._late(total, self.cycle), self.dense_first or 0
+        for step in range(start, total - (self.dense_last or 0)):
+            first, cycle = start, self.cycle
             if self.late_cycle is not None and step >= late:
                 first, cycle = late, self.late_cycle
             budgets[step] = cycle[(step - first) % len(cycle)]
         return budgets
 
     def _computed(self, total: int) -> list[float]:
-        steps = self.steps if self.growth is None else growing(total, self.growth, self.tail)
+        steps = (self.steps or (0,)) if self.growth is None else growing(total, self.growth, self.tail)
         if self.growth is None and total != (self.total or max(total, steps[-1] + 1)):
             raise ConfigError(
                 f"steps={list(steps)} are for runs of {self.total or f'at least {steps[-1] + 1}'} steps, this one has "
@@ -152,12 +171,56 @@ class Schedule:
         chosen = set(steps)
         return [float(step in chosen) for step in range(total)]
 
-    def _late(self, total: int) -> int:
+    def _late(self, total: int, cycle: tuple[float, ...]) -> int:
         """The step at which `late_cycle` takes over. Never within a cycle: with (0, 1) and then (0, 0, 1), three
         forecasts in a row would come where no cycle has as many."""
         # 1e-9: 0.3 x 10 is 3.
-        over = max(math.ceil(self.late_from * total - 1e-9) - self.dense_first, 0)
-        return self.dense_first + math.ceil(over / len(self.cycle)) * len(self.cycle)
+        first = self.dense_first or 0
+        over = max(math.ceil(self.late_from * total - 1e-9) - first, 0)
+        return first + math.ceil(over / len(cycle)) * len(cycle)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheduled:
+    """A configuration with a schedule. `cycle`, `dense_steps_first` and `dense_steps_last` are short for a schedule of
+    `cycle`, `dense_first` and `dense_last`.
+
+    Attributes:
+        DEFAULT: what a schedule of this method leaves out.
+        TAKES: the fields of a schedule that have an effect on it.
+    """
+
+    SHORT: ClassVar = {"cycle": "cycle", "dense_steps_first": "dense_first", "dense_steps_last": "dense_last"}
+    DEFAULT: ClassVar = Schedule()
+    TAKES: ClassVar[tuple[str, ...]] = ()
+
+    schedule: Schedule = Schedule()
+    if TYPE_CHECKING:  # `settings` takes them
+        cycle: InitVar[tuple[float, ...] | None] = None
+        dense_steps_first: InitVar[int | None] = None
+        dense_steps_last: InitVar[int | None] = None
+
+    def __post_init__(self, *_: Any) -> None:
+        others = [f.name for f in fields(Schedule) if f.name not in self.TAKES]
+        why = f"a {type(self).__name__} takes {', '.join(self.TAKES)} of a schedule"
+        check_used(self.schedule, others, False, why, "schedule.")
+        object.__setattr__(self, "schedule", self.schedule.over(self.DEFAULT))
+        self._check()
+
+    def _check(self) -> None:
+        """
+        Raises:
+            ConfigError: a value is outside its range.
+        """
+
+    @property
+    def full_schedule(self) -> Schedule:
+        """With a source, where `schedule` leaves it to other settings."""
+        return self.schedule
+
+    def _check_first(self, why: str = "") -> None:
+        first = self.schedule.dense_first
+        check(first is None or first >= 1, "schedule.dense_first", f"a whole number >= 1{why}", first)
 
 
 def growing(total: int, growth: float, tail: float) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from accel import configs
-from accel.core.schedule import growing
+from accel.core.schedule import Schedule, growing
 from accel.evaluation.configurations import Configuration
 from accel.methods.forecasting import ForecastConfig
 
@@ -23,14 +23,11 @@ from .spectrum import steps as spectrum_steps
 BOTH = "a peer with accel's correction"
 #: Presets as they were before gaps grew, for comparison.
 BEFORE: dict[str, dict[str, Any]] = {
-    "balanced": {"cycle": (0, 1), "late_cycle": (0, 0, 1), "late_from": 0.33, "dense_steps_first": 6},
-    "fast": {"cycle": (0, 1), "late_cycle": (0, 0, 0, 1), "late_from": 0.29, "dense_steps_first": 5},
+    "balanced": {"schedule": Schedule((0, 1), 6, 0, late_cycle=(0, 0, 1), late_from=0.33)},
+    "fast": {"schedule": Schedule((0, 1), 5, 0, late_cycle=(0, 0, 0, 1), late_from=0.29)},
     "draft": {
-        "cycle": (0, 1, 0, 0, 0, 1),
-        "late_cycle": (0, 0, 0, 0, 0, 1),
-        "late_from": 0.4,
+        "schedule": Schedule((0, 1, 0, 0, 0, 1), 4, 0, late_cycle=(0, 0, 0, 0, 0, 1), late_from=0.4),
         "trend": 0.5,
-        "dense_steps_first": 4,
     },
 }
 
@@ -48,9 +45,8 @@ def settings(total: int) -> list[Setting]:
     masks = {name: _computed(configs.load(name), total) for name in ("fast", "draft", "balanced", "quality")}
     own = [Setting(Configuration(name, configs.load(name)), OURS) for name in ("fast", "draft", "balanced")]
     spectrum = spectrum_steps(total)
-    ends: dict[str, Any] = {"dense_steps_last": 0, "correct": "auto"}
-    at_spectrum = ForecastConfig(steps=spectrum, total=total, trend=0.5, correct="auto")
-    before = {name: ForecastConfig(**BEFORE[name], **ends) for name in BEFORE}
+    at_spectrum = ForecastConfig(schedule=Schedule(steps=spectrum, total=total), trend=0.5, correct="auto")
+    before = {name: ForecastConfig(**BEFORE[name], correct="auto") for name in BEFORE}
     on_points: list[Setting] = []
     for name in ("fast", "balanced"):
         steps = masks[name]
@@ -82,13 +78,13 @@ def settings(total: int) -> list[Setting]:
 
 
 def _computed(config: Any, total: int) -> tuple[int, ...]:
-    return tuple(step for step, phase in enumerate(config.schedule().phases(total)) if phase.budget > 0)
+    return tuple(step for step, phase in enumerate(config.full_schedule.phases(total)) if phase.budget > 0)
 
 
 def _between(total: int) -> list[int]:
     """Computed steps of the presets before and of Spectrum, where no preset has as many now."""
     presets = {len(_computed(configs.load(name), total)) for name in ("fast", "draft", "balanced", "quality")}
-    before = {len(_computed(ForecastConfig(**cycle, dense_steps_last=0), total)) for cycle in BEFORE.values()}
+    before = {len(_computed(ForecastConfig(**cycle), total)) for cycle in BEFORE.values()}
     return sorted((before | {len(spectrum_steps(total))}) - presets)
 
 
@@ -98,7 +94,7 @@ def _own(total: int, count: int) -> Configuration:
     off = {g: abs(len(growing(total, g, 0.5)) - count) for g in growths}
     nearest = [g for g in growths if off[g] == min(off.values())]
     growth = nearest[len(nearest) // 2]
-    config = ForecastConfig(growth=growth, trend=0.75, correct="auto")
+    config = ForecastConfig(schedule=Schedule(growth=growth), trend=0.75, correct="auto")
     return Configuration(f"growth-{growth:g}", config)
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import accel
 from accel import configs
+from accel.core.schedule import Schedule
 from accel.errors import AccelWarning, ConfigError, UnknownNameError
 from accel.evaluation.configurations import PLAIN, Configuration
 from accel.methods.chunking import DynamicChunkingConfig
@@ -66,7 +67,7 @@ class Row:
             return None
         if self.configuration.method is None:
             return ["dense"] * self.total
-        phases = self.configuration.method.schedule().phases(self.total)
+        phases = self.configuration.method.full_schedule.phases(self.total)
         return [kind(phase.budget, 1) for phase in phases]
 
     @contextmanager
@@ -156,12 +157,12 @@ def _configuration(base: str, total: int, calls: int) -> Configuration:
 
 
 # As much of the picture as can be is reduced: a step is what is measured.
-_MERGED: dict[str, Any] = {"dense_steps_first": 2, "dense_steps_last": 0, "refresh_every": 1}
+_REDUCED = Schedule(dense_first=2, dense_last=0, refresh_every=1)
 
 #: Method -> share of the tokens -> its configuration.
 _SHARES: dict[str, Callable[[float], Any]] = {
-    "merging": lambda share: TokenMergingConfig(ratio=1 - share, **_MERGED),
-    "windows": lambda share: TokenMergingConfig(ratio=1 - share, groups="windows", **_MERGED),
+    "merging": lambda share: TokenMergingConfig(ratio=1 - share, schedule=_REDUCED),
+    "windows": lambda share: TokenMergingConfig(ratio=1 - share, groups="windows", schedule=_REDUCED),
     "chunking": lambda share: DynamicChunkingConfig(budget=share, dense_steps_first=2),
     "pruning": lambda share: TokenPruningConfig(budget=share, cycle=(share,), dense_steps_last=0),
     "pruning-alone": lambda share: TokenPruningConfig(
@@ -172,7 +173,7 @@ _SHARES: dict[str, Callable[[float], Any]] = {
 
 def mask(total: int, preset: str) -> list[int]:
     """1 for each step that a preset of forecasts computes."""
-    return [int(phase.budget > 0) for phase in configs.load(preset).schedule().phases(total)]
+    return [int(phase.budget > 0) for phase in configs.load(preset).full_schedule.phases(total)]
 
 
 def _cache_dit(preset: str, total: int, calls: int) -> Peer:

@@ -18,11 +18,12 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from accel import configs
+from accel.core.schedule import Schedule
 from accel.evaluation.configurations import Configuration
 from accel.methods.chunking import DynamicChunkingConfig
 from accel.methods.forecasting import ForecastConfig
 from accel.methods.merging import TokenMergingConfig
-from accel.methods.pruning import TokenPruningConfig
+from accel.methods.pruning import Selection, TokenPruningConfig
 
 #: What each peer has to do: (pipeline, number of steps, options) -> the undo action.
 Enable = Callable[[Any, int, Mapping[str, Any]], Callable[[], None]]
@@ -266,9 +267,6 @@ def ours(steps: int) -> list[Configuration]:
     return [Configuration(name, config) for name, config in settings.items()]
 
 
-_LAST: dict[str, Any] = {"dense_steps_last": 0, "correct": True}
-
-
 def _many() -> dict[str, Any]:
     """For 9 steps and more: whole steps can be left out."""
     presets = {name: configs.load(name) for name in ("quality", "balanced", "fast", "draft")}
@@ -277,15 +275,17 @@ def _many() -> dict[str, Any]:
     return {
         **presets,
         "sparse-6": ForecastConfig(
-            cycle=(0, 1), late_cycle=(0, 0, 0, 1), late_from=0.33, dense_steps_first=6, **_LAST
+            schedule=Schedule(
+                cycle=(0, 1), late_cycle=(0, 0, 0, 1), late_from=0.33, dense_first=6, dense_last=0
+            ),
+            correct=True,
         ),
         "sparse-3": ForecastConfig(
-            cycle=(0, 1, 0, 0, 1),
-            late_cycle=(0,) * 6 + (1,),
-            late_from=0.33,
+            schedule=Schedule(
+                cycle=(0, 1, 0, 0, 1), late_cycle=(0,) * 6 + (1,), late_from=0.33, dense_first=3, dense_last=0
+            ),
             trend=0.5,
-            dense_steps_first=3,
-            **_LAST,
+            correct=True,
         ),
         **{f"{name}-uncorrected": replace(config, correct=False) for name, config in presets.items()},
         "forecast-2nd": ForecastConfig(cycle=(0, 1)),
@@ -297,9 +297,11 @@ def _many() -> dict[str, Any]:
         "prune-50": TokenPruningConfig(cycle=(0, 0.5, 1), **dense),
         "prune-25-long": TokenPruningConfig(cycle=(0, 0.25, 0, 1), **dense),
         "prune-25-no-kv": TokenPruningConfig(cycle=(0, 0.25, 1), keys_values="none", **dense),
-        "prune-25-clusters": TokenPruningConfig(cycle=(0, 0.25, 1), clusters=16, **dense),
-        "guidance-2nd": ForecastConfig(cycle=(1,), guidance_every=2),
-        "guidance-2nd-forecast-2nd": ForecastConfig(cycle=(0, 1), guidance_every=2),
+        "prune-25-clusters": TokenPruningConfig(
+            cycle=(0, 0.25, 1), selection=Selection(clusters=16), **dense
+        ),
+        "guidance-2nd": ForecastConfig(schedule=Schedule(cycle=(1,), guidance_every=2)),
+        "guidance-2nd-forecast-2nd": ForecastConfig(schedule=Schedule(cycle=(0, 1), guidance_every=2)),
     }
 
 
@@ -309,13 +311,13 @@ def _few() -> dict[str, Any]:
     return {
         "few-step": configs.load("few-step"),
         "tomesd": configs.load("tomesd"),
-        "forecast-2nd": ForecastConfig(cycle=(0, 1), dense_steps_first=2, **_LAST),
+        "forecast-2nd": ForecastConfig(cycle=(0, 1), **dense, correct=True),
         "forecast-2nd-uncorrected": ForecastConfig(cycle=(0, 1), **dense),
         "prune-50": TokenPruningConfig(cycle=(0.5,), **dense),
         "prune-75": TokenPruningConfig(cycle=(0.75,), **dense),
         "prune-50-no-kv": TokenPruningConfig(cycle=(0.5,), keys_values="none", **dense),
-        "prune-50-clusters": TokenPruningConfig(cycle=(0.5,), clusters=16, **dense),
-        "guidance-2nd": ForecastConfig(cycle=(1,), guidance_every=2),
+        "prune-50-clusters": TokenPruningConfig(cycle=(0.5,), selection=Selection(clusters=16), **dense),
+        "guidance-2nd": ForecastConfig(schedule=Schedule(cycle=(1,), guidance_every=2)),
     }
 
 
@@ -332,12 +334,14 @@ def few_step(steps: int) -> list[Configuration]:
 def _windows(*cycle: float, order: int = 0) -> TokenMergingConfig:
     """A dense first step, then these budgets in turn."""
     return TokenMergingConfig(
-        groups="windows", cycle=cycle, dense_steps_first=1, dense_steps_last=0, refresh_every=1, order=order
+        groups="windows",
+        schedule=Schedule(cycle=cycle, dense_first=1, dense_last=0, refresh_every=1),
+        order=order,
     )
 
 
 def _composed(steps: int) -> dict[str, Any]:
-    matched = TokenMergingConfig(dense_steps_first=1, dense_steps_last=0, refresh_every=1)
+    matched = TokenMergingConfig(schedule=Schedule(dense_first=1, dense_last=0, refresh_every=1))
     found = {
         "matching-50": matched,
         "matching-33": replace(matched, ratio=0.67),
@@ -349,7 +353,7 @@ def _composed(steps: int) -> dict[str, Any]:
     for left_out in _LEFT_OUT.get(steps, ()):
         computed = tuple(step for step in range(steps) if step not in left_out)
         name = "-".join(["forecast", *map(str, left_out)])
-        found[name] = ForecastConfig(steps=computed, total=steps, correct="auto")
+        found[name] = ForecastConfig(schedule=Schedule(steps=computed, total=steps), correct="auto")
     # After the dense first step: 1 dense, 0 forecast, between a share of the tokens.
     for name, cycle in _SCHEDULES.get(steps, {}).items():
         found[name] = _windows(*cycle, order=1)

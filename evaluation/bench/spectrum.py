@@ -173,7 +173,7 @@ class Spectrum(Configuration):
         if self.hidden:
             method = _AtHidden(target, Schedule(steps=self.computed))
         else:
-            config = ForecastConfig(steps=self.computed, order=0, correct=self.correct)
+            config = ForecastConfig(schedule=Schedule(steps=self.computed), order=0, correct=self.correct)
             method = _AtOutput(target, config, Stats("spectrum"))
         with ExitStack() as stack:
             method.attach(stack)

@@ -15,6 +15,7 @@ from torch import Tensor
 from accel import generation
 from accel.core import samplers
 from accel.core.clock import Clock, Listener
+from accel.core.schedule import Schedule
 from accel.errors import UnsupportedError
 from accel.generation import Job
 from accel.methods.forecasting import ForecastConfig
@@ -185,12 +186,14 @@ def schedule_of(runs: Runs, total: int, job: Job) -> tuple[Array, Array]:
 
 def config_of(mask: Mask, total: int, **options: Any) -> ForecastConfig:
     """The configuration of a mask for runs of `total` steps."""
-    return ForecastConfig(steps=mask.steps, total=total, trend=mask.trend, correct="auto", **options)
+    return ForecastConfig(
+        schedule=Schedule(steps=mask.steps, total=total), trend=mask.trend, correct="auto", **options
+    )
 
 
 def computed(config: Any, total: int) -> int:
     """Steps that a configuration computes."""
-    return sum(phase.budget > 0 for phase in config.schedule().phases(total))
+    return sum(phase.budget > 0 for phase in config.full_schedule.phases(total))
 
 
 def probes(total: int) -> list[tuple[int, int]]:
@@ -209,7 +212,7 @@ def amplification(
     steps = tuple(step for step in range(runs.total) if not a < step < c)
     found = gaps(plain, 1.0)
     logs: list[float] = []
-    for _, seen in runs.watched(jobs, ForecastConfig(steps=steps, total=runs.total)):
+    for _, seen in runs.watched(jobs, ForecastConfig(schedule=Schedule(steps=steps, total=runs.total))):
         for off_L in seen.ends_PL - ends_PL[len(logs) : len(logs) + len(seen.given_PNL)]:
             forecast = max(float(found.forecast_PBAC[len(logs), a - 1, a, c]), 1e-30)
             end = float(off_L.double().square().sum())

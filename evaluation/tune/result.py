@@ -54,8 +54,7 @@ def _preset(mask: Mask, total: int, side_car: str, said: Sequence[str]) -> str:
     lines = [
         *(f"# {' '.join(line.split())}" for line in said),
         "method: forecast",
-        f"steps: [{', '.join(map(str, mask.steps))}]",
-        f"total: {total}",
+        f"schedule: {{steps: [{', '.join(map(str, mask.steps))}], total: {total}}}",
         *([] if mask.trend == 1 else [f"trend: {mask.trend:g}"]),
         "correct: auto",
         f"made_for: {json.dumps(side_car)}",

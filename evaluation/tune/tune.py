@@ -19,7 +19,7 @@ from torch import Tensor
 from accel import configs, generation
 from accel.core import made_for
 from accel.core.capability import denoisers_of
-from accel.core.schedule import growing
+from accel.core.schedule import Schedule, growing
 from accel.errors import ConfigError
 from accel.evaluation.errors import EvaluationError
 from accel.evaluation.metrics.pixel import psnr
@@ -79,7 +79,7 @@ class _Tuning:
             raise ConfigError(
                 f"a speedup of {goal.value:g} cannot be: above 1, and at most {total}, the steps of a run"
             )
-        generation.check_can_accelerate(pipe, ForecastConfig(growth=0.4, correct="auto"))
+        generation.check_can_accelerate(pipe, ForecastConfig(schedule=Schedule(growth=0.4), correct="auto"))
         self.goal, self.settings, self.total = goal, settings, total
         jobs = [Job(text, settings.seed + i) for i, text in enumerate(dict.fromkeys(settings.prompts))]
         held = min(max(len(jobs) // 3, 1), MOST)
@@ -336,5 +336,5 @@ def shipped(count: int, total: int) -> tuple[str, Any]:
             return name, config
     growths = np.round(np.arange(0.02, 4, 0.01), 2)
     growth = min(growths, key=lambda value: (abs(len(growing(total, float(value), 0.5)) - count), value))
-    config = ForecastConfig(growth=float(growth), trend=0.75, correct="auto")
+    config = ForecastConfig(schedule=Schedule(growth=float(growth)), trend=0.75, correct="auto")
     return f"growth {growth:g}, tail 0.5, trend 0.75", config

@@ -89,7 +89,7 @@ def test_partial_steps_cost_their_share(family, budget):
 def test_skipped_branches_cost_nothing(family):
     pipe = family.make()
     plain = macs_of(pipe, lambda: family.latents(pipe, steps=6, guidance=3.0))
-    config = accel.ForecastConfig(cycle=(1,), guidance_every=2, dense_steps_first=1)
+    config = accel.ForecastConfig(schedule=accel.Schedule(cycle=(1,), guidance_every=2, dense_first=1))
     less = macs_of(pipe, lambda: family.latents(pipe, steps=6, guidance=3.0), config)
     # Dense first and last, and of the four between every second with one branch.
     assert less == pytest.approx(plain * (6 - 2 * 0.5) / 6, rel=1e-6)

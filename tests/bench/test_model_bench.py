@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import flux_call, make_flux
 
+from accel.core.schedule import Schedule
 from accel.errors import AccelError, ConfigError, UnknownNameError
 from accel.evaluation.bench import architectures, model, model_report, model_rows
 from accel.evaluation.bench.peers import Peer
@@ -184,7 +185,7 @@ def test_a_plan_and_its_use_cost_under_a_twentieth_of_the_built_in_model_s_forwa
 
         return timed
 
-    config = TokenMergingConfig(ratio=0.5, dense_steps_first=2, dense_steps_last=0, refresh_every=1)
+    config = TokenMergingConfig(ratio=0.5, schedule=Schedule(dense_first=2, dense_last=0, refresh_every=1))
     with accel.accelerate(own.pipe, config) as handle:
         method = handle._method()
         build = method.build

@@ -40,7 +40,7 @@ def pipe(calls, fail=()):
 @pytest.mark.parametrize("steps", [4, 7, 24, 50])
 def test_every_setting_of_ours_leaves_something_out(steps):
     for item in peers.ours(steps):
-        assert any(p.budget < 1 or not p.guided for p in item.method.schedule().phases(steps)), item.name
+        assert any(p.budget < 1 or not p.guided for p in item.method.full_schedule.phases(steps)), item.name
 
 
 @pytest.mark.parametrize("steps", [4, 24, 50])
@@ -162,14 +162,14 @@ def test_few_steps_are_compared_with_what_people_use_and_one_schedule_for_both(s
     left_out = [s for s in settings if re.fullmatch(r"forecast(-\d)+", s.name)]
     assert len(left_out) >= 2
     for setting in left_out:
-        budgets = [phase.budget for phase in setting.method.schedule().phases(steps)]
+        budgets = [phase.budget for phase in setting.method.full_schedule.phases(steps)]
         assert [step for step, budget in enumerate(budgets) if budget == 0] == [
             int(step) for step in setting.name.split("-")[1:]
         ]
     mixed = [s for s in settings if s.name.startswith("mixed-")]
     assert len(mixed) >= 2
     for setting in mixed:
-        phases = setting.method.schedule().phases(steps)
+        phases = setting.method.full_schedule.phases(steps)
         shares = [round(100 * phase.budget) for phase in phases]
         wanted = [{"1": 100}.get(part, int(part)) for part in setting.name.split("-")[1:]]
         assert shares == [100, *wanted]

@@ -16,7 +16,7 @@ from accel.core.site import Side
 from accel.core.span import Span
 from accel.pipelines.registry import find
 
-HALF = accel.TokenMergingConfig(ratio=0.5, refresh_every=2)
+HALF = accel.TokenMergingConfig(ratio=0.5, schedule=accel.Schedule(refresh_every=2))
 
 
 def permuted(family, pipe, sites, stretches, rows=1, **options):
@@ -171,7 +171,7 @@ def test_runs_repeat_and_sizes_do_not_leak(family):
 def test_images_of_a_batch(family):
     """Per-image plans make an image independent of its batch; a shared plan cannot, and is not asked to."""
     pipe = family.make()
-    config = replace(HALF, importance="detail")
+    config = replace(HALF, matching=accel.Matching(importance="detail"))
     with accel.accelerate(pipe, config):
         both = family.latents(pipe, batch=2, guidance=3.0, generator=generators(0, 1))
         alone = family.latents(pipe, batch=2, guidance=3.0, generator=generators(0, 2))

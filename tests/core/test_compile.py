@@ -13,7 +13,9 @@ from accel.core import compiling
 from accel.errors import AccelWarning
 
 FLUX = FAMILIES["flux"]
-MERGING = accel.TokenMergingConfig(ratio=0.5, dense_steps_first=1, dense_steps_last=0, refresh_every=1)
+MERGING = accel.TokenMergingConfig(
+    ratio=0.5, schedule=accel.Schedule(dense_first=1, dense_last=0, refresh_every=1)
+)
 PRUNING = accel.TokenPruningConfig(cycle=(0.3, 0, 1), dense_steps_first=2, dense_steps_last=0)
 
 

@@ -13,7 +13,9 @@ import accel
 pytestmark = pytest.mark.gpu
 
 FLUX = FAMILIES["flux"]
-MERGING = accel.TokenMergingConfig(ratio=0.5, dense_steps_first=1, dense_steps_last=0, refresh_every=2)
+MERGING = accel.TokenMergingConfig(
+    ratio=0.5, schedule=accel.Schedule(dense_first=1, dense_last=0, refresh_every=2)
+)
 PRUNING = accel.TokenPruningConfig(cycle=(0.3, 0, 1), dense_steps_first=2, dense_steps_last=0)
 CONFIGS = {
     "plain": accel.ForecastConfig(dense_steps_first=1000),
@@ -21,7 +23,7 @@ CONFIGS = {
     "merging": MERGING,
     "few-step": "few-step",
     "pruning": PRUNING,
-    "half of guidance": accel.ForecastConfig(cycle=(0, 1), guidance_every=2),
+    "half of guidance": accel.ForecastConfig(schedule=accel.Schedule(cycle=(0, 1), guidance_every=2)),
 }
 
 
@@ -62,7 +64,9 @@ def test_recorded_calls_give_the_same_pictures(name):
 
 
 def test_a_model_that_waits_for_the_device_runs_as_it_is():
-    config = accel.TokenMergingConfig(threshold=0.2, dense_steps_first=2, dense_steps_last=0)
+    config = accel.TokenMergingConfig(
+        matching=accel.Matching(threshold=0.2), dense_steps_first=2, dense_steps_last=0
+    )
     pipe, stream = on_gpu(), torch.cuda.current_stream()
     with accel.accelerate(pipe, config):
         expected = picture(pipe)

@@ -18,7 +18,9 @@ from accel.core import compiling
 from accel.errors import AccelWarning, ConfigError, UnsupportedError
 
 FLUX = FAMILIES["flux"]
-MERGING = accel.TokenMergingConfig(ratio=0.5, dense_steps_first=1, dense_steps_last=0, refresh_every=2)
+MERGING = accel.TokenMergingConfig(
+    ratio=0.5, schedule=accel.Schedule(dense_first=1, dense_last=0, refresh_every=2)
+)
 PRUNING = accel.TokenPruningConfig(cycle=(0.3, 0, 1), dense_steps_first=2)
 CONFIGS = {
     "plain": accel.ForecastConfig(dense_steps_first=1000),
@@ -26,14 +28,19 @@ CONFIGS = {
     "merging": MERGING,
     "windows": accel.TokenMergingConfig(groups="windows", dense_steps_first=2),
     "groups": accel.TokenMergingConfig(
-        ratio=0.5, refresh_layers=(2,), scope="block", drift=0.1, dense_steps_first=1, destinations="random"
+        ratio=0.5,
+        refresh_layers=(2,),
+        scope="block",
+        drift=0.1,
+        dense_steps_first=1,
+        matching=accel.Matching(destinations="random"),
     ),
     "pruning": PRUNING,
     "pruning without keys": accel.TokenPruningConfig(cycle=(0.3, 0.5), keys_values="none"),
     "chunking": accel.DynamicChunkingConfig(depth=(0.6, 1.4), dense_steps_first=2),
     "kept tokens": accel.DynamicChunkingConfig.dc_dit(router="predictability"),
     "branches in chunks": accel.DynamicChunkingConfig(unconditional=0.3),
-    "half of guidance": accel.ForecastConfig(cycle=(0, 1), guidance_every=2),
+    "half of guidance": accel.ForecastConfig(schedule=accel.Schedule(cycle=(0, 1), guidance_every=2)),
 }
 
 
@@ -83,7 +90,9 @@ def latents(pipe, times=3, **options):
 def test_a_model_that_waits_for_the_device_runs_as_it_is(tape):
     """The threshold reads how many tokens are alike; dense calls, and those that take a plan over, are recorded."""
     pipe = make_flux(1, 2)
-    config = accel.TokenMergingConfig(threshold=0.2, dense_steps_first=2, dense_steps_last=0)
+    config = accel.TokenMergingConfig(
+        matching=accel.Matching(threshold=0.2), dense_steps_first=2, dense_steps_last=0
+    )
     with accel.accelerate(pipe, config):
         expected = latents(pipe)
     with accel.accelerate(pipe, config, compile="graphs") as handle:

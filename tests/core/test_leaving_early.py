@@ -13,7 +13,7 @@ from accel.core import caller
 FLUX = FAMILIES["flux"]
 FORECAST = accel.ForecastConfig(cycle=(0, 1), dense_steps_first=2)
 PRUNING = accel.TokenPruningConfig(cycle=(0.5,), dense_steps_first=1)
-BRANCH = accel.ForecastConfig(cycle=(1,), guidance_every=2, dense_steps_first=1)
+BRANCH = accel.ForecastConfig(schedule=accel.Schedule(cycle=(1,), guidance_every=2, dense_first=1))
 
 
 class Left(Exception):

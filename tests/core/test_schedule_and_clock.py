@@ -109,11 +109,10 @@ def test_a_branch_of_guidance_is_left_out_after_the_head_of_growing_gaps():
 @pytest.mark.parametrize(
     ("bad", "why"),
     [
-        ({}, "got none"),
         ({"cycle": (0, 1), "growth": 0.4}, "got cycle and growth"),
         ({"growth": 0.4, "steps": (0, 1)}, "got growth and steps"),
-        ({"growth": 0.4, "dense_first": 2}, "leave dense_first"),
-        ({"growth": 0.4, "late_cycle": (0, 1)}, "late_cycle out"),
+        ({"growth": 0.4, "dense_first": 2}, "schedule.dense_first=2 has no effect: growth says"),
+        ({"growth": 0.4, "late_cycle": (0, 1)}, "Leave late_cycle out"),
         ({"growth": 0}, "growth must be a number > 0, got 0"),
         ({"growth": math.nan}, "growth must be a number > 0, got nan"),
         ({"growth": 0.4, "tail": -1}, "tail must be a number > 0, got -1"),
@@ -121,12 +120,19 @@ def test_a_branch_of_guidance_is_left_out_after_the_head_of_growing_gaps():
         ({"steps": (0, 2, 2)}, "rise from 0"),
         ({"steps": (0, 2.0)}, "rise from 0"),
         ({"steps": (0, 5), "total": 5}, "above the last of steps, got 5"),
-        ({"cycle": (0, 1), "total": 5}, "above the last of steps, got 5"),
+        ({"cycle": (0, 1), "total": 5}, "schedule.total=5 has no effect: no steps is given"),
     ],
 )
 def test_one_thing_says_what_is_computed(bad, why):
     with pytest.raises(ConfigError, match=why):
         Schedule(**bad)
+
+
+def test_a_schedule_without_a_source_is_no_whole_one():
+    with pytest.raises(ConfigError, match="neither cycle, growth nor steps"):
+        Schedule(dense_first=2).phases(8)
+    assert Schedule(dense_first=2).over(Schedule((0, 1), 5, 1)) == Schedule((0, 1), 2, 1)
+    assert Schedule(growth=0.4).over(Schedule((0, 1), 5, 1)) == Schedule(growth=0.4)
 
 
 def test_refresh_points():

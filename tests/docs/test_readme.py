@@ -64,7 +64,7 @@ def test_what_is_said_of_presets(text):
         assert row.get("method", methods.name_of(config)) == methods.name_of(config)
         if methods.name_of(config) == "speculative_decoding":
             continue
-        computed = sum(phase.budget > 0 for phase in config.schedule().phases(24))
+        computed = sum(phase.budget > 0 for phase in config.full_schedule.phases(24))
         assert row["of 24 steps computed"] in (str(computed), "all" if computed == 24 else ""), name
 
 

@@ -266,7 +266,7 @@ def test_the_command_on_a_random_pixart_runs_to_its_end(tmp_path):
         main([*arguments, "--speedup", "2", "--steps", "8", "--minutes", "0", "--out", str(preset)])
     assert end.value.code == 0
     with accel.accelerate(pixart(), preset) as handle:
-        assert len(handle.config.steps) == 4
+        assert len(handle.config.schedule.steps) == 4
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn:DeprecationWarning")

@@ -68,7 +68,9 @@ def test_half_of_a_batch_goes_through_the_denoiser(name, monkeypatch):
     for batched in (adapter.branches.batched, swapped):
         declared = replace(adapter, branches=replace(adapter.branches, batched=batched))
         monkeypatch.setitem(registry._REGISTERED, type(pipe.transformer).__name__, declared)
-        with accel.accelerate(pipe, accel.ForecastConfig(cycle=(1,), guidance_every=2)) as handle:
+        with accel.accelerate(
+            pipe, accel.ForecastConfig(schedule=accel.Schedule(cycle=(1,), guidance_every=2))
+        ) as handle:
             errors.append(relative(case.latents(pipe, steps=12), plain))
             assert handle.stats.branches_skipped == 5
     assert errors[0] < 0.9 * errors[1]
@@ -140,7 +142,9 @@ def test_predictions_that_become_shorter_are_followed():
     case = CASES["Qwen-Image 2.1"]
     pipe = case.make()
     plain = case.latents(pipe, steps=12)
-    with accel.accelerate(pipe, accel.ForecastConfig(cycle=(1,), guidance_every=2)) as handle:
+    with accel.accelerate(
+        pipe, accel.ForecastConfig(schedule=accel.Schedule(cycle=(1,), guidance_every=2))
+    ) as handle:
         assert 0 < relative(case.latents(pipe, steps=12), plain) < 0.3
     assert handle.stats.branches_skipped == 5
     errors = []

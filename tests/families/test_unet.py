@@ -46,7 +46,9 @@ def test_tomesd_merges_at_the_highest_resolution_alone():
 
 
 def test_merging_takes_two_resolutions_from_the_second_block_on():
-    config = accel.TokenMergingConfig(ratio=0.5, dense_steps_first=0, dense_steps_last=0, refresh_every=1)
+    config = accel.TokenMergingConfig(
+        ratio=0.5, schedule=accel.Schedule(dense_first=0, dense_last=0, refresh_every=1)
+    )
     seen, stats = lengths(XL.make(), XL, config, steps=1)
     high, low = 96 // 2, 24 // 2
     assert list(seen.values()) == [96, high] + 12 * [low] + 4 * [high]  # the middle is at the lower one
@@ -84,7 +86,9 @@ def test_nothing_is_carried_over_convolutions():
     pipe = SD.make()
     pictures = []
     for unmerge in ("carry", "copy"):
-        with accel.accelerate(pipe, accel.TokenMergingConfig(unmerge=unmerge, importance="detail")):
+        with accel.accelerate(
+            pipe, accel.TokenMergingConfig(unmerge=unmerge, matching=accel.Matching(importance="detail"))
+        ):
             pictures.append(SD.latents(pipe, steps=4))
     assert torch.equal(*pictures)
 

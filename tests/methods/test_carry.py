@@ -8,7 +8,9 @@ from conftest import FAMILIES, Watch, make_flux
 from diffusers import FlowMatchHeunDiscreteScheduler
 
 import accel
+from accel.core.schedule import Schedule
 from accel.errors import ConfigError, UnsupportedError
+from accel.methods.merging import Matching
 from accel.pipelines.registry import find
 
 Config = accel.TokenMergingConfig
@@ -33,7 +35,7 @@ def test_groups_keep_their_mean_and_tokens_their_own_deviation(name):
     pipe, seen = family.make(), []
     raw = []
     first = pipe.transformer.register_forward_hook(lambda m, a, out: raw.append(out[0].clone()))
-    config = Config(dense_steps_first=2, order=1, dense_blocks_first=1, refresh_every=2)
+    config = Config(schedule=Schedule(dense_first=2, refresh_every=2), order=1, dense_blocks_first=1)
     with first, accel.accelerate(pipe, config):
         method = method_on(pipe)
 
@@ -85,7 +87,11 @@ def test_a_cycle_without_merging_is_a_forecast(family, order):
 def test_every_budget_has_a_plan_of_its_own():
     pipe = make_flux()  # 5 blocks
     config = Config(
-        cycle=(0.5, 0.25, 0, 1), protect=0, dense_steps_first=1, dense_steps_last=0, dense_blocks_first=0
+        cycle=(0.5, 0.25, 0, 1),
+        matching=Matching(protect=0),
+        dense_steps_first=1,
+        dense_steps_last=0,
+        dense_blocks_first=0,
     )
     with accel.accelerate(pipe, config) as handle:
         FAMILIES["flux"].latents(pipe, steps=8)

@@ -89,17 +89,19 @@ def test_gaussian_dechunking_by_hand():
 
 
 def test_budgets_grow_as_noise_falls():
-    phases = Config(budget=0.25, last_budget=0.75).schedule().phases(6)
+    phases = Config(budget=0.25, last_budget=0.75).full_schedule.phases(6)
     assert [phase.budget for phase in phases] == [1, 0.25, 0.375, 0.5, 0.625, 0.75]
     assert all(phase.refresh for phase in phases[1:])
-    phases = Config(budget=0.5, last_budget=1.0, dense_steps_last=1).schedule().phases(6)
+    phases = Config(budget=0.5, last_budget=1.0, dense_steps_last=1).full_schedule.phases(6)
     assert [phase.budget for phase in phases] == [1, 0.5, 0.6875, 0.8125, 1, 1]
 
 
 def test_chunking_with_windows_is_merging_with_windows(family):
     """One mechanism: the same pictures, bit for bit."""
     pipe = family.make()
-    merging = accel.TokenMergingConfig(groups="windows", ratio=0.5, refresh_every=1, dense_steps_last=0)
+    merging = accel.TokenMergingConfig(
+        groups="windows", ratio=0.5, schedule=accel.Schedule(refresh_every=1, dense_last=0)
+    )
     with accel.accelerate(pipe, merging):
         wanted = family.latents(pipe, steps=4, guidance=3.0)
     with accel.accelerate(pipe, Config(budget=0.5)):
@@ -187,7 +189,7 @@ def test_all_tokens_kept_is_the_plain_pipeline_bit_for_bit():
         ({"adapter": "weights.pt"}, "safetensors"),
         ({"budget": 0}, r"budget must be in \(0, 1\]"),
         ({"dechunk": "gaussian"}, "dechunk"),
-        ({"dense_steps_first": 0}, "dense_steps_first"),
+        ({"dense_steps_first": 0}, "schedule.dense_first must be"),
         ({"depth": (0.5, 0)}, "depth"),
         ({"budget": 1.0}, "budget must be below 1"),
         ({"budget": 1.0, "unconditional": 0.5}, "budget must be below 1"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -165,7 +167,7 @@ def test_auto_corrects_where_it_can():
     assert handle.stats.notes == []
     assert torch.equal(corrected, latents(pipe, Config(**CYCLE, correct=True), steps=8))
     assert not torch.equal(corrected, latents(pipe, Config(**CYCLE), steps=8))
-    guidance = {**CYCLE, "guidance_every": 2}
+    guidance = {"schedule": replace(Config(**CYCLE).schedule, guidance_every=2)}
     with accel.accelerate(pipe, Config(**guidance, correct="auto")) as handle:
         one_branch = latents(pipe, steps=8, guidance=3.0)
     assert "guidance_every=2 leaves out branches" in handle.stats.notes[0]
@@ -178,7 +180,7 @@ def test_auto_corrects_where_it_can():
     [
         ({"correct": 1}, "correct must be true, false or 'auto'"),
         ({"correct": "on"}, "correct must be true, false or 'auto'"),
-        ({"guidance_every": 2}, "guidance_every=2 must be 1"),
+        ({"schedule": {"guidance_every": 2}}, "schedule.guidance_every=2 must be 1"),
     ],
 )
 def test_settings_that_do_not_go(settings, message):

@@ -11,6 +11,7 @@ from diffusers import FlowMatchHeunDiscreteScheduler
 
 import accel
 from accel.core.history import History
+from accel.core.schedule import Schedule
 from accel.errors import ConfigError, UnsupportedError
 from accel.kernels.forecast import forecast
 
@@ -102,7 +103,7 @@ def test_steps_are_skipped_and_counted(family):
 
 def test_a_late_cycle(family):
     pipe = family.make()
-    config = Config(cycle=(0, 1), late_cycle=(0, 0, 1), dense_steps_first=2)
+    config = Config(schedule=Schedule(cycle=(0, 1), late_cycle=(0, 0, 1), dense_first=2))
     with accel.accelerate(pipe, config) as handle:
         family.latents(pipe, steps=12)
     assert [s.computed > 0 for s in handle.stats.steps] == [c == "1" for c in "110101001001"]
@@ -111,8 +112,8 @@ def test_a_late_cycle(family):
 @pytest.mark.parametrize(
     ("settings", "computed"),
     [
-        ({"growth": 0.6, "tail": 0.4}, [0, 1, 2, 3, 5, 8, 11]),
-        ({"steps": [0, 2, 3, 7], "total": 12}, [0, 2, 3, 7]),
+        ({"schedule": {"growth": 0.6, "tail": 0.4}}, [0, 1, 2, 3, 5, 8, 11]),
+        ({"schedule": {"steps": [0, 2, 3, 7], "total": 12}}, [0, 2, 3, 7]),
     ],
 )
 def test_growing_gaps_and_listed_steps(family, settings, computed):
@@ -126,7 +127,7 @@ def test_listed_steps_are_refused_for_another_number_of_steps():
     pipe, family = make_flux(), FAMILIES["flux"]
     plain = family.latents(pipe, steps=7)
     with (
-        accel.accelerate(pipe, Config(steps=(0, 2, 3), total=6)),
+        accel.accelerate(pipe, Config(schedule=Schedule(steps=(0, 2, 3), total=6))),
         pytest.raises(ConfigError, match="of 6 steps, this one has 7"),
     ):
         family.latents(pipe, steps=7)
@@ -286,7 +287,7 @@ def test_an_error_that_is_not_a_number_is_too_far():
 
 def test_composes_with_merging(family):
     pipe = family.make()
-    merging = accel.TokenMergingConfig(ratio=0.5, refresh_every=2)
+    merging = accel.TokenMergingConfig(ratio=0.5, schedule=accel.Schedule(refresh_every=2))
     with accel.accelerate(pipe, merging) as handle:
         merged = family.latents(pipe, steps=8)
         computed = [s.computed for s in handle.stats.steps]
@@ -323,32 +324,38 @@ def test_compiled_equals_eager(family, how):
     ("settings", "message"),
     [
         ({"order": 3}, "order must be 0, 1 or 2"),
-        ({"cycle": ()}, "cycle must be a list of 1"),
-        ({"cycle": (0.5,)}, "cycle must be a list of 1"),
+        ({"cycle": ()}, "schedule.cycle must be a list of"),
+        ({"cycle": (0.5,)}, "schedule.cycle must be a list of"),
         ({"cycle": (1, 1)}, "forecasts nothing"),
-        ({"late_cycle": (0.5,)}, "late_cycle must be a list of 1"),
+        ({"schedule": {"late_cycle": (0.5,)}}, "late_cycle must be a list of 1"),
         ({"trend": 0}, r"trend must be in \(0, 1\]"),
         ({"trend": 0.5, "order": 0}, "trend=0.5 has no effect: order=0"),
-        ({"late_from": 1}, r"late_from must be in \(0, 1\)"),
-        ({"cycle": (True, False)}, "cycle must be a list of 1"),
-        ({"late_from": 0.3}, "late_from=0.3 has no effect: there is no late_cycle"),
-        ({"growth": 0.4, "cycle": (0, 1)}, r"cycle=\(0, 1\) has no effect: growth says"),
-        ({"growth": 0.4, "late_cycle": (0, 1)}, "late_cycle=.* has no effect: growth says"),
-        ({"growth": 0.4, "dense_steps_last": 0}, "dense_steps_last=0 has no effect: growth says"),
-        ({"growth": 0.4, "steps": (0, 1)}, r"steps=\(0, 1\) has no effect: growth says"),
-        ({"steps": (0, 1), "dense_steps_first": 4}, "dense_steps_first=4 has no effect: steps says"),
-        ({"tail": 0.3}, "tail=0.3 has no effect: there is no growth"),
-        ({"total": 9}, "total=9 has no effect: there are no steps"),
-        ({"growth": True}, "growth must be a number > 0, got True"),
-        ({"steps": []}, "got none"),
-        ({"steps": 3}, "steps must be whole numbers that rise from 0"),
+        ({"schedule": {"late_from": 1}}, r"late_from must be in \(0, 1\)"),
+        ({"cycle": (True, False)}, "schedule.cycle must be a list of"),
+        ({"schedule": {"late_from": 0.3}}, "late_from=0.3 has no effect: no late_cycle is given"),
         (
-            {"cycle": (1,), "guidance_every": 2, "tolerance": 0.1},
-            r"tolerance=0.1 has no effect: cycle=\(1,\)",
+            {"schedule": {"growth": 0.4, "cycle": (0, 1)}},
+            "one of cycle, growth and steps: got cycle and growth",
+        ),
+        ({"schedule": {"growth": 0.4, "late_cycle": (0, 1)}}, "late_cycle=.* has no effect: growth says"),
+        ({"schedule": {"growth": 0.4, "dense_last": 0}}, "schedule.dense_last=0 has no effect: growth says"),
+        ({"schedule": {"growth": 0.4, "steps": (0, 1)}}, "got growth and steps"),
+        (
+            {"schedule": {"steps": (0, 1), "dense_first": 4}},
+            "schedule.dense_first=4 has no effect: steps says",
+        ),
+        ({"schedule": {"tail": 0.3}}, "tail=0.3 has no effect: no growth is given"),
+        ({"schedule": {"total": 9}}, "total=9 has no effect: no steps is given"),
+        ({"schedule": {"growth": True}}, "growth must be a number > 0, got True"),
+        ({"schedule": {"steps": []}}, "steps must be whole numbers that rise from 0"),
+        ({"schedule": {"steps": 3}}, "steps must be whole numbers that rise from 0"),
+        (
+            {"schedule": {"cycle": (1,), "guidance_every": 2}, "tolerance": 0.1},
+            r"tolerance=0.1 has no effect: schedule.cycle=\(1,\)",
         ),
         ({"tolerance": 0}, "tolerance must be > 0"),
-        ({"dense_steps_first": 0}, "dense_steps_first must be a whole number >= 1"),
-        ({"dense_steps_last": -1}, "dense_steps_last must be a whole number >= 0"),
+        ({"dense_steps_first": 0}, "schedule.dense_first must be a whole number >= 1"),
+        ({"dense_steps_last": -1}, "schedule.dense_last must be a whole number >= 0"),
     ],
 )
 def test_settings_out_of_range(settings, message):

@@ -10,9 +10,9 @@ import accel
 from accel.core.schedule import Schedule
 from accel.errors import ConfigError, UnsupportedError
 
-ALONE = accel.ForecastConfig(cycle=(1,), guidance_every=2)
-WITH_FORECASTS = accel.ForecastConfig(cycle=(0, 1), guidance_every=2)
-WITH_PRUNING = accel.TokenPruningConfig(budget=0.3, guidance_every=2)
+ALONE = accel.ForecastConfig(schedule=accel.Schedule(cycle=(1,), guidance_every=2))
+WITH_FORECASTS = accel.ForecastConfig(schedule=accel.Schedule(cycle=(0, 1), guidance_every=2))
+WITH_PRUNING = accel.TokenPruningConfig(budget=0.3, schedule=accel.Schedule(guidance_every=2))
 GUIDED = {"guidance": 3.0, "batch": 2, "steps": 9}
 
 
@@ -117,7 +117,10 @@ def test_a_difference_linear_in_time_is_predicted_exactly(family, order):
     bend(pipe, lambda time: 0.3 - 0.1 * time)
     plain = family.latents(pipe, **GUIDED)
     with accel.accelerate(
-        pipe, accel.ForecastConfig(cycle=(1,), guidance_every=3, order=order, dense_steps_first=2)
+        pipe,
+        accel.ForecastConfig(
+            schedule=accel.Schedule(cycle=(1,), guidance_every=3, dense_first=2), order=order
+        ),
     ):
         error = relative(family.latents(pipe, **GUIDED), plain)
     assert error < 1e-5 if order else error > 1e-3
@@ -128,7 +131,9 @@ def test_a_single_step_before_the_first_forecast(family):
     pipe = family.make()
     bend(pipe, lambda time: 0.3)
     plain = family.latents(pipe, **GUIDED)
-    with accel.accelerate(pipe, accel.ForecastConfig(cycle=(1,), guidance_every=2, dense_steps_first=1)):
+    with accel.accelerate(
+        pipe, accel.ForecastConfig(schedule=accel.Schedule(cycle=(1,), guidance_every=2, dense_first=1))
+    ):
         assert relative(family.latents(pipe, **GUIDED), plain) < 1e-5
 
 
@@ -214,7 +219,7 @@ def test_without_guidance_it_says_that_there_is_nothing_to_save(family):
 
 def test_composes_with_merging():
     pipe, family = make_flux(), FAMILIES["flux"]
-    merging = accel.TokenMergingConfig(ratio=0.5, refresh_every=2)
+    merging = accel.TokenMergingConfig(ratio=0.5, schedule=accel.Schedule(refresh_every=2))
     with accel.accelerate(pipe, merging) as handle:
         merged = family.latents(pipe, **GUIDED)
         with accel.accelerate(pipe, ALONE) as second:
@@ -244,7 +249,7 @@ def test_kept_keys_and_values_of_both_branches_are_there(cycle, every):
     pipe, family = make_flux(), FAMILIES["flux"]
     freeze(pipe)
     plain = family.latents(pipe, **{**GUIDED, "steps": 12})
-    config = accel.TokenPruningConfig(cycle=cycle, guidance_every=every)
+    config = accel.TokenPruningConfig(schedule=accel.Schedule(cycle=cycle, guidance_every=every))
     with accel.accelerate(pipe, config):
         assert relative(family.latents(pipe, **{**GUIDED, "steps": 12}), plain) < 1e-5
 
@@ -269,18 +274,17 @@ def test_compiled_equals_eager(family, how):
 # Bad input
 
 
-@pytest.mark.parametrize("cls", [accel.ForecastConfig, accel.TokenPruningConfig])
 @pytest.mark.parametrize("value", [0, 1.5, True])
-def test_settings_out_of_range(cls, value):
+def test_settings_out_of_range(value):
     with pytest.raises(ConfigError, match="guidance_every must be a whole number >= 1"):
-        cls(guidance_every=value)
+        accel.Schedule(guidance_every=value)
 
 
 @pytest.mark.parametrize("cls", [accel.ForecastConfig, accel.TokenPruningConfig])
 def test_no_step_whose_branches_it_could_choose(cls):
     with pytest.raises(ConfigError, match="guidance_every=2 has no effect"):
-        cls(cycle=(0,), guidance_every=2)
-    cls(cycle=(0,), late_cycle=(0, 1), guidance_every=2)
+        cls(schedule=accel.Schedule((0,), guidance_every=2))
+    cls(schedule=accel.Schedule((0,), late_cycle=(0, 1), guidance_every=2))
 
 
 def test_both_branches_in_one_batch_and_token_plans():

@@ -10,8 +10,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 import accel
 from accel.core.plan import TokenPlan
+from accel.core.schedule import Schedule
 from accel.core.span import Span
 from accel.errors import AlreadyAcceleratedError, ConfigError, UnknownNameError, UnsupportedError
+from accel.methods.merging import Matching
 from accel.pipelines.registry import find
 
 Config = accel.TokenMergingConfig
@@ -28,7 +30,7 @@ def built(handle):
 
 def test_plans_are_reused_between_refreshes(family):
     pipe = family.make()
-    with accel.accelerate(pipe, Config(refresh_every=3)) as handle:
+    with accel.accelerate(pipe, Config(schedule=Schedule(refresh_every=3))) as handle:
         family.latents(pipe, steps=9, guidance=3.0)
         # Dense head and tail, then one build every third reduced step; the second call of guidance builds none.
         assert built(handle) == [0, 1, 0, 0, 1, 0, 0, 1, 0]
@@ -38,7 +40,7 @@ def test_plans_are_reused_between_refreshes(family):
 
 def test_refresh_at_and_layers():
     pipe = make_flux()  # 5 blocks
-    with accel.accelerate(pipe, Config(refresh_at=(3, 4), refresh_layers=(3,))) as handle:
+    with accel.accelerate(pipe, Config(schedule=Schedule(refresh_at=(3, 4)), refresh_layers=(3,))) as handle:
         FAMILIES["flux"].latents(pipe, steps=7)
         assert built(handle) == [0, 2, 0, 2, 2, 0, 0]
         assert [list(g.blocks) for g in method_on(pipe).groups] == [[1, 2], [3, 4]]
@@ -46,10 +48,10 @@ def test_refresh_at_and_layers():
 
 def test_drift_rebuilds_one_step_later():
     pipe, family = make_flux(), FAMILIES["flux"]
-    with accel.accelerate(pipe, Config(refresh_every=0, drift=1e-6)) as handle:
+    with accel.accelerate(pipe, Config(schedule=Schedule(refresh_every=0), drift=1e-6)) as handle:
         family.latents(pipe, steps=8)
         assert sum(built(handle)) >= 2
-    with accel.accelerate(pipe, Config(refresh_every=0, drift=1e6)) as handle:
+    with accel.accelerate(pipe, Config(schedule=Schedule(refresh_every=0), drift=1e6)) as handle:
         family.latents(pipe, steps=8)
         assert sum(built(handle)) == 1
 
@@ -112,7 +114,9 @@ def test_blocks_really_get_half_of_the_tokens(family):
 def test_protected_tokens_stay_alone(family, guidance):
     """The most important tokens own their slot: by guidance where there is guidance, else by local detail."""
     pipe = family.make()
-    with accel.accelerate(pipe, Config(protect=0.2, refresh_every=1, dense_steps_last=0)):
+    with accel.accelerate(
+        pipe, Config(matching=Matching(protect=0.2), schedule=Schedule(refresh_every=1, dense_last=0))
+    ):
         method, plans = method_on(pipe), []
         build, score = method.build, method._importance
         scores = []
@@ -145,18 +149,20 @@ def test_threshold_bounds_what_is_merged(family):
     pipe = family.make()
     shares = []
     for threshold in (-1.0, 0.3, 1.0):
-        with accel.accelerate(pipe, Config(threshold=threshold, protect=0.0)) as handle:
+        with accel.accelerate(pipe, Config(matching=Matching(threshold=threshold, protect=0.0))) as handle:
             family.latents(pipe)
             shares.append(handle.stats.share)
             plain = [s.computed == s.total for s in handle.stats.steps]
-    with accel.accelerate(pipe, Config(protect=0.0)) as handle:
+    with accel.accelerate(pipe, Config(matching=Matching(protect=0.0))) as handle:
         family.latents(pipe)
         assert shares[0] == handle.stats.share  # everything is similar enough: `ratio` is the bound
     assert shares[0] <= shares[1] < shares[2] == 1  # nothing is: all tokens are computed
     assert all(plain)
 
 
-@pytest.mark.parametrize("options", [{"destinations": "important"}, {"destinations": "unimportant"}])
+@pytest.mark.parametrize(
+    "options", [{"matching": {"destinations": "important"}}, {"matching": {"destinations": "unimportant"}}]
+)
 @pytest.mark.parametrize("scope", ["span", "block"])
 def test_other_choices_run_and_differ(family, options, scope):
     pipe = family.make()
@@ -165,9 +171,9 @@ def test_other_choices_run_and_differ(family, options, scope):
         a = family.latents(pipe)
     with accel.accelerate(pipe, replace(base, **options)):
         assert not torch.equal(a, family.latents(pipe))
-    with accel.accelerate(pipe, replace(base, merge="pick")):
+    with accel.accelerate(pipe, replace(base, matching=Matching(merge="pick"))):
         assert not torch.equal(a, family.latents(pipe))
-    with accel.accelerate(pipe, replace(base, seed=1)):
+    with accel.accelerate(pipe, replace(base, matching=Matching(seed=1))):
         assert not torch.equal(a, family.latents(pipe))
 
 
@@ -227,17 +233,17 @@ def test_proportional_attention_in_flux_weighs_image_keys_only():
         ({"ratio": 1.0}, r"ratio must be in \[0, 1\)"),
         ({"ratio": -0.1}, r"\[0, 1\)"),
         ({"ratio": "half"}, r"\[0, 1\)"),
-        ({"threshold": 1.5}, r"threshold must be in \[-1, 1\]"),
+        ({"matching": {"threshold": 1.5}}, r"threshold must be in \[-1, 1\]"),
         ({"scope": "spam"}, "span, block"),
-        ({"cell": 1}, "cell must be a whole number >= 2"),
-        ({"cell": 2, "ratio": 0.8}, "largest ratio here is 0.65"),
-        ({"protect": 0.6}, "Lower one of them"),
-        ({"refresh_every": -1}, ">= 0"),
+        ({"matching": {"cell": 1}}, "cell must be a whole number >= 2"),
+        ({"matching": {"cell": 2}, "ratio": 0.8}, "largest ratio here is 0.65"),
+        ({"matching": {"protect": 0.6}}, "Lower one of them"),
+        ({"schedule": {"refresh_every": -1}}, ">= 0"),
         ({"refresh_layers": "some"}, "all"),
         ({"refresh_layers": (0.5,)}, "whole numbers"),
         ({"drift": 0}, "drift must be > 0"),
         ({"proportional": 1}, "true, false or None"),
-        ({"seed": 0.5}, "whole number"),
+        ({"matching": {"seed": 0.5}}, "whole number"),
     ],
 )
 def test_settings_out_of_range(settings, message):
@@ -250,7 +256,7 @@ def test_unknown_names_are_told_the_nearest():
     pipe = make_flux()
     with pytest.raises(UnknownNameError, match=r"'balancd'.*Did you mean 'balanced'.*tomesd"):
         accel.accelerate(pipe, "balancd")
-    with pytest.raises(UnknownNameError, match=r"'ratoi'.*Did you mean 'ratio'.*threshold"):
+    with pytest.raises(UnknownNameError, match=r"'ratoi'.*Did you mean 'ratio'.*matching"):
         accel.accelerate(pipe, {"method": "token_merging", "ratoi": 0.5})
     with pytest.raises(UnknownNameError, match="'token_merging'"):
         accel.accelerate(pipe, {"method": "token_mergin"})
@@ -390,14 +396,14 @@ def test_every_preset_loads_and_has_only_known_keys():
     for name in ("quality", "balanced", "fast", "draft"):
         assert accel.configs.load(name).correct == "auto"
     # Nothing is left out of a run of four steps; less is computed within three of them.
-    budgets = [phase.budget for phase in accel.configs.load("few-step").schedule().phases(4)]
+    budgets = [phase.budget for phase in accel.configs.load("few-step").full_schedule.phases(4)]
     assert budgets == [1, 0.5, 0.5, 0.5]
 
 
 def test_a_yaml_file(tmp_path):
     path = tmp_path / "mine.yaml"
-    config = Config(ratio=0.4, refresh_at=(1, 5))
-    path.write_text("method: token_merging\nratio: 0.4\nrefresh_at: [1, 5]\n")
+    config = Config(ratio=0.4, schedule=Schedule(refresh_at=(1, 5)))
+    path.write_text("method: token_merging\nratio: 0.4\nschedule:\n  refresh_at: [1, 5]\n")
     assert accel.configs.load(path) == config
     assert accel.configs.load(str(path)) == config
 

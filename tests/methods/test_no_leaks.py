@@ -9,7 +9,7 @@ import accel
 
 TOGETHER = {
     "pruning": (
-        accel.TokenPruningConfig(cycle=(0.3, 0), clusters=4),
+        accel.TokenPruningConfig(cycle=(0.3, 0), selection=accel.Selection(clusters=4)),
         accel.TokenPruningConfig(cycle=(0.5,)),
     ),
     "corrected": (
@@ -17,8 +17,8 @@ TOGETHER = {
         accel.ForecastConfig(cycle=(0, 0, 1), correct="auto", dense_steps_last=0),
     ),
     "guidance": (
-        accel.ForecastConfig(cycle=(1,), guidance_every=2),
-        accel.ForecastConfig(cycle=(0, 1), guidance_every=2),
+        accel.ForecastConfig(schedule=accel.Schedule(cycle=(1,), guidance_every=2)),
+        accel.ForecastConfig(schedule=accel.Schedule(cycle=(0, 1), guidance_every=2)),
     ),
 }
 

@@ -39,7 +39,7 @@ def test_plans_take_a_twentieth_of_a_forward_at_most(groups, monkeypatch):
         for name in ("reduce", "expand", "change"):
             timed(TokenPlan, name, "plans")
         config = accel.TokenMergingConfig(
-            ratio=0.5, groups=groups, refresh_every=1, dense_steps_first=1, dense_steps_last=0
+            ratio=0.5, groups=groups, schedule=accel.Schedule(refresh_every=1, dense_first=1, dense_last=0)
         )
         with accel.accelerate(pipe, config) as handle:
             pipe("a photo of three stars", **call)

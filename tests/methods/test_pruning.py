@@ -10,8 +10,10 @@ from conftest import FAMILIES, freeze, log_snr, make_flux, make_pixart
 from diffusers import FlowMatchHeunDiscreteScheduler
 
 import accel
+from accel.core.schedule import Schedule
 from accel.core.site import Side
 from accel.errors import ConfigError, UnsupportedError
+from accel.methods.pruning import Selection
 from accel.methods.pruning.engine import _spread
 from accel.pipelines import registry
 
@@ -69,8 +71,8 @@ def test_selecting_all_tokens_is_the_plain_pipeline(family, options, keys_values
 
 FROZEN = [
     Config(cycle=(0.3,)),
-    Config(cycle=(0.1, 0), order=2, clusters=6, max_age=3),
-    Config(order=0, clusters=4, clustering="kmeans", score="age", fresh_share=0.5),
+    Config(cycle=(0.1, 0), order=2, selection=Selection(clusters=6, max_age=3)),
+    Config(order=0, selection=Selection(clusters=4, clustering="kmeans", score="age", fresh_share=0.5)),
 ]
 
 
@@ -170,14 +172,16 @@ def test_stats(family):
     assert stats.cache_bytes == 4 * (2 * rows * 32 + 2 * output + 2 * 96 + (1 + 1 + 2) * 96)
     # CAT's score keeps the predictions before the last dense step too, and labels of its clusters, but no error.
     pipe, held = family.make(), stats.cache_bytes
-    with accel.accelerate(pipe, Config(score="change", clusters=4)) as handle:
+    with accel.accelerate(pipe, Config(selection=Selection(score="change", clusters=4))) as handle:
         family.latents(pipe, steps=9)
     assert handle.stats.cache_bytes == held + 4 * (output - 96 + 2 * 96)
 
 
 def test_a_late_cycle_may_be_the_only_one_with_partial_steps(family):
     pipe, tokens = family.make(), 96 * (5 if family is FAMILIES["flux"] else 3)
-    with accel.accelerate(pipe, Config(cycle=(0, 1), late_cycle=(0, 0.5), dense_steps_first=2)) as handle:
+    with accel.accelerate(
+        pipe, Config(schedule=Schedule(cycle=(0, 1), late_cycle=(0, 0.5), dense_first=2))
+    ) as handle:
         family.latents(pipe, steps=8)
     assert [s.computed / tokens for s in handle.stats.steps] == [1, 1, 0, 1, 0, 0.5, 0, 1]
 
@@ -186,20 +190,20 @@ def test_a_late_cycle_may_be_the_only_one_with_partial_steps(family):
     ("settings", "cycle"),
     [
         ({}, (0, 0.25, 0, 1)),
-        ({"budget": 0.5, "refresh_every": 3}, (0, 0.5, 1)),
-        ({"budget": 0.5, "refresh_every": 6}, (0, 0.5, 0, 0.5, 0, 1)),
-        ({"cycle": (0.5,), "refresh_every": 4}, (0.5, 0.5, 0.5, 1)),
+        ({"budget": 0.5, "schedule": {"refresh_every": 3}}, (0, 0.5, 1)),
+        ({"budget": 0.5, "schedule": {"refresh_every": 6}}, (0, 0.5, 0, 0.5, 0, 1)),
+        ({"schedule": {"cycle": (0.5,), "refresh_every": 4}}, (0.5, 0.5, 0.5, 1)),
         ({"cycle": (0.5, 0.25)}, (0.5, 0.25)),
     ],
 )
 def test_a_dense_step_at_every_nth(settings, cycle):
-    assert Config(**settings).schedule().cycle == cycle
+    assert Config(**settings).full_schedule.cycle == cycle
 
 
 def test_a_late_cycle_is_refreshed_only_if_asked_for():
-    late = {"late_cycle": (0, 0, 1), "budget": 0.5}
-    assert Config(**late).schedule().late_cycle == (0, 0, 1)
-    assert Config(**late, refresh_every=5).schedule().late_cycle == (0, 0, 1, 0, 1)
+    late, often = (Schedule(late_cycle=(0, 0, 1), refresh_every=every) for every in (None, 5))
+    assert Config(budget=0.5, schedule=late).full_schedule.late_cycle == (0, 0, 1)
+    assert Config(budget=0.5, schedule=often).full_schedule.late_cycle == (0, 0, 1, 0, 1)
 
 
 @pytest.mark.parametrize("score", ["error", "change", "age"])
@@ -207,7 +211,9 @@ def test_the_worst_tokens_are_computed(score):
     """With guidance in two calls; scores computed again from the pipeline's own predictions."""
     pipe, family = make_flux(), FAMILIES["flux"]
     outputs = []
-    with accel.accelerate(pipe, Config(cycle=(0.25, 0.25), score=score, dense_steps_first=3)):
+    with accel.accelerate(
+        pipe, Config(cycle=(0.25, 0.25), selection=Selection(score=score), dense_steps_first=3)
+    ):
         pipe.transformer.register_forward_hook(lambda m, args, output: outputs.append(output[0][0]))
         chosen = selections(pipe)
         times = None
@@ -251,7 +257,9 @@ def test_both_halves_of_guidance_share_a_plan_and_images_do_not():
 @pytest.mark.parametrize("extra", [{}, {"clusters": 5}, {"fresh_share": 1.0}], ids=str)
 def test_age_never_exceeds_the_bound(family, max_age, extra):
     pipe = family.make()
-    with accel.accelerate(pipe, Config(cycle=(0.3, 0), max_age=max_age, **extra)) as handle:
+    with accel.accelerate(
+        pipe, Config(cycle=(0.3, 0), selection=Selection(max_age=max_age, **extra))
+    ) as handle:
         family.latents(pipe, steps=12)
         assert 0 < handle.stats.oldest_age <= max_age
         assert handle.stats.share < 1
@@ -291,30 +299,30 @@ def test_compiled_equals_eager(family):
         ({"budget": 0}, r"budget must be in \(0, 1\]"),
         ({"budget": 1.5}, r"budget must be in \(0, 1\]"),
         ({"cycle": (0.5, 1.2)}, r"cycle must be a list of budgets in \[0, 1\]"),
-        ({"cycle": ()}, r"cycle must be a list"),
-        ({"late_cycle": (0.5, -1)}, r"late_cycle must be a list of budgets in \[0, 1\]"),
-        ({"late_from": 0}, r"late_from must be in \(0, 1\)"),
+        ({"cycle": ()}, r"schedule.cycle must be a list"),
+        ({"schedule": {"late_cycle": (0.5, -1)}}, r"late_cycle must be a list of budgets in \[0, 1\]"),
+        ({"schedule": {"late_from": 0}}, r"late_from must be in \(0, 1\)"),
         ({"order": 3}, "order must be 0, 1 or 2"),
-        ({"score": "errors"}, "error, change, age"),
-        ({"clusters": -1}, "clusters must be a whole number >= 0"),
-        ({"clustering": "means"}, "grid, kmeans"),
-        ({"fresh_share": 1.1}, r"fresh_share must be in \[0, 1\]"),
-        ({"max_age": 0}, "max_age must be a whole number >= 1"),
+        ({"selection": {"score": "errors"}}, "error, change, age"),
+        ({"selection": {"clusters": -1}}, "clusters must be a whole number >= 0"),
+        ({"selection": {"clustering": "means"}}, "grid, kmeans"),
+        ({"selection": {"fresh_share": 1.1}}, r"fresh_share must be in \[0, 1\]"),
+        ({"selection": {"max_age": 0}}, "max_age must be a whole number >= 1"),
         ({"keys_values": "some"}, "all, none"),
         ({"keys_values": 1}, "a share in"),
-        ({"dense_steps_first": 0}, "dense_steps_first must be a whole number >= 1"),
-        ({"dense_steps_last": -1}, "dense_steps_last must be a whole number >= 0"),
-        ({"score": "change", "dense_steps_first": 1}, "at least 2"),
-        ({"refresh_every": 0}, "refresh_every must be a whole number >= 2 or None, got 0"),
-        ({"refresh_every": True}, "refresh_every must be a whole number >= 2"),
+        ({"dense_steps_first": 0}, "schedule.dense_first must be a whole number >= 1"),
+        ({"dense_steps_last": -1}, "schedule.dense_last must be a whole number >= 0"),
+        ({"selection": {"score": "change"}, "dense_steps_first": 1}, "schedule.dense_first must be >= 2"),
+        ({"schedule": {"refresh_every": 0}}, "refresh_every must be a whole number >= 2 or None, got 0"),
+        ({"schedule": {"refresh_every": True}}, "refresh_every must be a whole number >= 0"),
         ({"budget": 0.3, "cycle": (0.5,)}, r"budget=0.3 has no effect: .* 0.5\. Leave budget out"),
         ({"budget": 0.25, "cycle": (0, 0.5, 1)}, "budget=0.25 has no effect: .* 0, 0.5, 1"),
-        ({"budget": 0.3, "refresh_every": 2}, "budget=0.3 has no effect: .* 0, 1"),
-        ({"late_from": 0.3}, "late_from=0.3 has no effect: there is no late_cycle"),
-        ({"clustering": "kmeans"}, "clustering='kmeans' has no effect: clusters is 0"),
+        ({"budget": 0.3, "schedule": {"refresh_every": 2}}, "budget=0.3 has no effect: .* 0, 1"),
+        ({"schedule": {"late_from": 0.3}}, "late_from=0.3 has no effect: no late_cycle is given"),
+        ({"selection": {"clustering": "kmeans"}}, "clustering='kmeans' has no effect: clusters is 0"),
         ({"cycle": (0, 1), "keys_values": "none"}, "keys_values='none' has no effect: .* 0, 1"),
-        ({"cycle": (0, 1), "clusters": 4}, "clusters=4 has no effect"),
-        ({"cycle": (0, 1), "score": "age"}, "score='age' has no effect"),
+        ({"cycle": (0, 1), "selection": {"clusters": 4}}, "clusters=4 has no effect"),
+        ({"cycle": (0, 1), "selection": {"score": "age"}}, "score='age' has no effect"),
     ],
 )
 def test_settings_out_of_range(settings, message):
@@ -324,8 +332,8 @@ def test_settings_out_of_range(settings, message):
 
 def test_settings_that_say_the_same_twice():
     assert Config.cat(0.4).budget == 0.4
-    Config(budget=0.3, cycle=(0, 1), late_cycle=(0, 0.3))
-    Config(cycle=(0, 1), late_cycle=(0, 0.3), late_from=0.4, keys_values="none")
+    Config(budget=0.3, schedule=Schedule(cycle=(0, 1), late_cycle=(0, 0.3)))
+    Config(schedule=Schedule(cycle=(0, 1), late_cycle=(0, 0.3), late_from=0.4), keys_values="none")
 
 
 def test_a_refresh_that_is_not_there_is_named():
@@ -344,7 +352,7 @@ def test_more_clusters_than_tokens(family):
     # The attention: the block's own hooks come before the refusal.
     inside = next(m for name, m in pipe.transformer.named_modules() if name.endswith((".attn", ".attn1")))
     inside.register_forward_pre_hook(lambda m, args: calls.append(1))
-    with accel.accelerate(pipe, Config(clusters=97)):
+    with accel.accelerate(pipe, Config(selection=Selection(clusters=97))):
         with pytest.raises(
             UnsupportedError, match=r"clusters=97 are more than the 96 tokens.*valid: 0 to 96"
         ):
@@ -356,7 +364,7 @@ def test_more_clusters_than_tokens(family):
 def test_more_clusters_than_tokens_in_compiled_code():
     pipe = make_flux(1, 1)
     pipe.transformer = torch.compile(pipe.transformer, backend="eager")
-    refused("clusters=97 are more than the 96 tokens", pipe, config=Config(clusters=97))
+    refused("clusters=97 are more than the 96 tokens", pipe, config=Config(selection=Selection(clusters=97)))
 
 
 def test_a_heun_scheduler():

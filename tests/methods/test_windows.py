@@ -12,6 +12,7 @@ import accel
 from accel.core import site
 from accel.core.noise_levels import clean, log_snr
 from accel.core.plan import TokenPlan
+from accel.core.schedule import Schedule
 from accel.core.site import rotary
 from accel.core.span import Span
 from accel.errors import ConfigError, UnsupportedError
@@ -177,17 +178,17 @@ def test_all_tokens_kept_is_the_plain_pipeline_bit_for_bit():
     pipe, family = make_flux(), FAMILIES["flux"]
     plain = family.latents(pipe, steps=4)
     # 0.999 of 96 tokens: no window fits, nothing is reduced.
-    config = Config(groups="windows", cycle=(0.999,), refresh_every=1, dense_steps_last=0)
+    config = Config(groups="windows", schedule=Schedule(cycle=(0.999,), refresh_every=1, dense_last=0))
     with accel.accelerate(pipe, config):
         assert torch.equal(family.latents(pipe, steps=4), plain)
-    with accel.accelerate(pipe, Config(groups="windows", ratio=0.5, refresh_every=1)):
+    with accel.accelerate(pipe, Config(groups="windows", ratio=0.5, schedule=Schedule(refresh_every=1))):
         assert not torch.equal(family.latents(pipe, steps=4), plain)
 
 
 def test_windows_run_and_keep_what_was_asked_for(family):
     pipe = family.make()
     plain = family.latents(pipe, steps=4, guidance=3.0)
-    config = Config(groups="windows", ratio=0.5, refresh_every=1, dense_steps_last=0)
+    config = Config(groups="windows", ratio=0.5, schedule=Schedule(refresh_every=1, dense_last=0))
     with accel.accelerate(pipe, config) as handle:
         one = family.latents(pipe, steps=4, guidance=3.0)
         assert torch.equal(family.latents(pipe, steps=4, guidance=3.0), one)
@@ -205,8 +206,8 @@ def test_attention_that_goes_another_way_is_said_to_weigh_nothing():
 
     dit = CASES["DiT"]
     for config in (
-        Config(groups="windows", ratio=0.5, refresh_every=1, dense_blocks_first=0),
-        Config(ratio=0.5, refresh_every=1, proportional=True),
+        Config(groups="windows", ratio=0.5, schedule=Schedule(refresh_every=1), dense_blocks_first=0),
+        Config(ratio=0.5, schedule=Schedule(refresh_every=1), proportional=True),
         accel.DynamicChunkingConfig(chunks="windows"),
     ):
         pipe = dit.make()
@@ -221,7 +222,9 @@ def test_attention_that_goes_another_way_is_said_to_weigh_nothing():
             assert handle.stats.notes.count(windows.NOT_WEIGHED) == 1
     pipe = FAMILIES["pixart"].make()
     pipe.transformer.set_attn_processor(AttnProcessor())
-    with accel.accelerate(pipe, Config(groups="windows", ratio=0.5, refresh_every=1)) as handle:
+    with accel.accelerate(
+        pipe, Config(groups="windows", ratio=0.5, schedule=Schedule(refresh_every=1))
+    ) as handle:
         FAMILIES["pixart"].latents(pipe, steps=4)
         assert handle.stats.attention == "mask"
 
@@ -230,9 +233,9 @@ def test_attention_that_goes_another_way_is_said_to_weigh_nothing():
     ("settings", "message"),
     [
         ({"groups": "squares"}, "one of matching, windows"),
-        ({"groups": "windows", "dense_steps_first": 0}, "dense_steps_first"),
-        ({"groups": "windows", "threshold": 0.5}, "threshold"),
-        ({"groups": "windows", "cell": 2}, "cell"),
+        ({"groups": "windows", "dense_steps_first": 0}, "schedule.dense_first must be a whole number >= 1"),
+        ({"groups": "windows", "matching": {"threshold": 0.5}}, "matching=.*threshold=0.5.* has no effect"),
+        ({"groups": "windows", "matching": {"cell": 2}}, "matching=.*cell=2.* has no effect"),
         ({"groups": "windows", "refresh_layers": "all"}, "refresh_layers"),
     ],
 )
@@ -296,7 +299,7 @@ def test_scores_of_a_coarser_grid_at_odd_sizes(grid, scale):
 def test_compiled_whole_is_the_same_as_eager():
     """In compiled code the sizes travel with masks (FLUX) as they do in eager code: one graph for dense steps, one for reduced
     ones."""
-    config = Config(groups="windows", ratio=0.5, refresh_every=1, dense_steps_last=0)
+    config = Config(groups="windows", ratio=0.5, schedule=Schedule(refresh_every=1, dense_last=0))
     family, pipe = FAMILIES["flux"], make_flux()
     with accel.accelerate(pipe, config):
         eager = family.latents(pipe, steps=4)
@@ -314,7 +317,9 @@ def test_rotary_tables_are_averaged_once_for_all_blocks(monkeypatch):
     monkeypatch.setattr(site, "_mean", lambda *args: averaged.append(1) or own(*args))
     pipe = make_flux()
     config = Config(
-        groups="windows", dense_steps_first=1, dense_steps_last=0, dense_blocks_first=0, refresh_every=1
+        groups="windows",
+        schedule=Schedule(dense_first=1, dense_last=0, refresh_every=1),
+        dense_blocks_first=0,
     )
     with accel.accelerate(pipe, config) as handle:
         FAMILIES["flux"].latents(pipe, steps=4)

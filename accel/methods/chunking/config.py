@@ -10,14 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from accel.core.checks import check, is_number, is_whole
-from accel.core.schedule import Phase, Schedule
+from accel.core.checks import check, check_choice, is_number, is_whole, settings
+from accel.core.schedule import Phase, Schedule, Scheduled
 
 ROUTERS = ("windows", "cosine", "predictability")
 
 
+@settings
 @dataclass(frozen=True, kw_only=True)
-class DynamicChunkingConfig:
+class DynamicChunkingConfig(Scheduled):
     """Settings of dynamic chunking. Steps and blocks count from 0.
 
     Attributes:
@@ -38,12 +39,15 @@ class DynamicChunkingConfig:
             a plan of its own, and tokens are whole between two.
         unconditional: budget of the unconditional branch of guidance, where that is a call of its own (Lite-CFG); None: the
             same, and the same plan. Measured to be much worse without training: errors cancel only with equal plans.
-        dense_steps_first, dense_steps_last: steps at either end that compute all tokens.
+        schedule: its dense_first, by default and at least 1, and dense_last, by default 0.
         dense_blocks_first, dense_blocks_last: blocks at either end that compute all tokens.
 
     Raises:
         ConfigError: a value is outside its range, or together they leave out nothing.
     """
+
+    DEFAULT = Schedule(dense_first=1, dense_last=0)
+    TAKES = ("dense_first", "dense_last")
 
     router: str = "windows"
     adapter: str | None = None
@@ -54,14 +58,10 @@ class DynamicChunkingConfig:
     last_budget: float | None = None
     depth: tuple[float, ...] = ()
     unconditional: float | None = None
-    dense_steps_first: int = 1
-    dense_steps_last: int = 0
     dense_blocks_first: int = 1
     dense_blocks_last: int = 0
 
-    def __post_init__(self) -> None:
-        if isinstance(self.depth, list):  # YAML has lists
-            object.__setattr__(self, "depth", tuple(self.depth))
+    def _check(self) -> None:
         for name in ("budget", "last_budget", "unconditional"):
             value = getattr(self, name)
             valid = is_number(value) and 0 < value <= 1
@@ -70,17 +70,12 @@ class DynamicChunkingConfig:
         valid = isinstance(self.depth, tuple) and all(is_number(f) and f > 0 for f in self.depth)
         check(valid, "depth", "a list of factors > 0", self.depth)
         self._check_leaves_out()
-        for name in ("dense_steps_first", "dense_steps_last", "dense_blocks_first", "dense_blocks_last"):
+        for name in ("dense_blocks_first", "dense_blocks_last"):
             value = getattr(self, name)
             check(is_whole(value) and value >= 0, name, "a whole number >= 0", value)
-        check(self.dense_steps_first >= 1, "dense_steps_first", ">= 1", self.dense_steps_first)
-        check(
-            self.dechunk in ("carry", "copy", "gaussian"),
-            "dechunk",
-            "one of carry, copy, gaussian",
-            self.dechunk,
-        )
-        check(self.chunks in (None, "windows", "tokens"), "chunks", "windows, tokens or None", self.chunks)
+        self._check_first()
+        check_choice(self, "dechunk", ("carry", "copy", "gaussian"))
+        check_choice(self, "chunks", (None, "windows", "tokens"))
         for name in ("router", "adapter"):
             value = getattr(self, name)
             path = isinstance(value, str) and value.endswith(".safetensors")
@@ -89,12 +84,8 @@ class DynamicChunkingConfig:
                 "a .safetensors file" if name == "adapter" else f"{', '.join(ROUTERS)} or a .safetensors file"
             )
             check(known or path, name, what, value)
-        check(
-            self.dechunk != "gaussian" or not self.in_windows,
-            "dechunk",
-            'not "gaussian" with windows',
-            self.dechunk,
-        )
+        valid = self.dechunk != "gaussian" or not self.in_windows
+        check(valid, "dechunk", 'not "gaussian" with windows', self.dechunk)
 
     def _check_leaves_out(self) -> None:
         """At least one step of one call computes fewer tokens in one part of the blocks."""
@@ -118,11 +109,12 @@ class DynamicChunkingConfig:
         """DC-DiT's scheme without its training: tokens kept by its router, Gaussian smoothing, nearest kept token."""
         return cls(router=router, chunks="tokens", dechunk="gaussian", budget=budget, sigma=sigma)
 
-    def schedule(self) -> Schedule:
+    @property
+    def full_schedule(self) -> Schedule:
         return _Growing(
-            cycle=(self.budget,),
-            dense_first=self.dense_steps_first,
-            dense_last=self.dense_steps_last,
+            (self.budget,),
+            self.schedule.dense_first,
+            self.schedule.dense_last,
             refresh_every=1,
             last=self.budget if self.last_budget is None else self.last_budget,
         )
@@ -136,12 +128,12 @@ class _Growing(Schedule):
 
     @property
     def budgets(self) -> tuple[float, ...]:
-        return (*self.cycle, self.last)
+        return (*super().budgets, self.last)
 
     def phases(self, total: int) -> tuple[Phase, ...]:
         phases = super().phases(total)
-        (first,), end = self.cycle, self.last
-        middle = range(self.dense_first, total - self.dense_last)
+        first, end = self.budgets
+        middle = range(self.dense_first or 0, total - (self.dense_last or 0))
         if first == end or len(middle) < 2:
             return phases
         grown = list(phases)

@@ -59,7 +59,7 @@ class DynamicChunking(StepMethod):
         self.parts = [
             _Part(self, range(a, b), factor) for a, b, factor in zip(cuts, cuts[1:], factors, strict=False)
         ]
-        self.run = Run(target, config.schedule(), self, stats, span=True)
+        self.run = Run(target, config.full_schedule, self, stats, span=True)
         self.run.keep_outputs = True
         self.score: Tensor | None = None
         self.maps: list[Tensor | None] = []

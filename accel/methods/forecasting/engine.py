@@ -61,7 +61,7 @@ class Forecasting(StepMethod):
         self.made_for = None if config.made_for is None else MadeFor(config.made_for)
         if self.made_for is not None:
             self.made_for.check(target.denoiser, target.scheduler)
-        self.run = Run(target, config.schedule(), self, stats, span=False)
+        self.run = Run(target, config.full_schedule, self, stats, span=False)
         self.run.keep_outputs = True
         self.guidance = Guidance(self.run, min(config.order, 1), halves=True)
         self.correction = Correction()
@@ -108,8 +108,10 @@ class Forecasting(StepMethod):
         """Whether what this run's forecasts miss is made up for; a note in the stats if that was wanted in vain."""
         if not self.config.correct:
             return False
-        if self.config.guidance_every > 1:
-            reason = f"guidance_every={self.config.guidance_every} leaves out branches of computed steps"
+        if self.config.schedule.guidance_every > 1:
+            reason = (
+                f"guidance_every={self.config.schedule.guidance_every} leaves out branches of computed steps"
+            )
         elif run.clock.lengths is None:
             reason = (
                 f"how far {type(self.target.scheduler).__name__} steps along a prediction is not known (it is for "

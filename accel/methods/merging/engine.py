@@ -97,8 +97,8 @@ class TokenMerging(StepMethod):
             for blocks in _layer_groups(first, last, config.refresh_layers)
             for part in self._alike(blocks, "scale")
         ]
-        self.run = Run(target, config.schedule(), self, stats, span=config.scope == "span")
-        guided = not config.windows and config.protect > 0 and config.importance != "detail"
+        self.run = Run(target, config.full_schedule, self, stats, span=config.scope == "span")
+        guided = not config.windows and config.matching.protect > 0 and config.matching.importance != "detail"
         self.run.keep_outputs = self.carries or guided
         # Written in place, at the same address in every run: what is captured in a CUDA graph reads it there.
         self.score: Tensor | None = None
@@ -250,21 +250,21 @@ class TokenMerging(StepMethod):
         rows = 1 if shared or samples is None else samples
 
         score_GN = exempt_GN = None
-        if protected or config.destinations != "random":
+        if protected or config.matching.destinations != "random":
             score_GN = self._importance(x_BNC, grid, rows)
-        if config.destinations == "random" or score_GN is None:
+        if config.matching.destinations == "random" or score_GN is None:
             self.state.draw = self.state.draw.to(x_BNC.device) + 1
-            wish_GN = noise.uniform(N, config.seed, self.state.draw).expand(rows, -1)
+            wish_GN = noise.uniform(N, config.matching.seed, self.state.draw).expand(rows, -1)
         else:
-            wish_GN = score_GN if config.destinations == "important" else -score_GN
+            wish_GN = score_GN if config.matching.destinations == "important" else -score_GN
         if protected and score_GN is not None:
             exempt_GN = matching.top_mask(score_GN, protected)
 
         dst_GD = matching.destinations(wish_GN, grid, cell)
         best_GN, target_GN = match(x_BNC, dst_GD, exempt_GN)
-        if config.threshold is not None:
+        if config.matching.threshold is not None:
             # The only wait for the device, once per plan. Rounded so that few different shapes occur.
-            similar = int((best_GN >= config.threshold).sum(1).min())
+            similar = int((best_GN >= config.matching.threshold).sum(1).min())
             keep = max(keep, slots(N, 1 - similar / N, multiple=16))
             if keep >= N:
                 return None
@@ -298,12 +298,12 @@ class TokenMerging(StepMethod):
             return prediction
         old_BNc = self.tokens.of(denoiser, self.state.forecasts[call], grid)
         new_BNc = self.tokens.of(denoiser, prediction, grid)
-        gather = plan.take if self.config.merge == "pick" else plan.reduce
+        gather = plan.take if self.config.matching.merge == "pick" else plan.reduce
         carried_BNc = plan.change(old_BNc, gather(new_BNc - old_BNc))
         return self.tokens.put(denoiser, prediction, carried_BNc, grid)
 
     def _importance(self, x_BNC: Tensor, grid: tuple[int, int], rows: int) -> Tensor:
-        score_BN = self.state.guidance if self.config.importance != "detail" else None
+        score_BN = self.state.guidance if self.config.matching.importance != "detail" else None
         if score_BN is None or score_BN.shape[1] != x_BNC.shape[1]:
             score_BN = detail(x_BNC, grid)
         return score_BN.unflatten(0, (-1, rows)).mean(0)
@@ -325,7 +325,7 @@ class _Group:
             (
                 Span(
                     self.plan_for,
-                    pick=config.merge == "pick",
+                    pick=config.matching.merge == "pick",
                     observe=None if i else observe,
                     tokens=lambda: method.run.image_tokens,
                     serves=lambda: method.run.serves(),
@@ -376,7 +376,7 @@ def _sizes(
     """(tokens kept, tokens protected, cell side) for a grid; raises if that leaves nothing to merge."""
     tokens = grid[0] * grid[1]
     keep = slots(tokens, budget, multiple)
-    protected = int(config.protect * tokens)
+    protected = int(config.matching.protect * tokens)
     fitting = matching.cell_size(grid, keep - protected)
     if keep >= tokens or fitting is None:
         raise UnsupportedError(
@@ -384,9 +384,9 @@ def _sizes(
             f"{keep} would be kept (a multiple of {multiple}), {protected} of them protected. Use a larger "
             "image, or another ratio."
         )
-    if config.cell is not None and config.cell < fitting:
+    if config.matching.cell is not None and config.matching.cell < fitting:
         raise UnsupportedError(
-            f"cell={config.cell} has too many destinations for {config.source} and "
-            f"protect={config.protect} on a {grid[0]}x{grid[1]} grid; use cell={fitting} or None."
+            f"matching.cell={config.matching.cell} has too many destinations for {config.source} and "
+            f"matching.protect={config.matching.protect} on a {grid[0]}x{grid[1]} grid; use {fitting} or None."
         )
-    return keep, protected, config.cell or fitting
+    return keep, protected, config.matching.cell or fitting

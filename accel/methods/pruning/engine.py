@@ -79,7 +79,7 @@ class TokenPruning(StepMethod):
         assert target.adapter.tokens is not None
         self.tokens = target.adapter.tokens
         self.sites = list(self.tokens.sites(target.denoiser))
-        self.run = Run(target, config.schedule(), self, stats, span=True)
+        self.run = Run(target, config.full_schedule, self, stats, span=True)
         self.run.keep_outputs = True
         self.guidance = Guidance(self.run, min(config.order, 1), halves=False)
         self.span = Span(
@@ -92,7 +92,7 @@ class TokenPruning(StepMethod):
             self.attentions = _spread(self.attentions, config.keys_values)
         for attention in self.attentions:
             attention.check(target.denoiser)
-        if not (config.schedule().reduces or self.reduces):
+        if not (config.full_schedule.reduces or self.reduces):
             warnings.warn("every budget is 1: the pipeline is not accelerated.", AccelWarning, stacklevel=3)
         self.forget()
 
@@ -130,8 +130,8 @@ class TokenPruning(StepMethod):
             run.check_sampler()
             if self._keeps:
                 self.kept.follow()
-            if self.config.max_age is not None:
-                run.phases = selection.bounded(run.phases, self.config.max_age)
+            if self.config.selection.max_age is not None:
+                run.phases = selection.bounded(run.phases, self.config.selection.max_age)
             self.state.refreshes = references.refreshes(run.phases, self.config.references)
         run.phase = run.phases[step]
         self.state.plan = self.state.sent = self.kept.plan = run.correct = self.state.computed = None
@@ -146,7 +146,7 @@ class TokenPruning(StepMethod):
         if step == 0:
             return
         assert self.state.history is not None
-        if not run.phase.dense or self.config.score == "error":
+        if not run.phase.dense or self.config.selection.score == "error":
             self.state.forecasts = self.state.history.forecasts(run.time)
         if run.phase.budget == 0:
             run.answer(self.state.forecasts)
@@ -225,7 +225,7 @@ class TokenPruning(StepMethod):
             self.state.rows, tokens, dtype=torch.int64, device=run.outputs[0].device
         )
         self.state.selected_GN = torch.zeros(self.state.rows, tokens, device=run.outputs[0].device)
-        if self.config.score == "change":
+        if self.config.selection.score == "change":
             self.state.before = run.outputs
         if self.config.references != 1 and not run.references:
             warnings.warn(
@@ -239,13 +239,13 @@ class TokenPruning(StepMethod):
         assert self.state.history is not None
         assert self.state.last_GN is not None
         computed_GN = None if self.state.plan is None else self.state.plan.owner[: self.state.rows] >= 0
-        if self.config.score == "error":
+        if self.config.selection.score == "error":
             missed = [v.float() - f.float() for v, f in zip(run.outputs, self.state.forecasts, strict=True)]
             error_GN = self._magnitude(missed) / growth(self.state.history.age(run.time), self.config.order)
             if computed_GN is not None and self.state.error_GN is not None:
                 error_GN = torch.where(computed_GN, error_GN, self.state.error_GN)
             self.state.error_GN = error_GN
-        elif self.config.score == "change" and self.state.plan is None:
+        elif self.config.selection.score == "change" and self.state.plan is None:
             self.state.before = tuple(values[0] for values in self.state.history.values)
         self.state.history.add(run.outputs, run.time, computed_GN)
         step = torch.full_like(self.state.last_GN, run.clock.step)
@@ -262,10 +262,12 @@ class TokenPruning(StepMethod):
         N, B = self.state.last_GN.shape[1], self.state.forecasts[0].shape[0]
         count = slots(N, run.phase.budget, 16 if self.state.last_GN.is_cuda else 1)
         score_GN = self._score(run)
-        if self.config.max_age is not None:
+        if self.config.selection.max_age is not None:
             until = selection.next_opportunity(run.phases, run.clock.step) - 1
-            score_GN = score_GN.masked_fill(until - self.state.last_GN > self.config.max_age, torch.inf)
-        fresh = round(count * self.config.fresh_share)
+            score_GN = score_GN.masked_fill(
+                until - self.state.last_GN > self.config.selection.max_age, torch.inf
+            )
+        fresh = round(count * self.config.selection.fresh_share)
         chosen_GK = self._best(run, score_GN, count - fresh)
         if fresh:
             rest_GN = score_GN.scatter(1, chosen_GK, -torch.inf)
@@ -287,10 +289,10 @@ class TokenPruning(StepMethod):
         assert run.grid is not None
         assert self.state.history is not None
         age_GN = self.state.history.age(run.time)
-        if self.config.score == "age":
+        if self.config.selection.score == "age":
             return age_GN
         latest = [values[0] for values in self.state.history.values]
-        if self.config.score == "change":
+        if self.config.selection.score == "change":
             return self._magnitude(
                 [v.float() - b.float() for v, b in zip(latest, self.state.before, strict=True)]
             )
@@ -303,7 +305,7 @@ class TokenPruning(StepMethod):
 
     def _best(self, run: Run, score_GN: Tensor, count: int) -> Tensor:
         order_GN = selection.best_first(score_GN)
-        if not self.config.clusters:
+        if not self.config.selection.clusters:
             return order_GN[:, :count]
         if self.state.labels is None:
             self.state.labels = self._cluster(run)
@@ -315,8 +317,8 @@ class TokenPruning(StepMethod):
         assert run.grid is not None
         assert self.state.history is not None
         device = self.state.history.stamps[0].device
-        if self.config.clustering == "grid":
-            labels_1N, clusters = selection.grid_clusters(run.grid, self.config.clusters, device)
+        if self.config.selection.clustering == "grid":
+            labels_1N, clusters = selection.grid_clusters(run.grid, self.config.selection.clusters, device)
             return labels_1N.expand(self.state.rows, -1), clusters
         height, width = run.grid
         row, column = torch.meshgrid(
@@ -329,7 +331,7 @@ class TokenPruning(StepMethod):
             self._tokens(self.state.history.values[0][0]).float().unflatten(0, (-1, self.state.rows)).mean(0)
         )
         features_GNF = torch.cat([0.05 * noise_GNc, place_GN2], -1)
-        return selection.kmeans(features_GNF, self.config.clusters), self.config.clusters
+        return selection.kmeans(features_GNF, self.config.selection.clusters), self.config.selection.clusters
 
     # Between tokens and predictions
 
@@ -374,9 +376,9 @@ class TokenPruning(StepMethod):
 
     def check_grid(self, grid: tuple[int, int]) -> None:
         tokens = grid[0] * grid[1]
-        if self.config.clusters > tokens:
+        if self.config.selection.clusters > tokens:
             raise UnsupportedError(
-                f"clusters={self.config.clusters} are more than the {tokens} tokens of this size; "
+                f"clusters={self.config.selection.clusters} are more than the {tokens} tokens of this size; "
                 f"valid: 0 to {tokens}"
             )
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from accel.core.checks import check, is_number, is_whole
+from accel.core.checks import check, is_number, is_whole, settings
 from accel.errors import ConfigError
 
 #: With a budget, groups are chosen among the powers of two up to this size, unless `group_size` says more.
 LARGEST_GROUP = 64
 
 
+@settings
 @dataclass(frozen=True, kw_only=True)
 class SpeculativeDecodingConfig:
     """Settings of speculative decoding: several image tokens per forward of the model. Lossless by default.
