@@ -25,6 +25,9 @@ from .stack import Stack
 
 #: Cached places come in these steps, so that few shapes are compiled and rows of the mask stay aligned.
 _STEP = 64
+#: Prompts are captured for lengths of this times a power of two, and as they are beyond so many tokens of all rows, where
+#: they are not bound by launches any more.
+_PROMPT, _PROMPT_TOKENS = 16, 4096
 #: How many different numbers of places forwards look at, at most, where each is captured for itself.
 _BUCKETS = 8
 
@@ -110,9 +113,30 @@ class PromptedModel:
         )
 
     def _prefill(self, prefix: Prefix) -> Tensor:
-        rows, length = prefix.embedding_RPD.shape[:2]
+        given_RPD = prefix.embedding_RPD
+        rows, length, width = given_RPD.shape
+        padded = min(_PROMPT * 2 ** max(0, -(-length // _PROMPT) - 1).bit_length(), self.places)
+        if not self.rounds.captures or rows * padded > _PROMPT_TOKENS:
+            return self._prompt(given_RPD)
+        # Zeros behind the prompts: nobody sees those places before an image's tokens are written there.
+        key = "prefill", padded
+        embedding_RPD = self.rounds.keep(key, lambda: given_RPD.new_empty(rows, padded, width))
+        embedding_RPD[:, :length], embedding_RPD[:, length:] = given_RPD, 0
+        first_BV = self.rounds.keep(
+            ("first",), lambda: torch.empty(self.images, self.vocabulary, device=given_RPD.device)
+        )
+
+        def prompt() -> None:
+            first_BV.copy_(self._prompt(embedding_RPD))
+
+        self.rounds.run(key, prompt)
+        return first_BV
+
+    def _prompt(self, embedding_RPD: Tensor) -> Tensor:
+        """First logits (B, V) of embedded prompts, whose keys and values are written."""
+        rows, length = embedding_RPD.shape[:2]
         place_RP = torch.arange(length, device=self.start_R.device).expand(rows, length)
-        hidden_RPD = run_rows(self, prefix.embedding_RPD, place_RP, length)
+        hidden_RPD = run_rows(self, embedding_RPD, place_RP, length)
         last_R1D = hidden_RPD[torch.arange(rows, device=place_RP.device), self.start_R - 1][:, None]
         return guide(self, self.adapter.logits(last_R1D))[:, 0]
 

@@ -111,6 +111,8 @@ def test_rounds_are_captured_once_and_kept(monkeypatch):
     tokens(pipe)
     (model,), captured = models(pipe), replays(pipe)
     assert captured == 3, "looking at 16, 32 and 48 places"
+    tokens(pipe)
+    assert replays(pipe) == 4, "and the prompt"
     recorded = []
     monkeypatch.setattr(tape, "_Tape", lambda: recorded.append(1))
     tokens(pipe, seeds=(5, 6, 7, 8))
@@ -163,6 +165,7 @@ def test_rounds_go_when_the_decoder_is_removed():
     pipe = pipeline()
     pipe.graphs, pipe._kept = True, kept("taped")
     tokens(pipe)
+    tokens(pipe)  # the prompts, too
     plain = replays(pipe)
     with accel.accelerate(pipe, CONFIGS["noise"]):
         tokens(pipe)
@@ -221,6 +224,55 @@ def test_a_capture_that_fails_is_told_once_and_decoding_goes_on():
         got = [tokens(pipe), tokens(pipe)]
     assert len(warned) == 1
     assert all(torch.equal(one, expected) for one in got)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_prompts_of_other_lengths_are_captured_in_few(way):
+    """Padded to 16, 32, 64 ... places, and beyond what is captured as they are: the tokens of prompts as they are."""
+    pipe = pipeline("cuda" if way == "captured" else "cpu", context=128)
+    short, long = list(PROMPTS), [prompt + " and a star" * 8 for prompt in PROMPTS]
+    longest = [prompt + " and a star" * 20 for prompt in PROMPTS]
+    calls = (
+        long,
+        short,
+        [short[1]] * 4,
+        long,
+        [short[0], long[1], short[2], short[3]],
+        short,
+        longest,
+        longest,
+    )
+    expected = [tokens(pipe, prompts, temperature=0) for prompts in calls]
+    assert len({str(one) for one in expected}) > 3
+    pipe.graphs, pipe._kept = True, kept(way)
+    for prompts, wanted in zip(calls[:6], expected, strict=False):
+        assert torch.equal(tokens(pipe, prompts, temperature=0), wanted)
+    (model,) = models(pipe)
+    lengths = {
+        key[1]: replay is not None for key, replay in model.rounds._replays.items() if key[0] == "prefill"
+    }
+    assert lengths == {16: True, 64: True, 32: False}, "captured where one came again"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_module, "_PROMPT_TOKENS", 8 * 64)
+        for wanted in expected[6:]:
+            assert torch.equal(tokens(pipe, longest, temperature=0), wanted)
+        (model,) = models(pipe)
+        assert not any(key[0] == "prefill" for key in model.rounds._replays)
+
+
+def test_what_stands_behind_a_prompt_would_be_seen(monkeypatch):
+    """The negative control: rows that begin their image behind the padding give other tokens."""
+    pipe = pipeline(context=128)
+    expected = tokens(pipe, temperature=0)
+    pipe.graphs, pipe._kept = True, kept("taped")
+    once = model_module.PromptedModel._prompt
+
+    def behind(self, embedding_RPD):
+        self.start_R.fill_(embedding_RPD.shape[1])
+        return once(self, embedding_RPD)
+
+    monkeypatch.setattr(model_module.PromptedModel, "_prompt", behind)
+    assert not torch.equal(tokens(pipe, temperature=0), expected)
 
 
 @pytest.mark.parametrize("name", ["plain", "noise"])
