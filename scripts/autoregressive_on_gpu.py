@@ -1,4 +1,4 @@
-"""What a GPU says about autoregressive decoding, in about 100 seconds.
+"""What a GPU says about autoregressive decoding, in at most four minutes.
 
     python scripts/autoregressive_on_gpu.py runs/ar-gpu             # on a GPU
     python scripts/autoregressive_on_gpu.py runs/ar-gpu --tiny      # a dry run on a CPU, at tiny sizes
@@ -30,6 +30,7 @@ ROWS = (
     ("janus-1b", (16,), (16,), ("captured",)),
     ("janus-7b", (16,), (16,), ("captured",)),
     ("llamagen-xl", (1,), (16,), ("captured", "eager")),
+    ("emu3", (1,), (16,), ("captured",)),
 )
 PROMPT = "a photo of three stars"
 

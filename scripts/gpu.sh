@@ -58,8 +58,8 @@ part tests "${TESTS_SECONDS:-240}" "$python" -m pytest -c "$root/pyproject.toml"
   -p no:cacheprovider ${TINY:+--collect-only} "$root/tests"
 part kernels "${KERNELS_SECONDS:-110}" "$python" -m accel bench kernels kernels \
   --budget "$((${KERNELS_SECONDS:-110} - 45))" ${TINY:+--compile-only}
-part ar "${AR_SECONDS:-110}" "$python" "$root/scripts/autoregressive_on_gpu.py" ar \
-  --minutes "$(minutes "${AR_SECONDS:-110}")" $tiny
+part ar "${AR_SECONDS:-210}" "$python" "$root/scripts/autoregressive_on_gpu.py" ar \
+  --minutes "$(minutes "${AR_SECONDS:-210}")" $tiny
 part model "${MODEL_SECONDS:-170}" "$python" -m accel bench model --arch "$arch" --size "$sizes" \
   --rounds "${ROUNDS:-1}" --steps "${STEPS:-24}" --minutes "$(minutes "${MODEL_SECONDS:-170}")" --out model \
   ${rows:+--rows "$rows"} $tiny

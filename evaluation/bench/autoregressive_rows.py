@@ -33,7 +33,8 @@ verification, new state (median of passes; ways interleaved). bound: reading the
 at the bandwidth that a copy has here. A window's seconds per image assume the {", ".join(f"{v:.1f}" for w, v in ACCEPTED.items() if w in (8, 16, 32))}
 tokens that a forward of 8, 16 and 32 makes final on the built-in model. `transformers` is its model's forward with its own
 dynamic cache, not its `generate`, which in 5.17 fails for Janus (`_prepare_static_cache` is gone). MiB: what caches
-and graphs hold between rounds."""
+and graphs hold between rounds. beyond the forward: what a round, run in the fastest way, takes more than its forward alone. memory:
+weights, caches and graphs of that way, against those of {EAGER}."""
 
 
 def bench_shapes(
@@ -98,6 +99,8 @@ def line(row: Row) -> str:
         )
     if row.memory_mib is not None:
         parts.append(f"{row.memory_mib} MiB")
+    if row.ms is not None and row.forward_ms is not None:
+        parts.append(f"{row.ms - row.forward_ms:.2f} ms beyond the forward")
     return " ".join([*parts, row.problem])
 
 
@@ -121,24 +124,41 @@ def _write(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A line per case, a column per way; the last is how much sooner the best is than the first, per image."""
+    """A line per case, a column per way; the best way's seconds per image, how many times as many tokens as one by one in
+    eager code those are, what its round takes beyond its forward, images per second against one image at a time, and memory
+    against eager code's."""
     last = {_key(row): row for row in rows}  # of a case that was tried again
     ways = list(dict.fromkeys(row["way"] for row in last.values()))
     lines = [
-        f"| model | images | window | {' | '.join(f'{way}, ms' for way in ways)} | bound, ms | image, s | over {EAGER} token |",
-        "|---" * (len(ways) + 6) + "|",
+        f"| model | images | window | {' | '.join(f'{way}, ms' for way in ways)} | bound, ms | image, s | over {EAGER} token | beyond the forward, ms | images/s over 1 | memory over {EAGER} |",
+        "|---" * (len(ways) + 9) + "|",
     ]
     groups: dict[tuple, dict[str, dict[str, Any]]] = {}
     for key, row in last.items():
         groups.setdefault((key[0], *key[2:]), {})[row["way"]] = row
     for (arch, batch, window, *where), own in groups.items():
-        best = min((row["image_s"] for row in own.values() if row["ms"]), default=None)
+        fastest = min((row for row in own.values() if row["ms"]), key=lambda row: row["ms"], default=None)
+        best = fastest and fastest["image_s"]
         base = groups.get((arch, batch, 1, *where), {}).get(EAGER, {}).get("image_s")
         cells = [f"{own[way]['ms']:.2f}" if way in own and own[way]["ms"] else "–" for way in ways]
         over = f"{base / best:.1f}x" if base and best else "–"
         image = "–" if best is None else f"{best:.3g}"
         bound = next(iter(own.values()))["bound_ms"]
+        single = fastest and groups.get((arch, 1, window, *where), {}).get(fastest["way"])
+        more = f"{single['image_s'] / best:.1f}x" if single and single["ms"] else "–"
         lines.append(
-            f"| {arch} | {batch} | {window} | {' | '.join(cells)} | {bound:.2f} | {image} | {over} |"
+            f"| {arch} | {batch} | {window} | {' | '.join(cells)} | {bound:.2f} | {image} | {over} | {_beyond(fastest)} | "
+            f"{more} | {_memory(fastest, own.get(EAGER))} |"
         )
     return lines
+
+
+def _beyond(row: dict[str, Any] | None) -> str:
+    return f"{row['ms'] - row['forward_ms']:.2f}" if row and row.get("forward_ms") else "–"
+
+
+def _memory(row: dict[str, Any] | None, eager: dict[str, Any] | None) -> str:
+    if not row or not eager or row["memory_mib"] is None or eager["memory_mib"] is None:
+        return "–"
+    weights = row["weights_mib"]
+    return f"{(row['memory_mib'] - eager['memory_mib']) / (weights + eager['memory_mib']):+.1%}"

@@ -192,9 +192,11 @@ class Row:
     Attributes:
         ms: of a round: forward, guidance, draw or verification, new state; median over passes.
         least_ms: of the passes.
+        forward_ms: of the model's forward alone, run in the same way; median.
         bound_ms: what reading the weights and half an image's keys and values takes at the measured bandwidth.
         image_s: for one image of the batch, if a window makes as many tokens final as on the built-in model.
         memory_mib: of the device, for caches and graphs, between rounds.
+        weights_mib: of the model.
         problem: why there is no measurement; or, with one, why it was not captured.
     """
 
@@ -204,9 +206,11 @@ class Row:
     window: int
     ms: float | None
     least_ms: float | None
+    forward_ms: float | None
     bound_ms: float
     image_s: float | None
     memory_mib: int | None
+    weights_mib: int
     problem: str = ""
 
 
@@ -259,6 +263,7 @@ def _case(
     device: torch.device,
 ) -> Iterator[Row]:
     actions: dict[str, Callable[[], object]] = {}
+    forwards: dict[str, Callable[[], object]] = {}
     problems: dict[str, str] = {}
     memory: dict[str, int] = {}
     slots = adapter.layout(None, None).slots
@@ -266,17 +271,25 @@ def _case(
         before = _reserved(device)
         try:
             make = _transformers if way == TRANSFORMERS else _ours
-            actions[way] = make(adapter, way, batch, window, problems)
+            actions[way], forward = make(adapter, way, batch, window, problems)
             for _ in range(3):  # compiles, captures
                 actions[way]()
             memory[way] = _reserved(device) - before
+            if forward is not None:
+                forwards[way] = forward
+                for _ in range(3):
+                    forward()
         except Exception as error:  # one way's trouble is its row's
             actions.pop(way, None)
+            forwards.pop(way, None)
             problems[way] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     times: dict[str, list[float]] = {way: [] for way in actions}
+    alone: dict[str, list[float]] = {way: [] for way in forwards}
     for _ in range(PASSES):
         for way, action in actions.items():
             times[way].append(_timed(action, rounds, device))
+            if way in forwards:
+                alone[way].append(_timed(forwards[way], rounds, device))
     bound = bytes_read(adapter, batch, slots) / per_second
     for way in ways:
         own = times.get(way)
@@ -288,17 +301,19 @@ def _case(
             window,
             ms,
             1000 * min(own) if own else None,
+            1000 * statistics.median(alone[way]) if way in alone else None,
             1000 * bound,
             ms / 1000 * slots / ACCEPTED.get(window, ACCEPTED[64]) / batch if ms else None,
             memory[way] >> 20 if way in memory and device.type == "cuda" else None,
+            sum(part.nbytes for part in adapter.model.parameters()) >> 20,
             problems.get(way, ""),
         )
 
 
 def _ours(
     adapter: CheckpointAdapter, way: str, batch: int, window: int, problems: dict[str, str]
-) -> Callable[[], object]:
-    """A round in the middle of an image, run by the decoder itself."""
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """A round in the middle of an image, run by the decoder itself; and its forward alone."""
     device = next(adapter.model.parameters()).device
     stack = adapter.stack()
     assert stack is not None, "an architecture of this bench is one that `Stack` knows"
@@ -313,12 +328,19 @@ def _ours(
         adapter, adapter.layout(None, None), prompts, GUIDANCE, grow=True, stack=stack, rounds=Rounds(capture)
     )
     decoder = SpeculativeDecoder(SpeculativeDecodingConfig(window=max(2, window), auto_disable=False))
-    return decoder.round(model, Sampling(), window)
+    token_BW = torch.zeros(batch, window, dtype=torch.int64, device=device)
+    at_B = torch.full((batch,), model.layout.slots // 2, device=device)
+
+    def forward() -> None:
+        model.forward(token_BW, at_B)
+
+    turn = decoder.round(model, Sampling(), window)
+    return turn, lambda: model.rounds.run(("forward",), forward)
 
 
 def _transformers(
     adapter: CheckpointAdapter, way: str, batch: int, window: int, problems: dict[str, str]
-) -> Callable[[], object]:
+) -> tuple[Callable[[], object], None]:
     """A token by transformers' own forward with its own dynamic cache, guided and drawn as its `generate` does.
 
     Not by `generate` itself: in transformers 5.17 Janus's calls `_prepare_static_cache`, which is gone.
@@ -343,7 +365,7 @@ def _transformers(
         logits_BV = unconditional + GUIDANCE * (conditional - unconditional)
         return torch.multinomial(logits_BV.float().softmax(-1), 1)
 
-    return token
+    return token, None
 
 
 def bytes_read(adapter: CheckpointAdapter, batch: int, slots: int) -> int:

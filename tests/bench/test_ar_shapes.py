@@ -43,6 +43,53 @@ def test_rows_are_measured_once(tmp_path, monkeypatch):
     assert run(tmp_path)[0] == again
 
 
+def test_columns_of_what_is_asked_for(tmp_path):
+    """Computed here by hand: beyond the forward, images per second against one at a time, memory against eager code."""
+    found, said, _ = run(tmp_path, batches=(1,), windows=(), ways=("eager",))
+    assert found[0]["forward_ms"] > 0
+    assert "ms beyond the forward" in said[0]
+    common = {
+        "arch": "janus-1b", "device": "x", "dtype": "y", "dry": False, "window": 1, "bound_ms": 1.0, "weights_mib": 900,
+        "problem": "", "least_ms": 1.0,
+    }  # fmt: skip
+    made = [
+        {
+            **common,
+            "way": "eager",
+            "batch": 1,
+            "ms": 9.0,
+            "forward_ms": 8.0,
+            "image_s": 9.0,
+            "memory_mib": 100,
+        },
+        {
+            **common,
+            "way": "captured",
+            "batch": 1,
+            "ms": 2.0,
+            "forward_ms": 1.8,
+            "image_s": 2.0,
+            "memory_mib": 250,
+        },
+        {
+            **common,
+            "way": "captured",
+            "batch": 16,
+            "ms": 4.0,
+            "forward_ms": 3.75,
+            "image_s": 0.25,
+            "memory_mib": 900,
+        },
+    ]
+    head, _, one, many = rows.table(made)
+    assert head.endswith("| beyond the forward, ms | images/s over 1 | memory over eager |")
+    assert one.endswith("| 4.5x | 0.20 | 1.0x | +15.0% |")
+    assert many.endswith("| 0.25 | – | 0.25 | 8.0x | – |")
+    assert rows.table([{**made[1], "forward_ms": None, "ms": None, "image_s": None}])[-1].endswith(
+        "| – | – | – | – |"
+    )
+
+
 def test_time_that_is_over_begins_nothing(tmp_path):
     assert run(tmp_path, minutes=0)[0] == []
 

@@ -1,0 +1,76 @@
+"""What speculative decoding keeps of the forwards that it saves on one core, in processor time, so that a busy machine may be used.
+
+    OMP_NUM_THREADS=1 python scripts/autoregressive_on_cpu.py --calls 6
+
+Calls of the built-in model, ways in turn in one process: seconds of plain decoding, and by window how much sooner, of how many
+fewer forwards (a batch's are those of its slowest image).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+
+import accel
+from accel.evaluation.scenes.prompts import prompts
+from accel.generation import load_pipeline
+
+WINDOWS = (8, 16, "auto")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--calls", type=int, default=6)
+    parser.add_argument("--batches", default="1,4")
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    for dtype in given.dtypes.split(","):
+        for batch in map(int, given.batches.split(",")):
+            measure(dtype, batch, given.calls)
+
+
+def measure(dtype: str, batch: int, calls: int) -> None:
+    pipes = {}
+    for way in ("plain", *WINDOWS):
+        pipes[way] = load_pipeline("builtin-ar")
+        pipes[way].to(getattr(torch, dtype)).set_progress_bar_config(disable=True)
+    handles = {way: accel.accelerate(pipes[way], config(way)) for way in WINDOWS}
+    lines = [entry.prompt for entry in prompts(per_task=calls)]
+    lines = [line for task in range(calls) for line in lines[task::calls]]  # tasks in turn
+    seconds: dict[object, list[float]] = {way: [] for way in pipes}
+    fewer: dict[object, list[float]] = {way: [] for way in WINDOWS}
+    for call in range(-1, calls):  # the first warms up, and times windows for "auto"
+        own = lines[max(call, 0) * batch :][:batch]
+        for way, pipe in pipes.items():
+            generators = [torch.Generator().manual_seed(batch * call + i) for i in range(batch)]
+            began, before = time.process_time(), handles[way].stats.forwards if way in handles else 0
+            pipe(own, generator=generators, output_type="tokens")
+            if call < 0:
+                continue
+            seconds[way].append(time.process_time() - began)
+            if way in handles:
+                fewer[way].append(255 / (handles[way].stats.forwards - before))
+    print(f"{dtype}, {batch} images a call, {calls} calls: plain {statistics.median(seconds['plain']):.2f} s")
+    for way in WINDOWS:
+        ratios = [plain / own for plain, own in zip(seconds["plain"], seconds[way], strict=True)]
+        sooner, saved = statistics.geometric_mean(ratios), statistics.geometric_mean(fewer[way])
+        chosen = f" (chose {handles[way].stats.window})" if way == "auto" else ""
+        print(
+            f"  window {way}{chosen}: {sooner:.2f}x [{min(ratios):.2f}, {max(ratios):.2f}] with {saved:.2f}x fewer forwards: "
+            f"{sooner / saved:.2f} of them",
+            flush=True,
+        )
+
+
+def config(window: int | str) -> accel.SpeculativeDecodingConfig:
+    return accel.SpeculativeDecodingConfig(window=window, auto_disable=window == "auto")
+
+
+if __name__ == "__main__":
+    main()
