@@ -261,6 +261,10 @@ def _generators(
     sources: Iterable[torch.Generator | None]
     if given is None or isinstance(given, torch.Generator):
         sources = [given] * images
+    elif not isinstance(given, (list, tuple)) or any(not isinstance(one, torch.Generator) for one in given):
+        raise ConfigError(
+            f"generator must be a torch.Generator or a list of them, on any device, got {given!r}"
+        )
     elif len(given) == images:
         sources = given
     else:

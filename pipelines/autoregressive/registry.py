@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-from accel.errors import UnknownNameError
+from accel.errors import UnknownNameError, UnsupportedError
 
 from .adapter import CheckpointAdapter
 
@@ -14,6 +14,11 @@ _BUILTIN = {
     "GlmImageForConditionalGeneration": "accel.pipelines.autoregressive.glm_image",
     "JanusForConditionalGeneration": "accel.pipelines.autoregressive.janus",
     "LlamaGen": "accel.pipelines.autoregressive.llamagen",
+}
+#: Classes of the authors' own code -> the same weights as transformers saves them.
+_ELSEWHERE = {
+    "Emu3ForCausalLM": "BAAI/Emu3-Gen-hf",
+    "MultiModalityCausalLM": "deepseek-community/Janus-Pro-1B or Janus-Pro-7B",
 }
 _REGISTERED: dict[str, type[CheckpointAdapter]] = {}
 
@@ -32,12 +37,18 @@ def find(class_name: str) -> type[CheckpointAdapter]:
     """The adapter class for a model class.
 
     Raises:
+        UnsupportedError: the authors' own format of a model that is known in transformers'.
         UnknownNameError: no adapter; names the nearest class and says how to write one.
     """
     if class_name in _REGISTERED:
         return _REGISTERED[class_name]
     if class_name in _BUILTIN:
         return importlib.import_module(_BUILTIN[class_name]).ADAPTER
+    if class_name in _ELSEWHERE:
+        raise UnsupportedError(
+            f"{class_name}: a checkpoint in its authors' own format, which needs their code. Load it as transformers saves "
+            f"it: {_ELSEWHERE[class_name]}"
+        )
     raise UnknownNameError(
         "autoregressive image model class",
         class_name,

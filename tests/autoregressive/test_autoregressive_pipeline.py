@@ -225,6 +225,8 @@ def test_layout_takes_forced_tokens_out():
         ({"output_type": "jpeg"}, "output_type must be one of pil"),
         ({"height": 16}, "images of 8x8 pixels only, not 8x16"),
         ({"generator": [torch.Generator()] * 3}, r"one per image \(1\), got 3"),
+        ({"generator": 5}, "generator must be a torch.Generator or a list of them, on any device, got 5"),
+        ({"generator": [5]}, r"generator must be .*got \[5\]"),
         ({"prompt": 3}, "prompt must be a str"),
         ({"prompt": ["a", None]}, "the list has None"),
         ({"prompt": []}, "prompt must be a str or a list"),
@@ -263,6 +265,21 @@ def test_nan_is_found_with_its_place(pipe):
         tokens(pipe, PROMPTS[:2])
 
 
+@pytest.mark.gpu
+def test_a_generator_may_be_on_another_device(folder):
+    """It only seeds the images' own; each of both seeds a pipeline on either device."""
+    for device in ("cpu", "cuda"):
+        pipe = load(folder).to(device)
+        pipe.set_progress_bar_config(disable=True)
+        for of in ("cpu", "cuda"):
+            drawn = [
+                pipe("a", generator=torch.Generator(of).manual_seed(seed), output_type="tokens").images
+                for seed in (1, 1, 2)
+            ]
+            assert torch.equal(drawn[0], drawn[1])
+            assert not torch.equal(drawn[0], drawn[2])
+
+
 def test_missing_and_unknown_keys_are_listed(copied):
     path = copied / "model.safetensors"
     weights = load_file(path)
@@ -295,6 +312,13 @@ def test_broken_folders(copied, tmp_path):
     (copied / "config.json").write_text(json.dumps({**config, "architectures": ["JanusForGeneration"]}))
     with pytest.raises(UnknownNameError, match=r"Did you mean 'JanusForConditionalGeneration'.*janus\.py"):
         load(copied)
+    for own, found in (
+        ("MultiModalityCausalLM", "deepseek-community/Janus-Pro-1B"),
+        ("Emu3ForCausalLM", "Emu3-Gen-hf"),
+    ):
+        (copied / "config.json").write_text(json.dumps({**config, "architectures": [own]}))
+        with pytest.raises(UnsupportedError, match=rf"{own}: .*authors' own format.*{found}"):
+            load(copied)
     (copied / "config.json").unlink()
     with pytest.raises(WeightsError, match=r"no config\.json"):
         load(copied)
