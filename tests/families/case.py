@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+import diffusers
 import torch
+
+#: All that is tried here is in it.
+NEWEST = (0, 42)
+
+
+def of_all(pattern: str, name: str) -> dict[str, Any]:
+    """What the modules beside this one whose files match `pattern` have of that `name`, put together; without those of
+    models that an older diffusers does not have."""
+    found: dict[str, Any] = {}
+    for path in sorted(Path(__file__).parent.glob(pattern)):
+        try:
+            found |= getattr(importlib.import_module(path.stem), name)
+        except ImportError as error:
+            have = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
+            if have >= NEWEST or not (error.name or "").startswith("diffusers"):
+                raise
+    return found
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ for one; or from its recipe (`recipes_*.py`), where it has one. One that does no
 from __future__ import annotations
 
 import argparse
-import importlib
 import inspect
 import logging
 import signal
@@ -23,6 +22,7 @@ from typing import Any
 
 import diffusers
 import torch
+from case import of_all
 from conftest import randomise
 from PIL import Image
 from recipe import assemble, classes_of
@@ -32,12 +32,7 @@ import accel
 from accel.errors import AccelError
 from accel.pipelines import registry
 
-HERE = Path(__file__).parent
-RECIPES = {
-    name: recipe
-    for path in sorted(HERE.glob("recipes_*.py"))
-    for name, recipe in importlib.import_module(path.stem).RECIPES.items()
-}
+RECIPES = of_all("recipes_*.py", "RECIPES")
 PRESETS = ("balanced", "merging")
 SECONDS = 120  # a pipeline; of random parts of sizes that do not go together, some never end
 DENOISERS = ("transformer", "unet", "prior", "decoder")

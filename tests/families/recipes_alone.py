@@ -1,4 +1,5 @@
-"""Amused, whose denoiser classifies tokens, and Kandinsky 6's super-resolution, whose denoiser sees tiles: no cases of those."""
+"""Pipelines of families of their own: Amused, whose denoiser classifies tokens, Kandinsky 6's super-resolution, whose denoiser
+sees tiles, and the newest."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from conftest import randomise
 from diffusers import AmusedScheduler, FlowMatchEulerDiscreteScheduler, Kandinsky6SRPipeline, UVit2DModel
 from diffusers.models import Kandinsky6SRTransformer3DModel, Kandinsky6SRVAE
 from parts import generator, mask, picture, text_projection, tokenizer, vq
-from recipe import Recipe
+from recipe import Recipe, of
+from tiny_latest import CASES as LATEST
 
 
 def amused(pipeline: type, **given: Any) -> Recipe:
@@ -113,4 +115,7 @@ RECIPES = {
         mask_image=lambda: mask((16, 16)),
     ),
     "Kandinsky6SRPipeline": super_resolution(),
+    "BriaFibo2Pipeline": of(LATEST["FIBO 2"]),
+    "QwenImage21Pipeline": of(LATEST["Qwen-Image 2.1"]),
+    "JoyImageEditPlusPipeline": of(LATEST["JoyImage-Edit Plus"]),
 }

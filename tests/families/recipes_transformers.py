@@ -29,7 +29,6 @@ from tiny_flux_like import CASES as FLUX_LIKE
 from tiny_flux_like import qwen_transformer
 from tiny_latents import CASES as LATENTS
 from tiny_latents import sd3_transformer
-from tiny_latest import CASES as LATEST
 from tiny_more import CASES as MORE
 from tiny_others import CASES as OTHERS
 from transformers import BatchFeature, T5Config, T5EncoderModel
@@ -324,7 +323,4 @@ RECIPES: dict[str, Recipe] = {
     ),
     "Kandinsky5T2IPipeline": of(MORE["Kandinsky 5"]),
     "LongCatImageEditPipeline": of(EDITING["LongCat-Image-Edit"]),
-    "BriaFibo2Pipeline": of(LATEST["FIBO 2"]),
-    "QwenImage21Pipeline": of(LATEST["Qwen-Image 2.1"]),
-    "JoyImageEditPlusPipeline": of(LATEST["JoyImage-Edit Plus"]),
 }

@@ -7,26 +7,20 @@ guided; the pipeline is exactly restored; a run repeats itself.
 
 from __future__ import annotations
 
-import importlib
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
 
 import pytest
 import torch
+from case import of_all
 
 import accel
 from accel.core.plan import TokenPlan
 from accel.core.span import Span
 from accel.pipelines.registry import find
 
-HERE = Path(__file__).parent
-CASES = {
-    name: case
-    for path in sorted(HERE.glob("tiny_*.py"))
-    for name, case in importlib.import_module(path.stem).CASES.items()
-}
+CASES = of_all("tiny_*.py", "CASES")
 
 
 @pytest.fixture(params=CASES)

@@ -119,10 +119,18 @@ class FiboEdit(BriaFiboEditPipeline):
 
     encode_prompt = FiboWithText.encode_prompt
 
+    def check_inputs(self, *args, **kwargs):
+        """Diffusers 0.40 wants one prompt, of which it makes as many images."""
+
     def prepare_reference_latents(self, image, num_channels_latents, dtype, device, **options):
         ids = self._prepare_latent_image_ids(1, 4, 6, device, dtype)
         ids[..., 0] = 1
         return numbers(1, REFERENCES, num_channels_latents, seed=8, dtype=dtype), ids
+
+    def prepare_image_latents(self, batch_size, **options):
+        """Their name in diffusers 0.40."""
+        packed, ids = self.prepare_reference_latents(**options)
+        return packed.expand(batch_size, -1, -1), ids
 
 
 def make_fibo_edit():
