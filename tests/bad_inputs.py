@@ -246,7 +246,7 @@ def yaml_text(r: random.Random) -> bytes:
             b"method: token_merging\n1: 2\n",
             f"method: token_merging\nratio: {r.choice(('.nan', '.inf', '-1', '1', '2', '[0.5]', 'half', '{a: 1}', 'null'))}\n".encode(),
             f"method: token_merging\nscope: {r.choice(('[span]', '{span: 1}', '3', 'null', 'spam'))}\n".encode(),
-            f"method: forecast\ncycle: {r.choice(('[]', '3', '[0, 2]', '[[0], 1]', 'null', '[.nan]', '{0: 1}', '[1, 1]'))}\n".encode(),
+            f"method: forecast\ncycle: {r.choice(('[]', '3', '[0, 2]', '[[0], 1]', 'true', '[.nan]', '{0: 1}', '[1, 1]'))}\n".encode(),
             f"method: forecast\norder: {r.choice(('3', '-1', '1.5', 'true', '2001-99-99', '9' * 5000))}\n".encode(),
             f"method: token_pruning\nbudget: {r.choice(('.nan', '-1', 'x', '[1]', '!!int x'))}\n".encode(),
             f"method: speculative_decoding\nwindow: {r.choice(('0', '-1', '1.5', 'wide', '[4]', '.inf'))}\n".encode(),
