@@ -51,7 +51,8 @@ def family(
 
 def like(case: Case, pipeline: type, parts: Parts = dict, **given: Any) -> Recipe:
     """A pipeline of the parts of a case of the same denoiser and of its own `parts`, called as that and with what is
-    `given` (functions are called for each call). Parts whose names begin with "_" are attributes."""
+    `given` (functions are called for each call; None: the argument is left out). Parts whose names begin with "_" are
+    attributes."""
 
     def make() -> Any:
         own = parts()
@@ -62,10 +63,13 @@ def like(case: Case, pipeline: type, parts: Parts = dict, **given: Any) -> Recip
         return pipe
 
     def call() -> dict[str, Any]:
-        own = {name: value() if callable(value) else value for name, value in given.items()}
-        names = inspect.signature(pipeline.__call__).parameters
+        names = {name for name in inspect.signature(pipeline.__call__).parameters if name not in given}
         shared = case.call(steps=10, wide=False, dtype=torch.float32).items()
-        return {**{name: value for name, value in shared if name in names}, **own}
+        own = {name: value for name, value in given.items() if value is not None}
+        return {
+            **{name: value for name, value in shared if name in names},
+            **{name: value() if callable(value) else value for name, value in own.items()},
+        }
 
     return Recipe(make, call)
 

@@ -304,7 +304,7 @@ RECIPES: dict[str, Recipe] = {
     **family(SANA_CASE, SANA, lambda: {"vae": sana_vae()}, SanaPAGPipeline={}),
     **family(
         SANA_CASE,
-        {**SANA, "intermediate_timesteps": None},
+        {**SANA, "intermediate_timesteps": lambda: None},
         sprint_parts,
         SanaSprintPipeline={},
         SanaSprintImg2ImgPipeline=PICTURE,
