@@ -175,6 +175,7 @@ _READS = {
     "StableDiffusionParadigmsPipeline": "computes a window of steps in one call, over and over until they agree: there is "
     "no step to leave out",
     "StableDiffusionPix2PixZeroPipeline": _GRADIENTS,
+    "UniDiffuserPipeline": "takes three predictions from a call (a picture, its embedding, a text), and more than one counts",
     "StableDiffusionSAGPipeline": "reads attention maps out of the denoiser at every step, for all of its tokens",
 }
 

@@ -11,7 +11,7 @@ import functools
 import inspect
 import types
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -23,7 +23,7 @@ from .noise_levels import log_snr, step_lengths
 
 
 class Listener:
-    """What follows a clock. `begin`, then for every step `before` and `after`, then `end`.
+    """What follows a clock. `begin`, then for every step `before`, `stepping` and `after`, then `end`.
 
     `end` also comes when the loop fails inside the scheduler or the denoiser, or a pipeline leaves it early. `begin`
     may come again without it (a loop of the user's own, left early): state is dropped at either.
@@ -32,6 +32,9 @@ class Listener:
     def begin(self, clock: Clock) -> None: ...
 
     def before(self, clock: Clock) -> None: ...
+
+    def stepping(self, clock: Clock) -> None:
+        """The scheduler is about to step: what is put into `clock.model_output` it takes for the model's."""
 
     def after(self, clock: Clock) -> None: ...
 
@@ -203,11 +206,11 @@ class Clock:
         use one scheduler at once are told apart; the one that started last is followed."""
         return self.running and caller.here()[0] == self._place
 
-    def before_step(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        """The scheduler is about to step. What adds noise by its class or its settings is known by now; what does
-        by the arguments, or is nobody's we know, shows here."""
+    def before_step(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """The scheduler is about to step; the arguments it gets. What adds noise by its class or its settings is known
+        by now; what does by the arguments, or is nobody's we know, shows here."""
         if not self._steps_here():
-            return
+            return args, kwargs
         scheduler = self._scheduler()
         given = {**self._step_defaults, **dict(zip(self._step_names, args, strict=False)), **kwargs}
         sample = self.sample = given.get("sample")
@@ -219,13 +222,21 @@ class Clock:
         self._dice = None
         if not samplers.is_known(scheduler) and isinstance(sample, Tensor):
             self._dice = samplers.Dice(given.get("generator"), sample.device)
+        self._tell("stepping")
+        if self.model_output is not given.get("model_output"):
+            given = dict(zip(self._step_names, args, strict=False))
+            return (), {**given, **kwargs, "model_output": self.model_output}
+        return args, kwargs
 
     def _begins_at(self, timestep: Any) -> None:
         """The first step of a loop that may start in the middle (image-to-image): only some schedulers are told by
         `set_begin_index`, the others' steps show it. Waits for the device once a run."""
         if timestep is None:
             return
-        first = next((i for i, t in enumerate(self.timesteps) if t == float(timestep)), 0)
+        now = float(
+            timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep
+        )  # Wuerstchen: one an image
+        first = next((i for i, t in enumerate(self.timesteps) if t == now), 0)
         if first:
             self.total -= first
             self.timesteps, self.times = self.timesteps[first:], self.times[first:]
@@ -283,7 +294,7 @@ def _wrapped(clock: Clock, method: Callable, handler: Callable[..., None]) -> Ca
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             if handler is Clock._on_step:
-                clock.before_step(args, kwargs)
+                args, kwargs = clock.before_step(args, kwargs)
             result = method(*args, **kwargs)
             handler(clock, result, *args, **kwargs)
         except BaseException:

@@ -7,6 +7,7 @@ import math
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
 #: Pure noise and no noise are infinitely far away; this far from either they are taken to be.
@@ -38,11 +39,15 @@ def _noise_shares(scheduler: Any, timesteps: list[float]) -> list[float] | None:
         levels = [float(s) for s in sigmas.tolist()][: len(timesteps)]
         # Flow matching mixes signal and noise to one, and says how much is noise; others how much is added.
         return levels if max(levels) <= 1 else [s / (1 + s) for s in levels]
-    alphas = getattr(scheduler, "alphas_cumprod", None)
-    if alphas is None:
+    if scheduler.config.get("prediction_type") == "trigflow":  # on a quarter of a circle
+        return [math.sin(t) / (math.sin(t) + math.cos(t)) for t in timesteps]
+    if hasattr(scheduler, "_alpha_cumprod"):  # Wuerstchen's, of times from 1 to 0
+        kept = scheduler._alpha_cumprod(scheduler.timesteps, scheduler.timesteps.device).tolist()
+    elif (alphas := getattr(scheduler, "alphas_cumprod", None)) is not None:
+        known = alphas.tolist()
+        kept = [known[min(max(round(t), 0), len(known) - 1)] for t in timesteps]
+    else:
         return None
-    known = alphas.tolist()
-    kept = [known[min(max(round(t), 0), len(known) - 1)] for t in timesteps]
     return [(1 - a) ** 0.5 / (a**0.5 + (1 - a) ** 0.5) for a in kept]
 
 
@@ -61,25 +66,36 @@ def step_lengths(scheduler: Any) -> tuple[float, ...] | None:
 
 
 def clean(scheduler: Any, prediction: Tensor, sample: Tensor, log_snr: float) -> Tensor | None:
-    """The picture that a step's prediction says the sample is made of, up to a factor; None: not known.
+    """The picture that a step's prediction says the sample is made of; None: not known.
 
     Args:
         prediction, sample: as the scheduler's `step` gets them.
         log_snr: at that step (`log_snr`).
     """
+    shares = picture_shares(scheduler, log_snr)
+    return None if shares is None else shares[0] * sample + shares[1] * prediction
+
+
+def picture_shares(scheduler: Any, log_snr: float) -> tuple[float, float] | None:
+    """(a, b): the picture is a times the sample plus b times the prediction; None: not known. Arguments as `clean`'s."""
     config, ratio = getattr(scheduler, "config", {}), math.exp(-log_snr)  # noise / signal
-    kind = config.get("prediction_type")
+    kind, root = config.get("prediction_type"), math.sqrt(1 + ratio**2)
     if hasattr(scheduler, "precondition_outputs"):  # EDM: the model works on scaled values
-        return scheduler.precondition_outputs(sample, prediction, ratio)
+        one, zero = torch.ones(()), torch.zeros(())
+        skip, out = (scheduler.precondition_outputs(*pair, ratio) for pair in ((one, zero), (zero, one)))
+        return float(skip), float(out)
+    if hasattr(scheduler, "get_scalings_for_boundary_condition"):  # consistency models
+        skip, out = scheduler.get_scalings_for_boundary_condition(torch.tensor(ratio))
+        return float(skip), float(out)
     if "FlowMatch" in type(scheduler).__name__ or config.get("use_flow_sigmas") or kind == "flow_prediction":
         # Mixed with the picture, or (Cosmos, which says up to how much) added to it.
         added = float(config.get("sigma_max") or 1) > 1
-        return sample - (ratio if added else ratio / (1 + ratio)) * prediction
+        return 1.0, -(ratio if added else ratio / (1 + ratio))
     # Noise is added to a picture of full size, or the two are mixed so that their squares sum to one.
     added = float(getattr(scheduler, "init_noise_sigma", 1.0)) > 1.5
-    root = math.sqrt(1 + ratio**2)
-    if kind == "epsilon":
-        return sample - (ratio if added else ratio / root) * prediction
-    if kind == "v_prediction":
-        return (sample / root if added else sample) - ratio * prediction
-    return prediction if kind == "sample" else None
+    if kind == "epsilon" or hasattr(scheduler, "_alpha_cumprod"):
+        return (1.0 if added else root), -ratio
+    if kind in ("v_prediction", "trigflow"):
+        return (1 / root**2 if added else 1 / root), -ratio / root
+    codes = type(scheduler).__name__ == "VQDiffusionScheduler"  # how likely each is in the picture
+    return (0.0, 1.0) if kind == "sample" or codes else None

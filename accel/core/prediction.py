@@ -1,6 +1,6 @@
 """A denoiser's prediction: read from whatever its calls return, and put back into the same form.
 
-Denoisers of diffusers return an output class with `sample`, a tuple, a bare tensor (Kandinsky 5), or a list of one
+Denoisers of diffusers return an output class with `sample` (priors: `predicted_image_embedding`), a tuple, a bare tensor (Kandinsky 5), or a list of one
 tensor per image inside of either (Z-Image).
 """
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from accel.errors import UnsupportedError
+
+_FIELDS = ("sample", "predicted_image_embedding")
 
 
 def prediction_of(output: Any) -> Tensor:
@@ -29,7 +31,14 @@ def _inner(output: Any) -> Any:
         return output
     if isinstance(output, tuple):
         return output[0]
-    return getattr(output, "sample", output)
+    field = _field(type(output))
+    return output if field is None else getattr(output, field)
+
+
+def _field(cls: type) -> str | None:
+    """Where an output class has its prediction."""
+    known = getattr(cls, "__dataclass_fields__", {})
+    return next((name for name in _FIELDS if name in known), None)
 
 
 def _tensor(inner: Any, output: Any) -> Tensor:
@@ -52,7 +61,7 @@ def put(output: Any, prediction: Tensor) -> Any:
         return value
     if isinstance(output, tuple):
         return (value, *output[1:])
-    return type(output)(**{**vars(output), "sample": value})
+    return type(output)(**{**vars(output), str(_field(type(output))): value})
 
 
 def like(output: Any) -> Callable[[Tensor], Any]:
@@ -64,7 +73,7 @@ def like(output: Any) -> Callable[[Tensor], Any]:
         value = list(prediction.unbind(0)) if split else prediction
         if issubclass(cls, Tensor):
             return value
-        return (value,) if issubclass(cls, tuple) else cls(sample=value)
+        return (value,) if issubclass(cls, tuple) else cls(**{str(_field(cls)): value})
 
     return form
 

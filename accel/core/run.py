@@ -74,6 +74,9 @@ class StepMethod(Method):
     def prepare(self, run: Run) -> None:
         """The step `run.phase` describes is about to start."""
 
+    def stepping(self, run: Run) -> None:
+        """The scheduler is about to step with `run.clock.model_output`, which may be replaced."""
+
     @abstractmethod
     def account(self, run: Run) -> StepStats:
         """After a step: what it did (the calls are counted by the run)."""
@@ -325,6 +328,10 @@ class Run(Listener):
         """The runs on the same denoiser and loop, this one among them."""
         runs = [run for run in self.clock.listeners if isinstance(run, Run)]
         return [run for run in runs if run.target.denoiser is self.target.denoiser]
+
+    def stepping(self, clock: Clock) -> None:
+        if self.seen:
+            self.method.stepping(self)
 
     def after(self, clock: Clock) -> None:
         if self._foreign:

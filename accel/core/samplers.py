@@ -1,8 +1,9 @@
-"""What forecasts ask of a scheduler: one call of the model at each time, times that go one way, and no fresh noise.
+"""What forecasts ask of a scheduler: one call of the model at each time, times that go one way, and to be told of noise.
 
 A forecast repeats the prediction made for older noise. A sampler that adds noise at a step makes another picture of
 it than the one that prediction was about: what is repeated is then noise (measured on the built-in model, `balanced`
-under an ancestral sampler: 48.5 dB to the plain picture become 16.6, and the subject is gone).
+under an ancestral sampler: 48.5 dB to the plain picture become 16.6, and the subject is gone). Where it is known how a
+step makes a picture of sample and prediction (`noise_levels.picture_shares`), that picture is continued instead.
 """
 
 from __future__ import annotations
@@ -68,6 +69,12 @@ def adds_noise(scheduler: Any, arguments: Mapping[str, Any] | None = None) -> st
         if isinstance(value, SupportsFloat) and float(value) > 0:
             return f"adds noise ({argument}={float(value):g} was given to its step)"
     return None
+
+
+def steps_from_its_sample(scheduler: Any, reason: str) -> bool:
+    """Whether a step that adds noise, for the reason that `adds_noise` gives, starts at the sample it is given: Karras'
+    churn raises that one's noise first, and a scheduler nobody knows may do anything."""
+    return is_known(scheduler) and "s_churn" not in reason
 
 
 def noise_message(scheduler: Any, reason: str) -> str:

@@ -253,6 +253,7 @@ def codes() -> dict[str, Any]:
         num_vector_embeds=12,
         sample_size=6,
         num_embeds_ada_norm=12,
+        norm_type="ada_norm",
         norm_num_groups=8,
         activation_fn="geglu-approximate",
         attention_bias=True,

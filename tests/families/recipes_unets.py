@@ -20,6 +20,8 @@ from diffusers import (
     LCMScheduler,
     T2IAdapter,
     UNet2DConditionModel,
+    UniDiffuserModel,
+    UniDiffuserTextDecoder,
 )
 from diffusers.pipelines.deprecated.paint_by_example import PaintByExampleImageEncoder
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
@@ -66,8 +68,9 @@ def sd(name: str, parts: Callable[[], dict[str, Any]] = dict, **given: Any) -> t
 
 def prompted(name: str, parts: Callable[[], dict[str, Any]] = dict, **given: Any) -> tuple[str, Recipe]:
     """Those that ask for a prompt in words."""
+    names = inspect.signature(getattr(diffusers, name).__call__).parameters
     words = {**PROMPT, "prompt_embeds": None, "negative_prompt_embeds": None}
-    return sd(name, joined(text, parts), **{**words, **given})
+    return sd(name, joined(text, parts), **{n: v for n, v in words.items() if n in names}, **given)
 
 
 def xl(name: str, parts: Callable[[], dict[str, Any]] = dict, **given: Any) -> tuple[str, Recipe]:
@@ -209,8 +212,37 @@ def consistent() -> dict[str, Any]:
     return {**unet(time_cond_proj_dim=DIM)(), "scheduler": LCMScheduler(clip_sample=False)}
 
 
+def unidiffuser() -> dict[str, Any]:
+    """A picture, its embedding and a text in one sequence."""
+    denoiser = UniDiffuserModel(
+        text_dim=DIM,
+        clip_img_dim=DIM,
+        num_text_tokens=WORDS,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        sample_size=16,
+        patch_size=2,
+        block_type="unidiffuser",
+    )
+    decoder = UniDiffuserTextDecoder(
+        prefix_length=WORDS, prefix_inner_dim=DIM, n_embd=DIM, vocab_size=55, n_layer=1, n_head=2
+    )
+    return {
+        "vae": autoencoder(),
+        "text_encoder": text_encoder(),
+        "image_encoder": image_encoder(),
+        "clip_image_processor": image_processor(),
+        "clip_tokenizer": tokenizer(),
+        "text_decoder": randomise(decoder, 3),
+        "text_tokenizer": tokenizer(),
+        "unet": randomise(denoiser, 0),
+    }
+
+
 BOXES = {"gligen_phrases": ["a cat"], "gligen_boxes": [[0.2, 0.6, 0.5, 0.9]]}
-NO_TEXT = {"prompt_embeds": None, "negative_prompt_embeds": None}
 
 RECIPES: dict[str, Recipe] = dict(
     [
@@ -253,16 +285,11 @@ RECIPES: dict[str, Recipe] = dict(
             "StableDiffusionUpscalePipeline",
             lambda: {**unet(in_channels=7, num_class_embeds=1000)(), "low_res_scheduler": DDPMScheduler()},
             image=pictures,
-            height=None,
-            width=None,
         ),
         sd(
             "StableDiffusionLatentUpscalePipeline",
             upscaler,
             image=latent_picture,
-            height=None,
-            width=None,
-            num_images_per_prompt=None,
             pooled_prompt_embeds=lambda: numbers(2, DIM, seed=3),
             negative_pooled_prompt_embeds=lambda: numbers(2, DIM, seed=6),
         ),
@@ -324,7 +351,6 @@ RECIPES: dict[str, Recipe] = dict(
             "CycleDiffusionPipeline",
             lambda: {"scheduler": ddim()},
             source_prompt="a dog",
-            negative_prompt=None,
             image=picture,
             strength=0.9,
         ),
@@ -345,7 +371,8 @@ RECIPES: dict[str, Recipe] = dict(
             prediction_type="intrinsics",
             target_properties={"target_names": ["albedo", "roughness"]},
         ),
-        prompted("LDMTextToImagePipeline", bert, negative_prompt=None, output_type="np"),
+        prompted("UniDiffuserPipeline", unidiffuser, height=32, width=32, output_type="np"),
+        prompted("LDMTextToImagePipeline", bert, output_type="np"),
         prompted("StableUnCLIPPipeline", lambda: unclip(True), prior_num_inference_steps=2),
         prompted("StableUnCLIPImg2ImgPipeline", lambda: unclip(False), image=picture),
     ]

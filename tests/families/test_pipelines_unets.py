@@ -33,6 +33,7 @@ def calls_of(module):
         ("StableDiffusionAttendAndExcitePipeline", "gradients"),
         ("StableDiffusionParadigmsPipeline", "window of steps"),
         ("StableDiffusionPix2PixZeroPipeline", "gradients"),
+        ("UniDiffuserPipeline", "three predictions"),
     ],
 )
 def test_what_cannot_be_followed_is_refused_at_once(name, message):
@@ -80,3 +81,27 @@ def test_a_forecast_of_nothing_changes_nothing(name):
         assert torch.equal(latents(pipe, recipe.call()), plain)
     assert handle.stats.share == 1
     assert torch.equal(latents(pipe, recipe.call()), plain)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "IFPipeline",  # its denoiser's variance, and thresholds
+        "KandinskyPriorPipeline",  # predicts an embedding, in an output class of its own
+        "LatentConsistencyModelPipeline",
+        "VQDiffusionPipeline",  # how likely codes are
+        "WuerstchenDecoderPipeline",  # times from 1 to 0, one for each image
+    ],
+)
+def test_samplers_with_noise_take_forecasts(name):
+    """The same noise makes much the same picture, and other noise another one."""
+    recipe = RECIPES[name]
+    pipe = recipe.make()
+    plain = latents(pipe, recipe.call()).float()
+    with accel.accelerate(pipe, EVERY_SECOND) as handle:
+        fast = latents(pipe, recipe.call()).float()
+    assert handle.stats.share < 1
+    assert fast.isfinite().all()
+    assert not torch.equal(fast, plain)
+    assert 0.5 < float(fast.std() / plain.std()) < 2
+    assert torch.equal(latents(pipe, recipe.call()).float(), plain)
