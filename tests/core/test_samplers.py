@@ -166,7 +166,12 @@ def test_under_noise_the_picture_is_continued(make, step):
     [
         (diffusers.EulerDiscreteScheduler, {"s_churn": 20.0}, "balanced", "s_churn=20 was given to its step"),
         (diffusers.DDPMScheduler, {}, accel.ForecastConfig(tolerance=0.1), "tolerance=0.1 compares"),
-        (diffusers.DDPMScheduler, {}, accel.ForecastConfig(guidance_every=2), "guidance_every=2 compares"),
+        (
+            diffusers.DDPMScheduler,
+            {},
+            accel.ForecastConfig(schedule=accel.Schedule(guidance_every=2)),
+            "guidance_every=2 compares",
+        ),
     ],
     ids=["churn", "tolerance", "guidance"],
 )

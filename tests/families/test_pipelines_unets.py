@@ -14,8 +14,8 @@ from accel.core.capability import denoisers_of, scheduler_of
 from accel.errors import UnsupportedError
 
 RECIPES = {**UNETS, **KANDINSKY, **PIXELS}
-EVERY_SECOND = accel.ForecastConfig(cycle=(0, 1), dense_steps_first=3, dense_steps_last=1)
-NOTHING = accel.ForecastConfig(cycle=(0, 1), dense_steps_first=1000)
+EVERY_SECOND = accel.ForecastConfig(schedule=accel.Schedule(cycle=(0, 1), dense_first=3, dense_last=1))
+NOTHING = accel.ForecastConfig(schedule=accel.Schedule(cycle=(0, 1), dense_first=1000))
 
 
 def calls_of(module):

@@ -102,7 +102,7 @@ def test_stable_cascade_adds_noise_at_every_step():
         return pipe(**call, generator=torch.Generator().manual_seed(5)).images
 
     plain = run()
-    config = accel.ForecastConfig(cycle=(0, 1), dense_steps_first=3)
+    config = accel.ForecastConfig(schedule=accel.Schedule(cycle=(0, 1), dense_first=3))
     with accel.accelerate(pipe, config) as handle:
         fast = run()
     assert handle.stats.share < 0.9

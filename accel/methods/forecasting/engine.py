@@ -120,10 +120,11 @@ class Forecasting(StepMethod):
         told = samplers.steps_from_its_sample(scheduler, reason)
         if not told or picture_shares(scheduler, run.time) is None:
             super().noisy(run, reason)
-        if config.guidance_every > 1 or config.tolerance is not None:
-            setting = "guidance_every" if config.guidance_every > 1 else "tolerance"
+        every, tolerance = config.schedule.guidance_every, config.tolerance
+        if every > 1 or tolerance is not None:
+            setting = f"schedule.guidance_every={every}" if every > 1 else f"tolerance={tolerance}"
             raise UnsupportedError(
-                f"{setting}={getattr(config, setting)} compares predictions of different steps, and "
+                f"{setting} compares predictions of different steps, and "
                 f"{type(scheduler).__name__} {reason} between them. Leave it out, or use a scheduler without noise."
             )
 
