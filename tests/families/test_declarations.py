@@ -154,7 +154,9 @@ def test_predictions_that_become_shorter_are_followed():
     assert handle.stats.branches_skipped == 5
     errors = []
     for correct in (False, True):
-        with accel.accelerate(pipe, accel.ForecastConfig(cycle=(0, 1), correct=correct)) as handle:
+        with accel.accelerate(
+            pipe, accel.ForecastConfig(schedule=accel.Schedule(cycle=(0, 1)), correct=correct)
+        ) as handle:
             errors.append(relative(case.latents(pipe, steps=12), plain))
         assert handle.stats.notes == []  # what the sampler gets is a mix of what was predicted for the image
     assert errors[0] != errors[1]
@@ -164,17 +166,21 @@ def test_what_forecasts_missed_is_made_up_for_where_predictions_have_frames():
     """Z-Image predicts one frame, and its sampler gets pictures."""
     case = CASES["Z-Image"]
     pipe = case.make()
-    with accel.accelerate(pipe, accel.ForecastConfig(cycle=(0, 1), correct=True)) as handle:
+    with accel.accelerate(
+        pipe, accel.ForecastConfig(schedule=accel.Schedule(cycle=(0, 1)), correct=True)
+    ) as handle:
         corrected = case.latents(pipe, steps=12)
     assert handle.stats.notes == []
-    with accel.accelerate(pipe, accel.ForecastConfig(cycle=(0, 1), correct=False)):
+    with accel.accelerate(pipe, accel.ForecastConfig(schedule=accel.Schedule(cycle=(0, 1)), correct=False)):
         assert relative(case.latents(pipe, steps=12), corrected) > 1e-3
 
 
 def test_half_of_a_step_is_counted_where_tokens_are_not_described():
     case = CASES["Sana"]
     pipe = case.make()
-    with accel.accelerate(pipe, accel.ForecastConfig(cycle=(1,), guidance_every=2)) as handle:
+    with accel.accelerate(
+        pipe, accel.ForecastConfig(schedule=accel.Schedule(cycle=(1,), guidance_every=2))
+    ) as handle:
         case.latents(pipe, steps=12)
     assert handle.stats.share == 1 - handle.stats.branches_skipped / 2 / 12 < 1
 

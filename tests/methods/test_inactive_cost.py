@@ -8,7 +8,7 @@ import torch
 import accel
 from accel.generation import load_pipeline
 
-DENSE = {"dense_steps_first": 1000}  # every step is
+DENSE = {"schedule": accel.Schedule(dense_first=1000)}  # every step is
 STEPS = 2
 
 METHODS = {
