@@ -33,6 +33,10 @@ from accel.errors import AccelError
 from accel.pipelines import registry
 
 RECIPES = of_all("recipes_*.py", "RECIPES")
+#: What does not run anywhere, with diffusers' own parts.
+NO_WAY = "cannot be had"
+_BLIP = "its Blip2QFormerModel calls `invert_attention_mask`, which transformers 5 has no more"
+CANNOT = {"BlipDiffusionControlNetPipeline": _BLIP, "BlipDiffusionPipeline": _BLIP}
 PRESETS = ("balanced", "merging")
 SECONDS = 120  # a pipeline; of random parts of sizes that do not go together, some never end
 DENOISERS = ("transformer", "unet", "prior", "decoder")
@@ -161,6 +165,9 @@ def first_line(error: BaseException) -> str:
 
 def tried(cls: type, denoiser: str) -> Row:
     row = Row(cls.__name__, denoiser, denoiser in registry.known(), "no case of this denoiser")
+    if cls.__name__ in CANNOT:
+        row.plain = f"{NO_WAY}: {CANNOT[cls.__name__]}"
+        return row
     if (recipe := RECIPES.get(cls.__name__)) is not None:
         try:
             pipe = recipe.make()
@@ -229,10 +236,22 @@ def table(rows: list[Row]) -> str:
         "|---|---|---|" + "---|" * len(PRESETS),
     ]
     for row in rows:
-        plain = row.plain if row.ran else "not here"
+        plain = row.plain if row.ran or row.plain.startswith(NO_WAY) else "not here"
         said = [cell(text) for text in row.said] or ["–"] * len(PRESETS)
         lines.append(f"| {row.pipeline} | {row.denoiser} | {plain} | {' | '.join(said)} |")
     return "\n".join(lines) + "\n"
+
+
+def kept(page: Path, rows: list[Row]) -> list[Row]:
+    """The rows, and those of a page for the pipelines that are not among them."""
+    again = {row.pipeline for row in rows}
+    found = []
+    for line in page.read_text(encoding="utf-8").splitlines() if page.is_file() else ():
+        name, denoiser, plain, *said = (line.strip("| ").split(" | ") + [""] * 3)[: 3 + len(PRESETS)]
+        if name.endswith("Pipeline") and name not in again:
+            ran = tuple(said) if plain == "yes" else ()
+            found.append(Row(name, denoiser, denoiser in registry.known(), plain, ran))
+    return sorted([*rows, *found], key=lambda row: row.pipeline)
 
 
 def cell(text: str) -> str:
@@ -245,7 +264,9 @@ def stop(*_: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="*", help="names of pipelines")
+    parser.add_argument(
+        "--only", nargs="*", help="names of pipelines; the page keeps what it says of the others"
+    )
     parser.add_argument("--write", type=Path, help="the page")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -263,6 +284,7 @@ def main() -> None:
         rows.append(row)
         print(row.pipeline, row.denoiser, row.plain, *row.said, sep=" | ", flush=True)
     if options.write:
+        rows = kept(options.write, rows) if options.only else rows
         options.write.write_text(table(rows), encoding="utf-8")
 
 
