@@ -46,7 +46,8 @@ def main() -> None:
     own = pipe.scheduler
 
     def make(prompt: str, seed: int) -> torch.Tensor:
-        torch.manual_seed(seed)  # FLUX's pipeline gives its generator to no step: what those draw is torch's own
+        # FLUX's pipeline gives its generator to no step: what those draw is torch's own.
+        torch.manual_seed(seed)
         generator = torch.Generator().manual_seed(seed)
         size = {"height": options.size, "width": options.size}
         return pipe(
