@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from .picture_files import load_picture
+
 _MARGIN, _TEXT = 12, 15
 _INK, _FAINT, _PAPER = (28, 28, 30), (110, 110, 115), (255, 255, 255)
 
@@ -36,6 +38,19 @@ def save_png(image: Image.Image, file: Path, notes: Mapping[str, str] | None = N
     part = file.with_name(f".{file.stem[:200]}.part")  # beside it, so that moving it is one step
     image.save(part, format="PNG", pnginfo=fields)
     part.replace(file)
+
+
+def save_pngs(folder: Path, pictures_PCHW: torch.Tensor) -> None:
+    """uint8 pictures as 000.png, 001.png, ...; each file is there whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, picture in enumerate(pictures_PCHW):
+        save_png(to_pil(picture.float() / 255), folder / f"{number:03d}.png")
+
+
+def load_pngs(folder: Path, count: int) -> torch.Tensor | None:
+    """`count` of those, (count, 3, H, W) uint8; None: not all are there."""
+    files = [folder / f"{number:03d}.png" for number in range(count)]
+    return torch.stack([load_picture(file) for file in files]) if all(f.exists() for f in files) else None
 
 
 def _fit(

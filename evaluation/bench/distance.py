@@ -8,6 +8,7 @@ latter than plain is, and far from plain.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
@@ -28,6 +29,7 @@ from accel.errors import ConfigError
 from accel.evaluation.bootstrap import mean_interval
 from accel.evaluation.configurations import PLAIN, Configuration
 from accel.evaluation.errors import EvaluationError
+from accel.evaluation.pictures import load_pngs, save_pngs
 from accel.evaluation.records import Appender, Shape, read_records, write_atomically
 from accel.evaluation.report.table import Markdown, Table
 from accel.evaluation.suites import Prompt
@@ -72,7 +74,7 @@ def measure(
     """Run every setting at every number of steps; returns the rows, those of earlier starts among them.
 
     Args:
-        path: folder; `distances.jsonl` in it is continued.
+        path: folder; `distances.jsonl` in it is continued, with the plain and the fine pictures beside it.
         counts: numbers of steps of the plain pipeline.
         only: settings whose name it finds.
 
@@ -115,17 +117,27 @@ def measure(
             out.write(rows[-1])
 
     until, plains = time.monotonic() + 60 * plan.minutes, {}
-    if todo:
+    kept = path / "plain" / hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:12]
+    if not todo:
+        return rows
+    fine = load_pngs(kept / FINE, len(jobs))
+    if fine is None:
         plan.progress((0, len(todo), f"{plan.fine} steps, once"))
         fine, _, _ = _pictures(pipe, Configuration(FINE, steps=plan.fine), jobs, plan.fine, plan)
+        save_pngs(kept / FINE, fine)
     for total in dict.fromkeys(n for n, _ in todo):
+        before = next((row for row in rows if (row["steps"], row["name"]) == (total, PLAIN)), {})
+        pictures = load_pngs(kept / str(total), len(jobs))
+        if pictures is not None and "calls" in before:
+            plains[total] = (pictures, before["calls"], before["seconds"])
+            continue
         plan.progress((0, len(todo), f"{total} steps, plain"))
-        plains[total] = _pictures(pipe, Configuration(PLAIN), jobs, total, plan)
-        if (total, PLAIN) not in known:
-            pictures, _, seconds = plains[total]
+        plains[total] = pictures, calls, seconds = _pictures(pipe, Configuration(PLAIN), jobs, total, plan)
+        save_pngs(kept / str(total), pictures)
+        if not before:
             row = {"name": PLAIN, "group": STEPS, "why": "", "computed": float(total), "seconds": seconds}
             row |= {"psnr": None, "fine": _decibels(pictures, fine), "score": _scores(pictures, prompts)}
-            keep(total, row)
+            keep(total, row | {"calls": calls})
     for done, (total, setting) in enumerate(todo):
         if time.monotonic() > until:
             break

@@ -7,13 +7,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from accel.evaluation.errors import EvaluationError
-from accel.evaluation.picture_files import load_picture
-from accel.evaluation.pictures import save_png, to_pil
+from accel.evaluation.pictures import load_pngs, save_pngs
 from accel.evaluation.records import write_atomically
 from accel.evaluation.textfiles import read_json
 
@@ -72,15 +70,11 @@ class State:
         self.keep(tried=[*self.known["tried"], dict(row)])
 
     def keep_pictures(self, split: str, pictures: Tensor) -> None:
-        folder = self.folder / split
-        folder.mkdir(parents=True, exist_ok=True)
-        for number, picture in enumerate(pictures):
-            save_png(to_pil(picture.float() / 255), folder / f"{number:03d}.png")
+        save_pngs(self.folder / split, pictures)
 
     def pictures(self, split: str, count: int) -> Tensor | None:
         """Plain pictures of a part of the prompts; None: not all are there."""
-        files = [self.folder / split / f"{number:03d}.png" for number in range(count)]
-        return torch.stack([load_picture(f) for f in files]) if all(f.exists() for f in files) else None
+        return load_pngs(self.folder / split, count)
 
     def keep_ends(self, ends_PL: Tensor) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -180,7 +180,7 @@ def test_tables_compare_at_equal_steps(rows):
     assert json.loads((folder / "distances.json").read_text())["environment"]
 
 
-def test_a_stopped_comparison_goes_on_and_another_is_refused(rows, tmp_path):
+def test_a_stopped_comparison_goes_on_and_another_is_refused(rows, tmp_path, monkeypatch):
     folder, found = rows
     pipe, calls = flux(), []
     pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
@@ -197,6 +197,13 @@ def test_a_stopped_comparison_goes_on_and_another_is_refused(rows, tmp_path):
         measure(folder, pipe, PROMPTS, [12], plan(), distance.re.compile("zzz"))
     short = measure(tmp_path, pipe, PROMPTS, [12], plan(minutes=0.0), ONLY)
     assert [row["name"] for row in short] == ["plain"]
+    ran, run = [], distance._pictures
+    monkeypatch.setattr(
+        distance, "_pictures", lambda pipe, item, *rest: ran.append(item.name) or run(pipe, item, *rest)
+    )
+    (_, fast) = measure(tmp_path, pipe, PROMPTS, [12], plan(), distance.re.compile("^fast$"))
+    assert ran == ["fast"]  # nothing plain is run again
+    assert fast["psnr"] == next(row for row in found if row["name"] == "fast")["psnr"]
 
 
 @pytest.mark.filterwarnings("ignore:.*(cut off|unreadable):accel.errors.AccelWarning")
