@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from accel.errors import AccelWarning, ConfigError, UnsupportedError
 from accel.strict import StrictError, parse_json, read_text
 
+from .target import Target
+
 VERSION = 1
 _SAMPLE = 16  # numbers of every parameter that are looked at
 _MAX_BYTES = 64 << 20
@@ -99,6 +101,14 @@ class MadeFor:
             self.size = str(content["call"].get("size") or "the pipeline's own size")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"made_for: {path} is damaged: no {error}; run accel tune again") from error
+
+    @classmethod
+    def of(cls, path: str | None, target: Target) -> MadeFor | None:
+        """Read and checked; None: there is none."""
+        found = None if path is None else cls(path)
+        if found is not None:
+            found.check(target.denoiser, target.scheduler)
+        return found
 
     def check(self, denoiser: nn.Module, scheduler: Any) -> None:
         """

@@ -78,7 +78,7 @@ class Row:
     """What a configuration gave on a part of the prompts: PSNR or LPIPS of each, seconds in the denoiser and in all."""
 
     name: str
-    computed: int
+    computed: float
     split: str
     values: dict[str, list[float]]
     denoiser_seconds: float
@@ -106,4 +106,5 @@ class Tuned:
 
 
 def name_of(mask: Mask) -> str:
-    return f"{','.join(map(str, mask.steps))} t{mask.trend:g}"
+    how = f"t{mask.trend:g}" if mask.budget == 1 else f"on {mask.budget:.0%} of the tokens"
+    return f"{','.join(map(str, mask.steps))} {how}"

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accel import generation
+from accel import configs, generation
 from accel.core import samplers
 from accel.core.clock import Clock, Listener
 from accel.core.schedule import Schedule
 from accel.errors import UnsupportedError
 from accel.generation import Job
 from accel.methods.forecasting import ForecastConfig
+from accel.methods.merging import TokenMergingConfig
 
 from .masks import Array, Mask, Plain, gaps
 
@@ -184,16 +185,20 @@ def schedule_of(runs: Runs, total: int, job: Job) -> tuple[Array, Array]:
     raise AssertionError("a loop that never began")
 
 
-def config_of(mask: Mask, total: int, **options: Any) -> ForecastConfig:
+def config_of(mask: Mask, total: int) -> ForecastConfig | TokenMergingConfig:
     """The configuration of a mask for runs of `total` steps."""
-    return ForecastConfig(
-        schedule=Schedule(steps=mask.steps, total=total), trend=mask.trend, correct="auto", **options
-    )
+    if mask.budget == 1:
+        return ForecastConfig(
+            schedule=Schedule(steps=mask.steps, total=total), trend=mask.trend, correct="auto"
+        )
+    budgets = tuple(mask.budget if step in mask.steps else 0.0 for step in range(1, total))
+    few = configs.load("few-step")
+    return replace(few, schedule=replace(few.schedule, cycle=budgets), order=int(0 in budgets))
 
 
-def computed(config: Any, total: int) -> int:
-    """Steps that a configuration computes."""
-    return sum(phase.budget > 0 for phase in config.full_schedule.phases(total))
+def computed(config: Any, total: int) -> float:
+    """Steps that a configuration computes, one on a part of the tokens as that part."""
+    return round(sum(phase.budget for phase in config.full_schedule.phases(total)), 4)
 
 
 def probes(total: int) -> list[tuple[int, int]]:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
+from accel import methods
 from accel.core import made_for
 from accel.evaluation.bootstrap import mean_interval
 from accel.evaluation.records import write_atomically
 from accel.evaluation.report.table import Markdown, Table
 
 from .masks import Mask
+from .measure import config_of
 from .state import rounded
 from .tune import HELD, SEARCH, Tuned, name_of
 
@@ -32,17 +36,22 @@ def write(tuned: Tuned, preset: Path, made_by: str) -> list[Path]:
     assert held is not None
     values, total = held.values[tuned.goal.measured], tuned.plain.total
     said = [
-        f"{held.computed} of {total} steps computed; {tuned.goal.said(values)} to the plain pictures at the 10th",
+        f"{_said(tuned.mask)} of {total} steps computed; {tuned.goal.said(values)} to the plain pictures at the 10th",
         f"percentile of {len(values)} prompts that were held back.",
     ]
     write_atomically(preset, _preset(tuned.mask, total, side_car.name, [made_by, *said]))
     written = [preset, side_car]
     for other, mask in tuned.others.items():
         file = other_file(preset, other)
-        said = [f"{len(mask.steps)} of {other} steps computed; not run: by what runs of {total} steps say."]
+        said = [f"{_said(mask)} of {other} steps computed; not run: by what runs of {total} steps say."]
         write_atomically(file, _preset(mask, other, side_car.name, [made_by, *said]))
         written.append(file)
     return written
+
+
+def _said(mask: Mask) -> str:
+    count = str(len(mask.steps))
+    return count if mask.budget == 1 else f"{count} (on {mask.budget:.0%} of the tokens but for the first)"
 
 
 def other_file(preset: Path, total: int) -> Path:
@@ -51,15 +60,22 @@ def other_file(preset: Path, total: int) -> Path:
 
 
 def _preset(mask: Mask, total: int, side_car: str, said: Sequence[str]) -> str:
-    lines = [
-        *(f"# {' '.join(line.split())}" for line in said),
-        "method: forecast",
-        f"schedule: {{steps: [{', '.join(map(str, mask.steps))}], total: {total}}}",
-        *([] if mask.trend == 1 else [f"trend: {mask.trend:g}"]),
-        "correct: auto",
-        f"made_for: {json.dumps(side_car)}",
-    ]
-    return "\n".join(lines) + "\n"
+    config = config_of(mask, total)
+    settings = {"method": methods.name_of(config), **_changed(config), "made_for": side_car}
+    text = yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, width=10_000)
+    return "\n".join([*(f"# {' '.join(line.split())}" for line in said), text])
+
+
+def _changed(config: Any) -> dict[str, Any]:
+    """The settings of a configuration that are not its defaults."""
+    found = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value != field.default:
+            found[field.name] = _changed(value) if is_dataclass(value) else value
+            if isinstance(value, tuple):
+                found[field.name] = list(value)
+    return found
 
 
 def _side_car(tuned: Tuned) -> dict[str, Any]:
@@ -106,7 +122,7 @@ def table(tuned: Tuned) -> Table:
         clock = ""
         if row.split == HELD and row.denoiser_seconds and tuned.seconds["denoiser"]:
             clock = f"{tuned.seconds['denoiser'] / row.denoiser_seconds:.2f}x"
-        cells = [f"{row.computed} / {total}", f"{len(values)} {row.split}", _mean(values, metric)]
+        cells = [f"{row.computed:g} / {total}", f"{len(values)} {row.split}", _mean(values, metric)]
         rows.append([name, *cells, tuned.goal.said(values), clock])
     return Table(header, rows, "Masks that were run")
 
@@ -131,7 +147,7 @@ def verdict(tuned: Tuned) -> str:
     unit = "LPIPS" if metric == "lpips" else "dB"
     said = f"{gain.mean():+.{4 if metric == 'lpips' else 1}f} {unit}"
     interval = mean_interval(list(gain), range(len(gain)))
-    against = f"`{other.name}` ({other.computed} steps; this has {own.computed})"
+    against = f"`{other.name}` ({other.computed:g} steps; this has {own.computed:g})"
     if interval.low is None:
         return f"Against {against}: {said} closer, on too few prompts for an interval."
     said += f" [{interval.low:+.2f}, {interval.high:+.2f}]"
@@ -166,7 +182,7 @@ def _picture(tuned: Tuned, quantile: float) -> dict[str, Any]:
         y = abs(tuned.goal.closeness(row.values[metric], quantile))
         x = total / row.computed
         chosen = row.name == name_of(tuned.mask)
-        name = "chosen" if chosen and row.split == HELD else f"{row.computed} steps"
+        name = "chosen" if chosen and row.split == HELD else f"{row.computed:g} steps"
         name = name if row.name.split()[0][0].isdecimal() else row.name
         points.append(
             plot.Point(name, x, y, None, None, f"{x:.2f}x, {y:.4g}: {row.name}", f"{row.split} prompts")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from accel import configs, generation
 from accel.core import made_for
 from accel.core.capability import denoisers_of
 from accel.core.schedule import Schedule, growing
-from accel.errors import ConfigError
+from accel.errors import ConfigError, UnsupportedError
 from accel.evaluation.errors import EvaluationError
 from accel.evaluation.metrics.pixel import psnr
 from accel.generation import Job
@@ -32,6 +33,8 @@ from .measure import Runs, amplification, amplification_at, computed, probes, sc
 from .state import State, rounded
 
 TRENDS = (0.5, 0.75, 1.0)
+#: Up to so many steps, which leave few to forecast, computed ones may be computed on these shares of the tokens.
+FEW, BUDGETS = 9, (0.5, 0.33)
 SEARCH, HELD = "search", "held-back"
 FEWEST, MOST = 4, 12  # prompts; and of each of the two parts
 _PROBED = 4  # prompts of the runs with a single gap
@@ -91,6 +94,7 @@ class _Tuning:
         self.ahead = 0.0  # what is expected to come after what is going on
         self.until = 0.0
         self.runs = Runs(pipe, settings.call, settings.batch, self._spend)
+        self.budgets = BUDGETS if total <= FEW and _takes_windows(pipe) else ()
         self.started = time.monotonic()
 
     def _made(self, pipe: Any) -> dict[str, Any]:
@@ -168,10 +172,10 @@ class _Tuning:
         mask = what if isinstance(what, Mask) else None
         name = name_of(mask) if mask else what[0]  # type: ignore[index]
         config = None if mask else what[1]  # type: ignore[index]
-        count = len(mask.steps) if mask else computed(config, self.total)
+        count = mask.cost if mask else computed(config, self.total)
         known = self.state.tried(split, name, self.goal.measured)
         if known is None:
-            self._begin(f"{count} of {self.total} steps, {split}", count * self._size(split), ahead)
+            self._begin(f"{count:g} of {self.total} steps, {split}", count * self._size(split), ahead)
             made = self.runs.made(self.jobs[split], mask, config)
             values = {self.goal.measured: rounded(self._distances(made.pictures, self.pictures[split]))}
             times = {"denoiser_seconds": made.denoiser_seconds, "seconds": made.seconds}
@@ -181,7 +185,12 @@ class _Tuning:
 
     def _distances(self, pictures: Tensor, plain: Tensor) -> list[float]:
         if self.settings.lpips is not None and self.goal.metric == "lpips":
-            return [part["value"] or 0.0 for part in self.settings.lpips(pictures, plain, [])]
+            parts = self.settings.lpips(pictures, plain, [])
+            if reasons := {part["reason"] for part in parts if part["value"] is None}:
+                raise EvaluationError(
+                    f"LPIPS cannot be told: {'; '.join(sorted(reasons))}. Tune at a larger --size, or to --min-psnr"
+                )
+            return [float(part["value"]) for part in parts]
         return [min(value, _IDENTICAL) for value in psnr(pictures, plain).tolist()]
 
     # The search.
@@ -196,8 +205,10 @@ class _Tuning:
         self.masks = merged([cheapest(prices, trend) for trend, prices in self.prices.items()])
         rows: list[Row] = []
         if self.goal.metric == "speedup":
-            count = max(1, int(self.total / self.goal.value + 1e-9))
-            options = iter([self._climbed(self._tried(count, 5, rows), rows, None)])
+            most = self.total / self.goal.value + 1e-9
+            whole = self._climbed(self._tried(max(1, int(most)), 5, rows), rows, None)
+            closest = max([whole, *self._thin(most)], key=lambda mask: self._closeness(mask, rows))
+            options = iter([closest])
         else:
             options = self._fastest(rows)
         self.pictures[HELD] = self._plain(HELD, self._size(HELD) * self.total)
@@ -208,7 +219,7 @@ class _Tuning:
                 break
         else:
             raise EvaluationError(self._not_met(rows, "prompts that were held back"))
-        rows.append(self.measured(HELD, shipped(len(mask.steps), self.total)))
+        rows.append(self.measured(HELD, shipped(mask.cost, self.total)))
         seconds = self.state["seconds"][HELD]
         return Tuned(
             mask, self.goal, rows, plain, self.described, self.state["made"]["call"], self.masks,
@@ -223,9 +234,8 @@ class _Tuning:
             amplified = amplification_at(self.state["amplification"] or [], there.times_N)
             every = [cheapest(gaps(there, trend).prices(amplified), trend) for trend in TRENDS]
             masks = (masks[0] for _, masks in sorted(merged(every).items()))
-            found[total] = next(
-                mask for mask in masks if mask.price <= chosen.price or len(mask.steps) == total
-            )
+            fits = next(mask for mask in masks if mask.price <= chosen.price or len(mask.steps) == total)
+            found[total] = replace(fits, budget=chosen.budget if total <= FEW else 1.0)
         return found
 
     def _fastest(self, rows: list[Row]) -> Iterator[Mask]:
@@ -245,11 +255,34 @@ class _Tuning:
             if not self._keeps(climbed, rows):
                 break
             high, best = high - 1, climbed
+        yield from self._thinnest(best.cost, rows)
         yield best
         for count in range(high, min(high + 4, self.total)):
             yield from (
                 mask for mask in self._tried(count, 3, rows) if mask != best and self._keeps(mask, rows)
             )
+
+    def _thin(self, most: float) -> list[Mask]:
+        """The cheapest masks, by price, that compute parts of the tokens, and no more than `most` steps' worth of them."""
+        counts = {budget: min(self.total, int(1 + (most - 1) / budget)) for budget in self.budgets}
+        return [replace(mask, budget=b) for b, n in counts.items() for mask in self.masks[n][:2] if n > most]
+
+    def _thinnest(self, below: float, rows: list[Row]) -> list[Mask]:
+        """Masks that keep the goal on parts of the tokens, for less than `below` steps' worth of them; fastest first."""
+        found = []
+        for budget in self.budgets:
+            low, high, best = 1, self.total + 1, None
+            while high - low > 1:
+                middle = (low + high) // 2
+                mask = replace(self.masks[middle][0], budget=budget)
+                if mask.cost >= below:
+                    high = middle
+                elif self._keeps(mask, rows):
+                    high, best = middle, mask
+                else:
+                    low = middle
+            found += [] if best is None else [best]
+        return sorted(found, key=lambda mask: mask.cost)
 
     def _row(self, mask: Mask, rows: list[Row]) -> Row:
         row = self.measured(
@@ -314,8 +347,16 @@ class _Tuning:
         values = best.values[self.goal.measured]
         return (
             f"nothing faster than the plain pipeline keeps {self.goal} at the 10th percentile on {where}; the best found "
-            f"computes {best.computed} of {self.total} steps and has {self.goal.said(values)}. Ask for less, or use more steps"
+            f"computes {best.computed:g} of {self.total} steps and has {self.goal.said(values)}. Ask for less, or use more steps"
         )
+
+
+def _takes_windows(pipe: Any) -> bool:
+    try:
+        generation.check_can_accelerate(pipe, configs.load("few-step"))
+    except UnsupportedError:
+        return False
+    return True
 
 
 def merged(found: Sequence[dict[int, list[Mask]]]) -> dict[int, list[Mask]]:
@@ -327,10 +368,11 @@ def merged(found: Sequence[dict[int, list[Mask]]]) -> dict[int, list[Mask]]:
     return every
 
 
-def shipped(count: int, total: int) -> tuple[str, Any]:
+def shipped(count: float, total: int) -> tuple[str, Any]:
     """A preset that computes as many steps; where there is none, the rule of the presets with a growth that does, or
     the nearest."""
-    for name in ("quality", "balanced", "fast", "draft"):
+    few = ("few-step", "few-step-fast") if total <= FEW and count % 1 else ()
+    for name in ("quality", "balanced", "fast", "draft", *few):
         config = configs.load(name)
         if computed(config, total) == count:
             return name, config

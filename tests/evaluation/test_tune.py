@@ -6,21 +6,25 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import suppress
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from textless import flux, pixart
 
 import accel
+from accel import configs
 from accel.cli.app import main
 from accel.core import made_for
 from accel.errors import AccelError, AccelWarning, ConfigError, UnsupportedError
 from accel.evaluation.errors import EvaluationError
+from accel.evaluation.metrics.lpips import LPIPS
 from accel.evaluation.metrics.pixel import psnr
 from accel.evaluation.tune import result
-from accel.evaluation.tune.measure import Runs, amplification, probes, schedule_of, watching
-from accel.evaluation.tune.tune import HELD, Goal, Settings, tune
+from accel.evaluation.tune.measure import Runs, amplification, config_of, probes, schedule_of, watching
+from accel.evaluation.tune.tune import HELD, Goal, Settings, name_of, tune
 from accel.generation import Job, run
 from accel.generation import Settings as Call
 
@@ -75,7 +79,7 @@ def test_the_page_names_what_ships_at_as_many_steps(tuned):
     side_car = json.loads((folder / "mine.json").read_text())
     assert side_car["masks"]["12"]["steps"] == list(range(12))
     assert len(side_car["grams"]) == 4
-    assert (folder / "mine.yaml").read_text().count("\n") == 8 + (made.mask.trend != 1)
+    assert (folder / "mine.yaml").read_text().count("\n") == 9 + (made.mask.trend != 1)
 
 
 def test_other_numbers_of_steps_get_masks_of_no_higher_price(tuned):
@@ -212,6 +216,74 @@ def test_a_watched_pipeline_is_left_as_it_was():
     assert set(vars(pipe.scheduler)) <= before
 
 
+def arguments_for(make, folder, *more, prompts=5):
+    """Of the command, on a pipeline of textless.py."""
+    file = folder / "prompts.txt"
+    file.write_text("\n".join(PROMPTS[:prompts]))
+    model = f"{__file__.replace('test_tune', 'textless')}:{make.__name__}"
+    return ["tune", model, "--prompts", str(file), "--minutes", "0", "--out", str(folder / "p.yaml"), *more]
+
+
+def code_of(arguments):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    return end.value.code
+
+
+def test_a_budget_of_lpips_is_kept_on_the_preset_s_own_pictures(tmp_path, monkeypatch):
+    """By a network of random weights: what it says means nothing, but it says the same of the same pictures."""
+    torch.manual_seed(0)
+    model = LPIPS()
+    for head in model.heads:
+        head.copy_(torch.rand(head.shape))
+    monkeypatch.setattr(LPIPS, "load", lambda *_: model)
+    found = {}
+    for budget in (1e3, 0.2):
+        arguments = arguments_for(flux, tmp_path, "--steps", "10", "--force", "--lpips", "alexnet.pth")
+        assert code_of([*arguments, "--max-lpips", str(budget)]) == 0
+        pipe, job = flux(), [Job(PROMPTS[4], 4)]
+        plain = run(pipe, job, Call(steps=10))
+        with accel.accelerate(pipe, tmp_path / "p.yaml") as handle:
+            fast = run(pipe, job, Call(steps=10))
+        distance = float(model((fast * 255).round().byte(), (plain * 255).round().byte()))
+        found[budget] = distance, sum(step.computed > 0 for step in handle.stats.steps)
+        assert distance <= budget
+    assert found[1e3][1] < found[0.2][1]
+    assert found[1e3][0] > 0.2
+
+
+def test_an_lpips_that_cannot_be_told_is_no_distance_of_nothing(tmp_path):
+    def scorer(images, plain, prompts):
+        return [{"value": None, "reason": "not a number"} for _ in images]
+
+    with pytest.raises(EvaluationError, match="LPIPS cannot be told: not a number"):
+        tune(flux(), Goal("lpips", 0.05), settings(lpips=scorer), tmp_path)
+
+
+@pytest.mark.parametrize("budget", [1.5, 2.5])
+def test_few_steps_may_be_computed_on_a_part_of_their_tokens(budget, tmp_path):
+    """The mask that was closest of all that are as fast, whichever kind it is of; and a preset that does just that."""
+    pipe, call = flux(), Call(steps=8)
+    made = tune(pipe, Goal("speedup", budget), settings(call=call), tmp_path / "p.tune")
+    searched = [row for row in made.rows if row.split == "search"]
+    assert {"33%", "50%"} <= {word for row in searched for word in row.name.split()}
+    closest = max(searched, key=lambda r: made.goal.closeness(r.values["psnr"]) + np.median(r.values["psnr"]))
+    assert closest.name == name_of(made.mask)
+    assert all(row.computed <= 8 / budget + 1e-6 for row in searched)
+    thin = replace(made.mask, budget=0.5, steps=tuple(range(8)))
+    made.mask, made.others = thin, {6: replace(thin, steps=(0, 1, 3, 5))}
+    made.rows.append(replace(searched[0], name=name_of(thin), computed=thin.cost, split=HELD))
+    result.write(made, tmp_path / "p.yaml", "accel tune")
+    for file, mask, total in (("p.yaml", thin, 8), ("p-6.yaml", made.others[6], 6)):
+        config = configs.load(tmp_path / file)
+        assert replace(config, made_for=None) == config_of(mask, total)
+        budgets = [phase.budget for phase in config.schedule.phases(total)]
+        assert budgets == [1.0, *(0.5 * (step in mask.steps) for step in range(1, total))]
+        accel.accelerate(flux(), config).remove()
+        with pytest.raises(UnsupportedError, match="the model is FluxTransformer2DModel there"):
+            accel.accelerate(pixart(), config)
+
+
 # What is refused.
 
 
@@ -232,41 +304,18 @@ def test_what_cannot_be_asked_for(goal, changes, why, tmp_path):
 
 
 def test_a_budget_that_nothing_meets_says_the_best_found(tmp_path, capsys):
-    file = tmp_path / "prompts.txt"
-    file.write_text("\n".join(PROMPTS[:4]))
-    arguments = ["tune", f"{__file__.replace('test_tune', 'textless')}:flux", "--prompts", str(file)]
-    with pytest.raises(SystemExit) as end:
-        main(
-            [
-                *arguments,
-                "--min-psnr",
-                "99.5",
-                "--steps",
-                "6",
-                "--minutes",
-                "0",
-                "--out",
-                str(tmp_path / "p.yaml"),
-            ]
-        )
+    arguments = arguments_for(flux, tmp_path, "--min-psnr", "99.5", "--steps", "6", "--also", "8", prompts=4)
+    assert code_of(arguments) == 2
     error = capsys.readouterr().err
-    assert end.value.code == 2
     assert "keeps at least 99.5 dB" in error
     assert "the best found" in error
-    assert not list(tmp_path.glob("p.yaml"))
-    assert not list(tmp_path.glob("p.json"))
+    assert not [*tmp_path.glob("p*.yaml"), *tmp_path.glob("p.json")]
 
 
 def test_the_command_on_a_random_pixart_runs_to_its_end(tmp_path):
-    file = tmp_path / "prompts.txt"
-    file.write_text("\n".join(PROMPTS[:5]))
-    preset = tmp_path / "pixart.yaml"
-    arguments = ["tune", f"{__file__.replace('test_tune', 'textless')}:pixart", "--prompts", str(file)]
-    with pytest.raises(SystemExit) as end:
-        main([*arguments, "--speedup", "2", "--steps", "8", "--minutes", "0", "--out", str(preset)])
-    assert end.value.code == 0
-    with accel.accelerate(pixart(), preset) as handle:
-        assert len(handle.config.schedule.steps) == 4
+    assert code_of(arguments_for(pixart, tmp_path, "--speedup", "2", "--steps", "10")) == 0
+    with accel.accelerate(pixart(), tmp_path / "p.yaml") as handle:
+        assert len(handle.config.schedule.steps) == 5
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn:DeprecationWarning")

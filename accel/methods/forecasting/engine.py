@@ -67,9 +67,7 @@ class Forecasting(StepMethod):
     def __init__(self, target: Target, config: ForecastConfig, stats: Stats) -> None:
         require(self.name, {"prediction"}, target.adapter, target.denoiser)
         self.target, self.config = target, config
-        self.made_for = None if config.made_for is None else MadeFor(config.made_for)
-        if self.made_for is not None:
-            self.made_for.check(target.denoiser, target.scheduler)
+        self.made_for = MadeFor.of(config.made_for, target)
         self.run = Run(target, config.full_schedule, self, stats, span=False)
         self.run.keep_outputs = True
         self.guidance = Guidance(self.run, min(config.order, 1), halves=True)

@@ -90,6 +90,7 @@ class TokenMergingConfig(Scheduled):
             unmerge="carry" is "copy", since the convolutions have seen to every token already.
         proportional: proportional attention (ToMe, eq. 1): a merged token weighs as many as it stands for. Needs an
             attention that takes a bias. None: with windows, where the model's attention takes one.
+        made_for: the side-car of a tuned preset, as a ForecastConfig's.
 
     Raises:
         ConfigError: a value is outside its range, or the values leave nothing to merge.
@@ -111,6 +112,7 @@ class TokenMergingConfig(Scheduled):
     dense_blocks_last: int = 0
     resolutions: int = 2
     proportional: bool | None = None
+    made_for: str | None = None
 
     def _check(self) -> None:
         check(is_number(self.ratio) and 0 <= self.ratio < 1, "ratio", "in [0, 1)", self.ratio)
@@ -126,9 +128,9 @@ class TokenMergingConfig(Scheduled):
         check(valid, "drift", "> 0 or None", self.drift)
         known = self.proportional is None or isinstance(self.proportional, bool)
         check(known, "proportional", "true, false or None", self.proportional)
-        check(
-            self.adapter is None or isinstance(self.adapter, str), "adapter", "a path or None", self.adapter
-        )
+        for name in ("adapter", "made_for"):
+            path = getattr(self, name)
+            check(path is None or isinstance(path, str), name, "a path or None", path)
         check(is_whole(self.order) and 0 <= self.order <= 2, "order", "0, 1 or 2", self.order)
         if 0 in self.budgets:
             self._check_first(" if the cycle forecasts")

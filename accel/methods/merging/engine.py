@@ -18,6 +18,7 @@ from torch import Tensor
 from accel.core.capability import require
 from accel.core.graphs import Held
 from accel.core.history import History, memory
+from accel.core.made_for import MadeFor
 from accel.core.plan import TokenPlan
 from accel.core.readback import Readback, put_into
 from accel.core.run import Run, StepMethod
@@ -67,6 +68,7 @@ class TokenMerging(StepMethod):
 
     def __init__(self, target: Target, config: TokenMergingConfig, stats: Stats) -> None:
         self.target, self.config = target, config
+        self.made_for = MadeFor.of(config.made_for, target)
         needs = {"tokens"} | ({"key bias"} if config.proportional else set())
         require(self.name, needs, target.adapter, target.denoiser)
         takes_bias = "key bias" in target.adapter.has(target.denoiser)
@@ -204,6 +206,8 @@ class TokenMerging(StepMethod):
 
     def account(self, run: Run) -> StepStats:
         total = run.tokens
+        if self.made_for is not None and run.clock.step == 0:
+            self.made_for.check_size(run.clock.model_output)
         self._learn(run)
         held = memory(self.state.history)
         if not run.computed:
