@@ -21,14 +21,10 @@ from .spectrum import Spectrum
 from .spectrum import steps as spectrum_steps
 
 BOTH = "a peer with accel's correction"
-#: Presets as they were before gaps grew, for comparison.
+#: Presets as they were before they were chosen anew, for comparison.
 BEFORE: dict[str, dict[str, Any]] = {
-    "balanced": {"schedule": Schedule((0, 1), 6, 0, late_cycle=(0, 0, 1), late_from=0.33)},
-    "fast": {"schedule": Schedule((0, 1), 5, 0, late_cycle=(0, 0, 0, 1), late_from=0.29)},
-    "draft": {
-        "schedule": Schedule((0, 1, 0, 0, 0, 1), 4, 0, late_cycle=(0, 0, 0, 0, 0, 1), late_from=0.4),
-        "trend": 0.5,
-    },
+    "fast": {"schedule": Schedule(growth=0.42), "trend": 0.75},
+    "draft": {"schedule": Schedule(growth=0.7), "trend": 0.5},
 }
 
 
