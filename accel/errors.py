@@ -37,6 +37,9 @@ class UnknownNameError(ConfigError):
         message += f" Known: {', '.join(self.known) or 'none'}."
         super().__init__(f"{message} {hint}".rstrip())
 
+    def __reduce__(self) -> tuple[type, tuple[str, str, list[str], str]]:  # from a worker process
+        return type(self), (self.kind, self.name, self.known, self.hint)
+
 
 class UnsupportedError(AccelError, ValueError):
     """This model, pipeline or call cannot be accelerated in the requested way."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from accel import methods
 from accel.core.checks import check_keys
+from accel.core.schedule import Schedule
 from accel.errors import ConfigError, UnknownNameError
 from accel.strict import MAX_BYTES, StrictError, parse_yaml, read_text
 
@@ -75,23 +76,33 @@ def _from_mapping(content: Mapping[str, Any], where: str) -> Any:
 
 
 def change(config: Any, settings: Mapping[str, Any]) -> Any:
-    """A configuration with other values of some of its settings, those of a class within as `schedule.dense_last`.
+    """A configuration with other values of some of its settings, those of a class within as `schedule.dense_last`. All
+    take effect at once: their order says nothing.
 
     Raises:
         UnknownNameError: no such setting.
-        ConfigError: a value is out of range, or belongs into a class within.
+        ConfigError: a value is out of range, belongs into a class within, or is given twice.
     """
     changes: dict[str, Any] = {}
+    within: dict[str, dict[str, Any]] = {}
     short = getattr(type(config), "SHORT", {})
     for key, value in settings.items():
         name, _, inner = (f"schedule.{short[key]}" if key in short else key).partition(".")
-        if not inner:
-            changes[name] = value
-            continue
-        before: Any = changes.get(name, getattr(config, name, None))
+        into, part = (within.setdefault(name, {}), inner) if inner else (changes, name)
+        if part in into:
+            raise ConfigError(f"{name}.{inner} is given twice, once as {key}")
+        into[part] = value
+    for name, values in within.items():
+        before: Any = getattr(config, name, None)
+        if name in changes:
+            raise ConfigError(
+                f"{name} is given as a whole and {name}.{next(iter(values))} beside it: put that into it"
+            )
         if not is_dataclass(before):
-            check_keys(type(config), [key])
-        check_keys(type(before), [inner])
-        changes[name] = replace(before, **{inner: value})
+            check_keys(type(config), [f"{name}.{next(iter(values))}"])
+        check_keys(type(before), values)
+        changes[name] = (
+            before.changed(**values) if isinstance(before, Schedule) else replace(before, **values)
+        )
     check_keys(type(config), changes)
     return replace(config, **changes)

@@ -91,7 +91,7 @@ def parse(spec: str) -> Configuration:
     name, rest = (match[1], spec[match.end() :]) if match else (None, spec)
     source: str | None = None
     settings: dict[str, Any] = {}
-    for index, part in enumerate(re.split(r",(?![^\[{]*[\]}])", rest)):
+    for index, part in enumerate(_parts(rest)):
         key, equals, value = part.partition("=")
         if equals and key in settings:
             raise EvaluationError(f"configuration {spec!r}: {key} is given twice")
@@ -114,6 +114,18 @@ def parse(spec: str) -> Configuration:
     return Configuration(
         name or re.sub(r"[^A-Za-z0-9._=,+-]", "_", _stem(rest)).lstrip("._-=,+"), method, steps
     )
+
+
+def _parts(text: str) -> list[str]:
+    """Split at the commas that stand in no brackets."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
 
 
 def resolve(configurations: Iterable[Configuration | str]) -> list[Configuration]:

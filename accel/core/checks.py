@@ -18,11 +18,13 @@ def settings(cls: _Class) -> _Class:
     """Above `dataclass`: what its `__init__` is given is known by name, lists are tuples (YAML has no others), and a
     mapping is the nested class that stands there by default. `SHORT` names fields of the one in `schedule`. What is as by
     default is not in the `repr`."""
-    made, names = cls.__init__, [f.name for f in fields(cls)]  # type: ignore[misc]
+    made, names = cls.__init__, [f.name for f in fields(cls) if not f.kw_only]  # type: ignore[misc]
     groups, short = _groups(cls), getattr(cls, "SHORT", {})
 
     @functools.wraps(made)
     def __init__(self: Any, *args: Any, **given: Any) -> None:
+        if len(args) > len(names) or not given.keys().isdisjoint(names[: len(args)]):
+            raise TypeError(f"{cls.__name__} takes its settings by name, each once")
         given.update(zip(names, args, strict=False))
         check_keys(cls, given)
         brief = {inner: given.pop(name) for name, inner in short.items() if name in given}

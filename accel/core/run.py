@@ -226,8 +226,8 @@ class Run(Listener):
             and all(phase.dense and phase.guided for phase in self.phases)
         ):
             warnings.warn(
-                f"all {clock.total} steps are dense: the schedule's dense first and last steps leave none to "
-                "reduce, so this run is not accelerated. For models of 4 to 8 steps: the preset few-step.",
+                f"all {clock.total} steps are dense: the schedule leaves none to reduce, "
+                "so this run is not accelerated. For models of 4 to 8 steps: the preset few-step.",
                 AccelWarning,
                 stacklevel=2,
             )

@@ -104,16 +104,41 @@ class Schedule:
         if not self.cycled:
             why = f"{given[0]} says of every step whether it is computed"
             check_used(self, ("dense_first", "dense_last", "late_cycle"), False, why, "schedule.")
+        if self.refresh_at and self.refresh_every is not None:
+            raise ConfigError(
+                f"schedule.refresh_at={self.refresh_at} and schedule.refresh_every={self.refresh_every} both say when to "
+                "refresh: leave one of them out"
+            )
 
     @property
     def cycled(self) -> bool:
         """Whether neither growth nor steps say what is computed."""
         return self.growth is None and self.steps is None
 
+    @property
+    def source(self) -> str:
+        """What says which steps are computed, for messages."""
+        name = next((n for n in ("growth", "steps") if getattr(self, n) is not None), "cycle")
+        return f"schedule.{name}={getattr(self, name)}"
+
     def over(self, default: Schedule) -> Schedule:
         """With what it leaves out as in another one; where growth or steps are given, nothing is."""
-        names = ("cycle", "dense_first", "dense_last", "refresh_every") if self.cycled else ()
+        names = ["cycle", "dense_first", "dense_last"] if self.cycled else []
+        if self.cycled and not self.refresh_at:
+            names.append("refresh_every")
         return replace(self, **{n: getattr(default, n) for n in names if getattr(self, n) is None})
+
+    def changed(self, **values: Any) -> Schedule:
+        """With other values. What says anew which steps are computed, or when to refresh, takes the place of what said
+        so before, and of what belongs to that."""
+        defaults = {f.name: f.default for f in fields(self)}
+        gone: dict[str, Any] = {}
+        for choices in _EITHER:
+            new = [name for name in choices if values.get(name) not in (None, ())]
+            if new:
+                names = [n for name in choices if name not in new for n in (name, *choices[name])]
+                gone |= {name: defaults[name] for name in names}
+        return replace(self, **{**gone, **values})
 
     @property
     def budgets(self) -> tuple[float, ...]:
@@ -242,6 +267,17 @@ def growing(total: int, growth: float, tail: float) -> tuple[int, ...]:
     ):
         steps.append(following)
     return tuple(steps)
+
+
+#: Fields that exclude each other, and what belongs to each.
+_EITHER: tuple[dict[str, tuple[str, ...]], ...] = (
+    {
+        "cycle": ("dense_first", "dense_last", "late_cycle", "late_from"),
+        "growth": ("tail",),
+        "steps": ("total",),
+    },
+    {"refresh_every": (), "refresh_at": ()},
+)
 
 
 def _every(n: int, count: int) -> bool:

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from accel.errors import UnsupportedError
+
 from .capability import Adapter, denoisers_of
 
 
@@ -39,6 +41,19 @@ class Target:
     @property
     def modules(self) -> tuple[nn.Module, ...]:
         return (self.denoiser, *self.beside)
+
+    def alone(self, setting: str) -> nn.Module:
+        """The denoiser, for a setting that knows of one module.
+
+        Raises:
+            UnsupportedError: there is another beside it.
+        """
+        if self.beside:
+            raise UnsupportedError(
+                f"{setting} is for one denoiser, and {type(self.denoiser).__name__} has another module beside it for a branch "
+                f"of guidance: leave {setting} out"
+            )
+        return self.denoiser
 
     @property
     def outers(self) -> list[nn.Module]:

@@ -17,7 +17,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from accel.core.around import compiled
 from accel.core.noise_levels import clean
@@ -48,7 +48,7 @@ def check_processors(target: Target, sites: Sequence[Site]) -> None:
             attention, lets image tokens attend to themselves, in one branch, which counts once whatever a slot stands for.
     """
     for site in sites:
-        for path, module in target.denoiser.get_submodule(site.path).named_modules():
+        for path, module in _below(target, site):
             name = type(getattr(module, "processor", None)).__name__
             if "PAG" in name and (site.bias is not None or "Joint" in name):
                 raise UnsupportedError(
@@ -56,6 +56,10 @@ def check_processors(target: Target, sites: Sequence[Site]) -> None:
                     "where slots cannot weigh as many tokens as they stand for. Use TokenMergingConfig(proportional=False), or "
                     "pag_scale=0."
                 )
+
+
+def _below(target: Target, site: Site) -> list[tuple[str, nn.Module]]:
+    return [found for whole in target.modules for found in whole.get_submodule(site.path).named_modules()]
 
 
 def tell_bias(run: Run, before: Counter[str], sites: Sequence[Site], windows: bool) -> None:

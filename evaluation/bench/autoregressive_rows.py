@@ -160,5 +160,7 @@ def _beyond(row: dict[str, Any] | None) -> str:
 def _memory(row: dict[str, Any] | None, eager: dict[str, Any] | None) -> str:
     if not row or not eager or row["memory_mib"] is None or eager["memory_mib"] is None:
         return "–"
-    weights = row["weights_mib"]
+    weights = row.get("weights_mib")  # not in folders of before
+    if weights is None:
+        return "–"
     return f"{(row['memory_mib'] - eager['memory_mib']) / (weights + eager['memory_mib']):+.1%}"

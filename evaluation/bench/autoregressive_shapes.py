@@ -252,6 +252,10 @@ def measure(
 
 
 @torch.no_grad()
+def _first(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def _case(
     arch: str,
     adapter: CheckpointAdapter,
@@ -275,14 +279,17 @@ def _case(
             for _ in range(3):  # compiles, captures
                 actions[way]()
             memory[way] = _reserved(device) - before
-            if forward is not None:
-                forwards[way] = forward
-                for _ in range(3):
-                    forward()
         except Exception as error:  # one way's trouble is its row's
             actions.pop(way, None)
-            forwards.pop(way, None)
-            problems[way] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            problems[way] = _first(error)
+            continue
+        try:
+            if forward is not None:
+                for _ in range(3):
+                    forward()
+                forwards[way] = forward
+        except Exception as error:  # the round stands without its forward
+            problems[way] = f"its forward alone: {_first(error)}"
     times: dict[str, list[float]] = {way: [] for way in actions}
     alone: dict[str, list[float]] = {way: [] for way in forwards}
     for _ in range(PASSES):

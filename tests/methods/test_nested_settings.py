@@ -168,6 +168,74 @@ def test_dotted_keys_change_a_preset():
     assert whole == dataclasses.replace(configs.load("balanced"), schedule=Schedule(growth=0.5))
 
 
+@pytest.mark.parametrize(
+    ("spec", "schedule"),
+    [
+        ("balanced,schedule.growth=null,schedule.cycle=[0,1]", Schedule(cycle=(0, 1))),
+        ("balanced,cycle=[0,1]", Schedule(cycle=(0, 1))),
+        ("balanced,schedule.steps=[0,1,2,5],schedule.total=10", Schedule(steps=(0, 1, 2, 5), total=10)),
+        ("quality,schedule.growth=0.4", Schedule(growth=0.4)),
+        ("tomesd,schedule.refresh_at=[2,3]", Schedule(dense_first=0, dense_last=0, refresh_at=(2, 3))),
+        (
+            "quality,schedule={cycle: [0, 1], late_cycle: [0, 0, 1]}",
+            Schedule(cycle=(0, 1), late_cycle=(0, 0, 1)),
+        ),
+    ],
+)
+def test_another_source_takes_the_place_of_the_preset_s(spec, schedule):
+    method = parse(spec).method
+    assert method == dataclasses.replace(method, schedule=schedule)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("schedule.late_from=0.3", "schedule.late_cycle=[0,0,1]"),
+        ("schedule.dense_first=3", "cycle=[0,1]"),
+        ("schedule.growth=0.4", "schedule.tail=0.6"),
+    ],
+)
+def test_the_order_of_keys_says_nothing(first, second):
+    assert parse(f"quality,{first},{second}").method == parse(f"quality,{second},{first}").method
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            "quality,cycle=[0,1],schedule.cycle=[0,0,1]",
+            "schedule.cycle is given twice, once as schedule.cycle",
+        ),
+        (
+            "quality,schedule={cycle: [0]},schedule.dense_last=1",
+            "schedule is given as a whole and schedule.dense_last",
+        ),
+        ("merging,schedule.refresh_at=[5],schedule.refresh_every=1", "both say when to refresh"),
+        ("merging,cycle=[0.6],ratio=0.3", r"ratio=0.3 has no effect: schedule.cycle=\(0.6,\)"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(spec, message):
+    with pytest.raises(EvaluationError, match=message):
+        parse(spec)
+
+
+def test_settings_are_given_by_name_each_once():
+    for wrong in (
+        lambda: Schedule((0, 1), cycle=(1, 0)),
+        lambda: Schedule(*range(20)),
+        lambda: Matching(0.9),
+        lambda: accel.TokenMergingConfig(0.3),
+    ):
+        with pytest.raises(TypeError, match="by name, each once"):
+            wrong()
+
+
+def test_an_unknown_name_comes_out_of_a_worker():
+    with pytest.raises(UnknownNameError) as caught:
+        configs.load("balancd")
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
 def test_a_subclass_with_a_setting_more():
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Mine(accel.ForecastConfig):

@@ -76,7 +76,7 @@ class DynamicChunking(StepMethod):
         if self.config.adapter is not None:
             from accel.methods.learned import Adapter
 
-            Adapter(self.config.adapter, self._reduces).attach(self.target.denoiser, stack)
+            Adapter(self.config.adapter, self._reduces).attach(self.target.alone("adapter"), stack)
         for part in self.parts:
             for module in self.target.modules:
                 part.span.attach(module, [self.sites[i] for i in part.blocks], stack, bias=self.bias)

@@ -64,7 +64,7 @@ class ForecastConfig(Scheduled):
             check(all(b in (0, 1) for b in cycle), f"schedule.{name}", what, cycle)
         self._check_first()
         every, budgets = self.schedule.guidance_every, self.schedule.budgets
-        cycle, forecasts = f"schedule.cycle={self.schedule.cycle}", 0 in budgets
+        cycle, forecasts = self.schedule.source, 0 in budgets
         check_used(self.schedule, ("guidance_every",), 1 in budgets, f"{cycle} computes no step", "schedule.")
         if not forecasts and every == 1:
             raise ConfigError(

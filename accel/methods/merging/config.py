@@ -9,6 +9,7 @@ differs from that mean continues from its own earlier predictions.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -132,6 +133,8 @@ class TokenMergingConfig(Scheduled):
             path = getattr(self, name)
             check(path is None or isinstance(path, str), name, "a path or None", path)
         check(is_whole(self.order) and 0 <= self.order <= 2, "order", "0, 1 or 2", self.order)
+        used = any(math.isclose(1 - self.ratio, budget) for budget in self.budgets)
+        check_used(self, ("ratio",), used, f"schedule.cycle={self.schedule.cycle} says the shares")
         if 0 in self.budgets:
             self._check_first(" if the cycle forecasts")
         if self.windows:

@@ -119,7 +119,7 @@ class TokenMerging(StepMethod):
                 for module in self.target.modules:
                     span.attach(module, sites, stack, bias=self.bias)
         if self.config.adapter is not None:
-            Adapter(self.config.adapter, self.merges_now).attach(self.target.denoiser, stack)
+            Adapter(self.config.adapter, self.merges_now).attach(self.target.alone("adapter"), stack)
         self.run.attach(stack)
 
     def merges_now(self) -> bool:
