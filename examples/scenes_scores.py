@@ -56,13 +56,15 @@ def prompts_of(which: str, per: int, seed: int) -> list[suites.Prompt]:
     return [suites.Prompt(number, line.prompt, line) for number, line in enumerate(lines)]
 
 
-def draw(pipe, config, prompts: list[suites.Prompt], steps: int) -> torch.Tensor:
-    """(n, 3, 256, 256) in [0, 1], on the CPU; one picture at a time, since a FLUX batch shares one plan."""
+def draw(pipe, config, prompts: list[suites.Prompt], steps: int, size: int = 256) -> torch.Tensor:
+    """(n, 3, size, size) in [0, 1], on the CPU; one picture at a time, since a FLUX batch shares one plan."""
     with accel.accelerate(pipe, config) if config else contextlib.nullcontext():
         images = [
             pipe(
                 prompt.text,
                 num_inference_steps=steps,
+                height=size,
+                width=size,
                 generator=torch.Generator("cpu").manual_seed(prompt.id),
                 output_type="pt",
             ).images
@@ -142,6 +144,42 @@ def summary(values: list[float], prompts: list[suites.Prompt]) -> str:
     return f"{found.value:.3f} ({found.low:.2f} to {found.high:.2f})"
 
 
+def rows(
+    pipe, names: list[str], prompts: list[suites.Prompt], steps: int, adapter: Path | None, size: int = 256
+) -> list[dict]:
+    """A record for every picture of every row, and a printed line for each row; for `upcycled` after `windows` of the same
+    share, the paired difference."""
+    pipe.set_progress_bar_config(disable=True)
+    judge, plain = judges.scenes_judge().scorer, draw(pipe, None, prompts, steps, size)
+    records, measured = [], {}
+    for row in names:
+        config = config_of(row, adapter)
+        images = plain if config is None else draw(pipe, config, prompts, steps, size)
+        right = [float(found["value"]) for found in judge(images, None, prompts)]
+        error = (images - plain).square().mean((1, 2, 3)).clamp(min=1e-12)
+        decibels = measured[row] = (-10 * torch.log10(error)).numpy()
+        text = (
+            "" if config is None else f" {mean(decibels)} dB, a tenth below {np.quantile(decibels, 0.1):.1f}"
+        )
+        before = measured.get(row.replace("upcycled", "windows"))
+        if before is not None and row.startswith("upcycled"):
+            text += f", {mean(decibels - before, '+')} over windows"
+        scores = {"all": summary(right, prompts)}
+        for name in dict.fromkeys(group_of(p) for p in prompts):
+            own = [r for r, p in zip(right, prompts, strict=True) if group_of(p) == name]
+            scores[name] = f"{sum(own):.0f}/{len(own)}"
+        print(f"{row}:{text} score {scores}", flush=True)
+        records += [
+            {"row": row, "prompt": p.text, "right": r, "db": float(d)}
+            for p, r, d in zip(prompts, right, decibels, strict=True)
+        ]
+    return records
+
+
+def mean(values: np.ndarray, sign: str = "") -> str:
+    return f"{values.mean():{sign}.2f} ± {values.std(ddof=1) / len(values) ** 0.5:.2f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -151,6 +189,7 @@ def main() -> None:
     parser.add_argument("--set", dest="which", choices=["tasks", "detail"], default="tasks")
     parser.add_argument("--per", type=int, default=4, help="prompts of each task, or of each task and scale")
     parser.add_argument("--steps", type=int, nargs="+", default=[4])
+    parser.add_argument("--size", type=int, default=256, help="pixels")
     parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--adapter", type=Path, help="the side-car of `upcycled` rows")
     parser.add_argument("--textures", type=Path, help="default: the textured world's own side-car")
@@ -174,40 +213,16 @@ def main() -> None:
                 f"{router}, {budget:.0%}: {edge:.3f} on outlines, {ground:.3f} on the ground, {edge / ground:.2f}x"
             )
         return
-    judge = judges.scenes_judge().scorer
     prompts = prompts_of(args.which, args.per, args.seed)
     records = []
     for world in args.worlds:
         pipe = builtin.load_pipeline(world="flat" if args.textures else world)
         if args.textures and world == "textured":
             textured.add_to(pipe, args.textures)
-        pipe.set_progress_bar_config(disable=True)
         for steps in args.steps:
             print(f"\n{world}, {steps} steps, {len(prompts)} prompts on {pipe.device}", flush=True)
-            plain = draw(pipe, None, prompts, steps)
-            for row in args.rows:
-                config = config_of(row, args.adapter)
-                images = plain if config is None else draw(pipe, config, prompts, steps)
-                right = [float(found["value"]) for found in judge(images, None, prompts)]
-                error = (images - plain).square().mean((1, 2, 3)).clamp(min=1e-12)
-                decibels = (-10 * torch.log10(error)).numpy()
-                text = (
-                    ""
-                    if config is None
-                    else (
-                        f" {decibels.mean():.2f} ± {decibels.std() / len(prompts) ** 0.5:.2f} dB, "
-                        f"a tenth below {np.quantile(decibels, 0.1):.1f}"
-                    )
-                )
-                scores = {"all": summary(right, prompts)}
-                for name in dict.fromkeys(group_of(p) for p in prompts):
-                    own = [r for r, p in zip(right, prompts, strict=True) if group_of(p) == name]
-                    scores[name] = f"{sum(own):.0f}/{len(own)}"
-                print(f"{row}:{text} score {scores}", flush=True)
-                records += [
-                    {"world": world, "steps": steps, "row": row, "prompt": p.text, "right": r, "db": float(d)}
-                    for p, r, d in zip(prompts, right, decibels, strict=True)
-                ]
+            found = rows(pipe, args.rows, prompts, steps, args.adapter, args.size)
+            records += [{"world": world, "steps": steps, **record} for record in found]
     if args.out:
         args.out.write_text("".join(json.dumps(record) + "\n" for record in records))
 

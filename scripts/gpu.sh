@@ -6,6 +6,7 @@
 #   scripts/gpu.sh [OUT]                          # default: gpu-report
 #   PARTS="model" MODEL_SECONDS=150 scripts/gpu.sh
 #   PARTS="distill" scripts/gpu.sh                # not among the default parts: four steps without guidance
+#   PARTS="upcycle" UPCYCLE_SECONDS=540 scripts/gpu.sh  # the side-car for few tokens; only when named
 #   TINY=1 scripts/gpu.sh                         # tries everything out on a CPU
 #
 # From a bare checkout, too: accel is copied onto the path as pyproject.toml maps it, and wheels in .whl/ are unpacked
@@ -66,8 +67,11 @@ part model "${MODEL_SECONDS:-170}" "$python" -m accel bench model --arch "$arch"
 if [[ -n $tiny ]]; then stages=(--sizes 64 --shares 1 --seconds 1 --report 0); else stages=(--seconds "$((${DISTILL_SECONDS:-600} - 180))"); fi
 part distill "${DISTILL_SECONDS:-600}" "$python" "$root/examples/distill_few_steps.py" --out distill "${stages[@]}"
 
+part upcycle "${UPCYCLE_SECONDS:-300}" "$python" "$root/examples/upcycle_chunking.py" --out upcycle --worlds flat \
+  --seconds "$((${UPCYCLE_SECONDS:-300} - 120))" ${TINY:+--seconds 1 --size 64 --log 1 --report 0}
+
 echo "== what each part printed last"
-for name in tests kernels ar model distill; do
+for name in tests kernels ar model distill upcycle; do
   [[ -f $name.end ]] || continue
   said=$name.txt
   [[ -f $name/$name.md ]] && said=$name/$name.md # whole, even if the part was stopped

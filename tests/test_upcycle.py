@@ -108,6 +108,41 @@ def test_it_trains_stops_in_time_and_goes_on(trainer, tmp_path, monkeypatch, cap
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_it_goes_on_from_a_side_car_and_reports_under_accels_hooks(
+    trainer, model, tmp_path, monkeypatch, capsys
+):
+    torch.manual_seed(6)
+    low = trainer.LowRank(model.net, trainer.rank_of)
+    for p in low.parameters():
+        p.data = (p.data + 0.02 * torch.randn_like(p)).bfloat16().float()  # what the file keeps
+    sidecar.write(tmp_path / "start.safetensors", learned.KIND, model.fits, low.named())
+    fresh = trainer.LowRank(model.net, trainer.rank_of)
+    trainer.load(fresh, tmp_path / "start.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), low.parameters(), strict=True))
+    options = [
+        "--worlds",
+        "flat",
+        "--size",
+        "64",
+        "--batch",
+        "1",
+        "--log",
+        "1",
+        "--report",
+        "1",
+        "--seconds",
+        "0",
+    ]
+    start = ["--start", str(tmp_path / "start.safetensors"), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["upcycle_chunking.py", *start, *options])
+    trainer.main()
+    said = capsys.readouterr().out
+    assert "windows:0.67: " in said
+    assert "upcycled:0.67: " in said
+    assert "over windows" in said
+    assert "+0.00 ± 0.00 over windows" not in said  # it was on
+
+
 def test_all_processes_go_by_the_clock_of_the_first(trainer, tmp_path, monkeypatch, capsys):
     sent = []
 
