@@ -51,7 +51,7 @@ def test_presets_and_their_variants():
     assert less.method.ratio == 0.3
     assert less.name == "less"
     assert len({merged.hash, less.hash, parse("merging,steps=4").hash}) == 3
-    with pytest.raises(EvaluationError, match=r"no setting 'ration'; valid: .*ratio"):
+    with pytest.raises(EvaluationError, match=r"unknown setting of .* 'ration'. Did you mean 'ratio'"):
         parse("merging,ration=0.3")
 
 

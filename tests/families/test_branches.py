@@ -51,8 +51,9 @@ def test_the_declared_branch_is_the_conditional_one(name):
     # Without a learned variance; of a sample that is doubled for both branches, one half.
     channels = sample.shape[1] if sample.ndim == 4 else sample.shape[-1]
     halves = [half[:, :channels] if half.ndim == 4 else half for half in halves]
-    # Without what is predicted for reference images, which stands behind the image's own tokens.
-    halves = [half[:, : sample.shape[1]] if half.ndim == 3 else half for half in halves]
+    # Without what is predicted for text in front of the image's own tokens, or for reference images behind them.
+    own = slice(-sample.shape[1], None) if name.startswith("Qwen-Image 2.1") else slice(sample.shape[1])
+    halves = [half[:, own] if half.ndim == 3 else half for half in halves]
     parts = [part[: case.batch].double().flatten() for part in (*halves, sample)]
     shares = torch.linalg.lstsq(
         torch.stack(parts, 1), guided[: case.batch].double().flatten()[:, None]
