@@ -46,7 +46,7 @@ def measure(dtype: str, batch: int, calls: int) -> None:
     seconds: dict[object, list[float]] = {way: [] for way in pipes}
     fewer: dict[object, list[float]] = {way: [] for way in WINDOWS}
     for call in range(-1, calls):  # the first warms up, and times windows for "auto"
-        own = lines[max(call, 0) * batch :][:batch]
+        own = [lines[(max(call, 0) * batch + i) % len(lines)] for i in range(batch)]
         for way, pipe in pipes.items():
             generators = [torch.Generator().manual_seed(batch * call + i) for i in range(batch)]
             began, before = time.process_time(), handles[way].stats.forwards if way in handles else 0

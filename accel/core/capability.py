@@ -195,7 +195,8 @@ def denoisers_of(pipe: Any) -> list[tuple[nn.Module, nn.Module]]:
         UnsupportedError: the object has no denoiser or no scheduler.
     """
     # Not `a or b`: a compiled module has a __len__ that raises.
-    if (reads := _READS.get(type(pipe).__name__)) is not None:
+    names = [cls.__name__ for cls in type(pipe).__mro__]  # a subclass of one's own, too
+    if (reads := next((_READS[name] for name in names if name in _READS), None)) is not None:
         raise UnsupportedError(f"{type(pipe).__name__} {reads}. Run it without acceleration.")
     candidates = [getattr(pipe, name, None) for name in _DENOISERS]
     module = next((m for m in candidates if isinstance(m, nn.Module)), None)

@@ -193,7 +193,10 @@ class Clock:
     def _on_set_timesteps(self, result: Any, *args: Any, **kwargs: Any) -> None:
         scheduler = self._scheduler()
         assert scheduler is not None
-        self._whole = len(scheduler.timesteps)
+        # Of some, the last timestep is where the loop ends, and no step.
+        self._whole = len(scheduler.timesteps) - (
+            samplers.known_name(scheduler) in samplers.ENDS_WITH_A_TIMESTEP
+        )
         self._start(self._whole)
 
     def _on_set_begin_index(self, result: Any, begin_index: int = 0, *args: Any, **kwargs: Any) -> None:

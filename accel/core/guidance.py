@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from accel.errors import AccelWarning, UnsupportedError
 
@@ -117,6 +117,11 @@ class Guidance:
                 f"guidance_every={every}: {name} runs {copies} branches of guidance in one batch; it takes two. Use "
                 "guidance_every=1."
             )
+        if copies == 2 and _perturbed(run.target.denoiser):
+            raise UnsupportedError(
+                f"guidance_every={every}: {name} runs perturbed-attention guidance, whose two halves are no branches of "
+                "guidance by a prompt. Use guidance_every=1."
+            )
         self._batched = copies == 2
         known = self._declared.batched if self._batched else self._declared.calls
         if (self._batched or calls == 2) and known is None:
@@ -200,3 +205,9 @@ def _half(value: Any, batch: int, *, first: bool) -> Any:
     if isinstance(value, Mapping):
         return {name: _half(item, batch, first=first) for name, item in value.items()}
     return value
+
+
+def _perturbed(denoiser: nn.Module) -> bool:
+    return any(
+        type(getattr(module, "processor", None)).__name__.startswith("PAG") for module in denoiser.modules()
+    )

@@ -31,14 +31,13 @@ def _inner(output: Any) -> Any:
         return output
     if isinstance(output, tuple):
         return output[0]
-    field = _field(type(output))
+    field = _field(output)
     return output if field is None else getattr(output, field)
 
 
-def _field(cls: type) -> str | None:
-    """Where an output class has its prediction."""
-    known = getattr(cls, "__dataclass_fields__", {})
-    return next((name for name in _FIELDS if name in known), None)
+def _field(output: Any) -> str | None:
+    """Where an output of a class of its own has its prediction."""
+    return next((name for name in _FIELDS if hasattr(output, name)), None)
 
 
 def _tensor(inner: Any, output: Any) -> Tensor:
@@ -61,19 +60,20 @@ def put(output: Any, prediction: Tensor) -> Any:
         return value
     if isinstance(output, tuple):
         return (value, *output[1:])
-    return type(output)(**{**vars(output), str(_field(type(output))): value})
+    return type(output)(**{**vars(output), str(_field(output)): value})
 
 
 def like(output: Any) -> Callable[[Tensor], Any]:
     """What puts a prediction into the form of `output`, keeping nothing of its tensors alive."""
     cls: Any = type(output)
+    field = "" if isinstance(output, (Tensor, tuple)) else str(_field(output))
     split = isinstance(_inner(output), (list, tuple))
 
     def form(prediction: Tensor) -> Any:
         value = list(prediction.unbind(0)) if split else prediction
         if issubclass(cls, Tensor):
             return value
-        return (value,) if issubclass(cls, tuple) else cls(**{str(_field(cls)): value})
+        return (value,) if issubclass(cls, tuple) else cls(**{field: value})
 
     return form
 

@@ -57,7 +57,7 @@ def adds_noise(scheduler: Any, arguments: Mapping[str, Any] | None = None) -> st
     Args:
         arguments: those of `step`, by name, with defaults; None: not known yet.
     """
-    name = _known_name(scheduler)
+    name = known_name(scheduler)
     if name in ADD_NOISE:
         return "adds noise at every step"
     for setting, noisy in _SETTINGS.items():
@@ -85,7 +85,11 @@ def noise_message(scheduler: Any, reason: str) -> str:
     )
 
 
-def _known_name(scheduler: Any) -> str:
+#: Their `timesteps` hold the one at which the picture is there.
+ENDS_WITH_A_TIMESTEP = {"DDPMWuerstchenScheduler", "SCMScheduler"}
+
+
+def known_name(scheduler: Any) -> str:
     """The class's name, or for a subclass of the user's that of the diffusers class it derives from."""
     classes = [cls for cls in type(scheduler).__mro__ if cls.__module__.startswith("diffusers.")]
     return (classes or [type(scheduler)])[0].__name__

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from accel import generation
 from accel.core import made_for
-from accel.core.capability import denoisers_of
+from accel.core.capability import denoisers_of, scheduler_of
 from accel.errors import ConfigError
 from accel.evaluation.bootstrap import mean_interval
 from accel.evaluation.configurations import PLAIN, Configuration
@@ -87,7 +87,7 @@ def measure(
         raise ConfigError(f"--only {only.pattern!r} matches none of the settings")
     (_, denoiser), *_ = denoisers_of(pipe)
     made = {
-        **made_for.describe(denoiser, pipe.scheduler),
+        **made_for.describe(denoiser, scheduler_of(pipe)),
         "dtype": str(getattr(denoiser, "dtype", "")).removeprefix("torch."),
         "device": torch.device(pipe.device).type,
         "call": str(plan.call),

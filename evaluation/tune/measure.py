@@ -14,6 +14,7 @@ from torch import Tensor
 
 from accel import configs, generation
 from accel.core import samplers
+from accel.core.capability import scheduler_of
 from accel.core.clock import Clock, Listener
 from accel.core.schedule import Schedule
 from accel.errors import UnsupportedError
@@ -155,8 +156,8 @@ class Runs:
 
 @contextmanager
 def watching(pipe: Any) -> Iterator[Watch]:
-    watch = Watch(pipe.scheduler)
-    undo = Clock.of(pipe.scheduler).add(watch, pipe)
+    watch = Watch(scheduler_of(pipe))
+    undo = Clock.of(scheduler_of(pipe)).add(watch, pipe)
     try:
         yield watch
     finally:
@@ -174,8 +175,8 @@ def schedule_of(runs: Runs, total: int, job: Job) -> tuple[Array, Array]:
         def before(self, clock: Clock) -> None:
             raise _Known
 
-    watch = Stop(runs.pipe.scheduler)
-    undo = Clock.of(runs.pipe.scheduler).add(watch, runs.pipe)
+    watch = Stop(scheduler_of(runs.pipe))
+    undo = Clock.of(scheduler_of(runs.pipe)).add(watch, runs.pipe)
     try:
         generation.run(runs.pipe, [job], replace(runs.call, steps=total))
     except _Known:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from accel import configs, generation
 from accel.core import made_for
-from accel.core.capability import denoisers_of
+from accel.core.capability import denoisers_of, scheduler_of
 from accel.core.schedule import Schedule, growing
 from accel.errors import ConfigError, UnsupportedError
 from accel.evaluation.errors import EvaluationError
@@ -88,7 +88,7 @@ class _Tuning:
         held = min(max(len(jobs) // 3, 1), MOST)
         self.jobs = {SEARCH: jobs[: len(jobs) - held][:MOST], HELD: jobs[len(jobs) - held :]}
         (_, denoiser), *_ = denoisers_of(pipe)
-        self.described = made_for.describe(denoiser, pipe.scheduler)
+        self.described = made_for.describe(denoiser, scheduler_of(pipe))
         self.state = State(folder, self._made(pipe))
         self.done, self.what, self.progress = 0.0, "", progress
         self.ahead = 0.0  # what is expected to come after what is going on

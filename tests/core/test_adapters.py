@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import FAMILIES, make_flux
+from diffusers.utils import BaseOutput
 
 import accel
 from accel.core.capability import denoisers_of
 from accel.core.plan import TokenPlan
+from accel.core.prediction import like, prediction_of, put
 from accel.core.site import Side
 from accel.core.span import Span
 from accel.pipelines.registry import find
@@ -227,3 +230,16 @@ def test_blocks_compiled_one_by_one_share_their_graphs():
         torch._dynamo.utils.counters.clear()
         pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
         assert relative(family.latents(pipe, steps=4), expected) < 1e-5
+
+
+def test_an_output_class_of_any_kind_has_its_prediction_in_sample():
+    """A denoiser of one's own need not decorate it as diffusers does."""
+
+    class Output(BaseOutput):
+        sample: torch.Tensor
+
+    value, other = torch.zeros(2), torch.ones(2)
+    for output in (Output(sample=value), SimpleNamespace(sample=value)):
+        assert prediction_of(output) is value
+        assert prediction_of(put(output, other)) is other
+        assert prediction_of(like(output)(other)) is other

@@ -44,7 +44,7 @@ def test_two_processes_give_the_records_of_one(tmp_path, monkeypatch):
     model = f"{HERE / 'fake_pipeline.py'}:make"
     arguments = [tmp_path / "two", "--suite", prompts, "--model", model, "-c", "steps=4", "--device", "cpu"]
     finished = launch("run", *arguments)
-    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in "01":  # the launcher itself has been shown above, and takes its time to start
         monkeypatch.setenv("RANK", rank)

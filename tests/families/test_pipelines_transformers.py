@@ -49,3 +49,15 @@ def test_several_grids_that_are_all_made_are_no_references(name):
     with accel.accelerate(pipe, "balanced") as handle:
         assert torch.isfinite(latents(pipe, recipe.call())).all()
     assert handle.stats.share < 1
+
+
+def test_halves_of_perturbed_attention_are_no_branches_of_guidance():
+    """Without guidance by a prompt there are two in a batch, as with it."""
+    recipe = RECIPES["StableDiffusion3PAGPipeline"]
+    pipe, call = recipe.make(), {**recipe.call(), "guidance_scale": 1.0, "pag_scale": 3.0}
+    plain = latents(pipe, call)
+    schedule = accel.Schedule(cycle=(1,), dense_first=2, dense_last=1, guidance_every=2)
+    config = accel.ForecastConfig(schedule=schedule)
+    with accel.accelerate(pipe, config), pytest.raises(UnsupportedError, match="perturbed-attention"):
+        latents(pipe, call)
+    assert torch.equal(latents(pipe, call), plain)
