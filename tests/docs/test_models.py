@@ -17,7 +17,7 @@ denoiser takes forecasts, which need its prediction alone; to describe it is [on
 accel info --models
 ```
 
-- **forecasts**: `quality`, `balanced`, `fast`, `draft`, under [samplers that add no noise](measured/schedulers.md).
+- **forecasts**: `quality`, `balanced`, `fast`, `draft`, under [most samplers](measured/schedulers.md).
 - **merging**: `merging`, `few-step`, `tomesd`, and how far tokens stay merged: from the first block to the last (`scope="span"`), in each block
   (`scope="block"`), or, between the convolutions of a U-Net, within a stack of its blocks.
 - **pruning**: `TokenPruningConfig`; "no keys kept": with `keys_values="none"`.
