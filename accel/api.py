@@ -15,7 +15,7 @@ from .pipelines import registry
 
 def accelerate(
     pipe: Any,
-    config: Any | str | PathLike | Mapping[str, Any] = "balanced",
+    config: Any | str | PathLike | Mapping[str, Any] | None = None,
     *,
     replace: bool = False,
     compile: bool | str = False,
@@ -24,7 +24,8 @@ def accelerate(
 
     Args:
         pipe: a diffusers pipeline of a known model family; for speculative decoding, an autoregressive pipeline.
-        config: a configuration (`TokenMergingConfig(...)`), a preset name, a YAML file or a mapping.
+        config: a configuration (`TokenMergingConfig(...)`), a preset name, a YAML file or a mapping. Default: the
+            pipeline's `default_preset`, where it has one (the built-in distilled model's is "few-step"); else "balanced".
         replace: if this method is already attached to the model, replace it.
         compile: True: torch.compile of the model's repeated blocks (of all of it, where it names none), and on a GPU
             CUDA graphs of the calls that are bound by launches. "blocks", "whole" or "graphs": that alone; with a "+"
@@ -46,6 +47,8 @@ def accelerate(
     >>> handle.remove()                                                         # doctest: +SKIP
     """
     compiling.check(compile)
+    if config is None:
+        config = getattr(pipe, "default_preset", "balanced")
     if isinstance(config, (str, PathLike, Mapping)):
         config = configs.load(config)
     cls = methods.of(config)

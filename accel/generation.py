@@ -19,15 +19,17 @@ import torch
 
 from . import configs
 from .api import accelerate
+from .core.capability import scheduler_of
 from .core.checks import check, is_number, is_whole
 from .core.decoding import Sampling
 from .errors import AccelError, ConfigError, UnsupportedError
-from .pipelines.loading import BUILTIN, BUILTIN_AR, DTYPES, is_autoregressive, load_pipeline
+from .pipelines.loading import BUILTIN, BUILTIN_AR, BUILTIN_TURBO, DTYPES, is_autoregressive, load_pipeline
 from .pipelines.timing import measure
 
 __all__ = [
     "BUILTIN",
     "BUILTIN_AR",
+    "BUILTIN_TURBO",
     "DTYPES",
     "Decoding",
     "Generated",
@@ -391,11 +393,10 @@ def call_in_full(pipe: Any, settings: Settings) -> dict[str, Any]:
     names = "num_inference_steps", guidance_argument(pipe)
     defaults = {name: parameters[name].default for name in names if name in parameters}
     call = {**defaults, **settings.arguments(pipe)}
-    scheduler = type(getattr(pipe, "scheduler", None)).__name__
     return {
         "steps": call.get("num_inference_steps"),
         "guidance": call.get(guidance_argument(pipe)),
-        "scheduler": scheduler,
+        "scheduler": type(scheduler_of(pipe)).__name__,
     }
 
 

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from accel.core.capability import scheduler_of
+
 _SAMPLE = 1 << 16  # bytes of a tensor
 
 
@@ -30,7 +32,7 @@ def identity(pipe: Any) -> dict[str, Any]:
         "pipeline": type(pipe).__name__,
         "dtype": dtype(pipe),
         "device": _device(pipe),
-        "scheduler": _scheduler(getattr(pipe, "scheduler", None)),
+        "scheduler": _scheduler(scheduler_of(pipe)),
         "model_weights": weights_hash(modules(pipe)),
     }
 

@@ -43,8 +43,9 @@ from upcycle_chunking import Run as _Run
 from accel.core import sidecar
 from accel.evaluation import judges, suites
 from accel.pipelines import builtin
+from accel.pipelines.builtin import turbo
 
-KIND = "few steps"
+KIND = turbo.KIND
 WORLD = "flat"
 KEPT = 16  # walks (of a batch each) that pairs are drawn from
 
@@ -55,7 +56,7 @@ def rank_of(path: str) -> int:
 
 
 class Run(_Run):
-    checkpoint, file, kind = "distill.pt", "turbo.safetensors", KIND
+    checkpoint, file, kind = "distill.pt", turbo.FILE.name, KIND
 
     def start(self, file: Path) -> None:
         """Begin with the changes of a side-car. Errors: see `sidecar.read`."""

@@ -93,6 +93,10 @@ def pipeline_class(index: Mapping[str, Any], folder: Path) -> Any:
         from .builtin.scenes_flux import ScenesFluxPipeline
 
         return ScenesFluxPipeline
+    if named == "ScenesTurboPipeline":
+        from .builtin.turbo import ScenesTurboPipeline
+
+        return ScenesTurboPipeline
     known = getattr(diffusers, named, None)
     if inspect.isclass(known) and issubclass(known, diffusers.DiffusionPipeline):
         return known

@@ -34,7 +34,9 @@ MAX_SEED = 2**63 - 1
 MAX_IMAGES = 100_000
 
 #: What --model takes.
-MODELS = "builtin, builtin-ar (autoregressive), a folder of either kind, or a hub id."
+MODELS = (
+    "builtin, builtin-turbo (four steps), builtin-ar (autoregressive), a folder of either kind, or a hub id."
+)
 
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, mps or cpu. Default: CUDA if there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: by device.")]

@@ -36,6 +36,7 @@ def _builtin() -> dict[str, str]:
     found = {}
     for name, folder, index, script in (
         ("builtin", builtin.FOLDER, "model_index.json", "train_scenes_diffusion.py"),
+        ("builtin-turbo", builtin.FOLDER, "turbo.safetensors", "distill_few_steps.py"),
         ("builtin-ar", builtin.AUTOREGRESSIVE_FOLDER, "config.json", "train_scenes_ar.py"),
     ):
         missing = f"missing: train it with examples/{script}"
@@ -128,6 +129,7 @@ def _show_all(as_json: bool) -> None:
             "presets": configs.names(),
             "presets_by_method": presets,
             "builtin": built_in["builtin"],
+            "builtin_turbo": built_in["builtin-turbo"],
             "builtin_ar": built_in["builtin-ar"],
             "denoisers": registry.known(),
             "autoregressive_models": autoregressive.known(),

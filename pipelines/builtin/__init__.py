@@ -16,7 +16,9 @@ FOLDER = Path(__file__).parent / "scenes-flux"
 AUTOREGRESSIVE_FOLDER = Path(__file__).parent / "scenes-janus"
 
 
-def load_pipeline(device: Any = None, dtype: Any = None, world: str = "flat") -> ScenesFluxPipeline:
+def load_pipeline(
+    device: Any = None, dtype: Any = None, world: str = "flat", distilled: bool = False
+) -> ScenesFluxPipeline:
     """The built-in text-to-image model, a `FluxPipeline` with its own defaults (256 px).
 
     Args:
@@ -25,16 +27,26 @@ def load_pipeline(device: Any = None, dtype: Any = None, world: str = "flat") ->
         world: "flat", or "textured": the same model changed by a side-car, so that the same prompts get patterned
             grounds and shapes, and three more words mean something: small, tiny and thin. Its side-car is not shipped:
             examples/train_scenes_textured.py makes it.
+        distilled: the same model changed by another side-car, so that it draws in four steps of one call, without
+            guidance (`ScenesTurboPipeline`); of the flat world alone.
 
     Raises:
         WeightsError: if a file of the model is missing or corrupt; names the file.
-        ConfigError: an unknown world.
+        ConfigError: an unknown world, or the textured one of the distilled model.
     """
     from accel.errors import ConfigError
 
     if world not in ("flat", "textured"):
         raise ConfigError(f"world must be 'flat' or 'textured', got {world!r}")
+    if distilled and world != "flat":
+        raise ConfigError(f"distilled=True goes with world='flat', got {world!r}")
     device, dtype = _defaults(device, dtype)
+    if distilled:
+        from . import turbo
+
+        pipe = load_folder(FOLDER, dtype, turbo.ScenesTurboPipeline)
+        turbo.add_to(pipe)
+        return pipe.to(device)
     pipe = load_folder(FOLDER, dtype)
     if world == "textured":
         from . import textured
@@ -43,8 +55,8 @@ def load_pipeline(device: Any = None, dtype: Any = None, world: str = "flat") ->
     return pipe.to(device)
 
 
-def load_folder(folder: Path, dtype: Any) -> ScenesFluxPipeline:
-    """A model like the built-in one from a folder, onto the CPU.
+def load_folder(folder: Path, dtype: Any, cls: type[ScenesFluxPipeline] | None = None) -> ScenesFluxPipeline:
+    """A model like the built-in one from a folder, onto the CPU; of another class of pipelines than its own, if given.
 
     Raises:
         WeightsError: a file is missing or corrupt; names the file.
@@ -55,7 +67,7 @@ def load_folder(folder: Path, dtype: Any) -> ScenesFluxPipeline:
     from .scenes_flux import ScenesFluxPipeline
 
     try:
-        return load_as(ScenesFluxPipeline, folder, dtype)
+        return load_as(cls or ScenesFluxPipeline, folder, dtype)
     except WeightsError as error:
         advice = "Reinstall the package, or train the model: examples/train_scenes_diffusion.py"
         raise WeightsError(f"{str(error).removesuffix(AGAIN).rstrip('. ')}. {advice}") from error

@@ -5,10 +5,12 @@ import math
 import pickle
 import weakref
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
 
+from accel.core import samplers
 from accel.core.clock import Clock, Listener
 from accel.core.readback import Readback
 from accel.core.schedule import Schedule, growing, slots
@@ -215,6 +217,20 @@ def test_clock_counts_every_call_of_a_second_order_scheduler():
     loop(scheduler, steps=3)
     assert log.events[0] == ("begin", 5)
     assert [e[1] for e in log.events if e[0] == "before"] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", sorted(samplers.ENDS_WITH_A_TIMESTEP))
+def test_a_last_timestep_that_is_no_step_is_not_counted(name):
+    scheduler, log = getattr(diffusers, name)(), Log()
+    Clock.of(scheduler).add(log)
+    scheduler.set_timesteps(2)
+    sample = torch.zeros(3, 4, 8, 8)
+    for t in scheduler.timesteps[:-1]:
+        t = t.expand(3) if name == "DDPMWuerstchenScheduler" else t
+        sample = scheduler.step(torch.ones_like(sample), t, sample).prev_sample
+    assert len(scheduler.timesteps) == 3, "this diffusers gives it another"
+    assert log.events[0] == ("begin", 2)
+    assert log.events[-1] == ("end", 2), "one short of it, a run never ends"
 
 
 def test_starting_in_the_middle_shortens_the_run():

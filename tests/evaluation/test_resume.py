@@ -128,6 +128,9 @@ def test_the_builtin_pipelines_show_what_they_are():
     wrapped = FakePipeline()
     wrapped.inner = flux
     assert {"inner.transformer", "inner.vae"} <= modules(wrapped).keys()
+    flux.scheduler = None
+    flux.decoder_scheduler = diffusers.DDIMScheduler()  # Karlo's name for it
+    assert identity(flux)["scheduler"]["class"] == "DDIMScheduler"
     drawn = load_pipeline("builtin-ar", "cpu")
     assert modules(drawn)
     assert identity(drawn)["model_weights"] not in (None, found["model_weights"])

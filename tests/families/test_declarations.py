@@ -17,11 +17,13 @@ from diffusers import StableDiffusion3PAGPipeline
 from test_conformance import CASES, relative
 
 import accel
+from accel.core import sidecar
 from accel.core.plan import TokenPlan
 from accel.core.prediction import prediction_of
 from accel.core.site import Port
 from accel.core.span import Span
 from accel.errors import UnsupportedError
+from accel.methods.learned import KIND
 from accel.pipelines import registry
 from accel.pipelines.registry import find
 
@@ -330,3 +332,13 @@ def test_perturbed_attention_keeps_no_keys_and_says_so():
         assert torch.isfinite(case.latents(pipe, steps=6)).all()
         assert handle.stats.share < 0.9
     assert torch.equal(case.latents(pipe, steps=6), plain)
+
+
+def test_changes_for_windows_are_refused_where_guidance_has_a_module_of_its_own(tmp_path):
+    """A side-car was trained for one module, and nobody can say which branch that is."""
+    pipe, file = case_of("Ideogram 4").make(), tmp_path / "car.safetensors"
+    sidecar.write(file, KIND, [sidecar.fingerprint(pipe.transformer)], {})
+    config = accel.TokenMergingConfig(groups="windows", adapter=str(file))
+    with pytest.raises(UnsupportedError, match=r"adapter is for one denoiser.*leave adapter out"):
+        accel.accelerate(pipe, config)
+    accel.accelerate(pipe, replace(config, adapter=None)).remove()
