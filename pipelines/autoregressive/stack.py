@@ -137,8 +137,8 @@ def _entered(
 ) -> Tensor:
     """Queries (T, H, E); keys and values are written to rows `index_T` of the cache."""
     x_TD = F.rms_norm(x_TD, layer.norm_in.shape, layer.norm_in, shape.eps)
-    heads = (shape.heads, shape.kv_heads, shape.kv_heads)
-    q, k, v = (part for part in _linear(x_TD, layer.qkv).unflatten(-1, (-1, shape.head)).split(heads, 1))
+    sizes = [heads * shape.head for heads in (shape.heads, shape.kv_heads, shape.kv_heads)]
+    q, k, v = (part.unflatten(-1, (-1, shape.head)) for part in _linear(x_TD, layer.qkv, sizes))
     keys_NHE.index_copy_(0, index_T, _turn(k, cos_TE, sin_TE, shape.interleaved))
     values_NHE.index_copy_(0, index_T, v)
     return _turn(q, cos_TE, sin_TE, shape.interleaved)
@@ -148,14 +148,15 @@ def _left(x_TD: Tensor, attended_TD: Tensor, layer: Layer, shape: Shape) -> Tens
     """Hidden states after a layer, from what its attention gave."""
     x_TD = x_TD + F.linear(attended_TD, layer.out)
     y_TD = F.rms_norm(x_TD, layer.norm_mid.shape, layer.norm_mid, shape.eps)
-    gate, up = _linear(y_TD, layer.gate_up).chunk(2, -1)
+    gate, up = _linear(y_TD, layer.gate_up, [layer.down.shape[1]] * 2)
     return x_TD + F.linear(F.silu(gate) * up, layer.down)
 
 
-def _linear(x_TD: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+def _linear(x_TD: Tensor, weights: tuple[Tensor, ...], sizes: list[int]) -> Sequence[Tensor]:
+    """What each of several matrices gives, which may be one below the other in a single one, of these heights."""
     if len(weights) == 1:
-        return F.linear(x_TD, weights[0])
-    return torch.cat([F.linear(x_TD, weight) for weight in weights], -1)
+        return F.linear(x_TD, weights[0]).split(sizes, -1)
+    return [F.linear(x_TD, weight) for weight in weights]
 
 
 def _turn(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor, interleaved: bool) -> Tensor:
