@@ -44,7 +44,7 @@ class TokenModel(Protocol):
     how far the images are sets it before each forward: no `at_B` is larger, so that nothing behind need be looked at;
     `seen(width)` then says what the forward's shapes depend on. `rounds` (`accel.core.rounds.Rounds`) says that all its
     tensors stay where they are, and runs rounds. Where `shrinks` is true, `only(images)` gives the
-    model for some of its images. `nan_B` (int64) and `check(values of nan_B)` find NaN. A decoder puts the tokens
+    model for some of its images, which goes on in the memory of all. `nan_B` (int64) and `check(values of nan_B)` find NaN. A decoder puts the tokens
     (B, N or more) that it writes, finished ones and drafts, where the model has `drawn_BS`, for previews.
     """
 
@@ -213,6 +213,13 @@ class Told:
         self._model, self._late = model, late
         self._nan_B = getattr(model, "nan_B", None) if late else None
         self._pending: list[Readback] = []
+        self._before: tuple[Readback, Sequence[int]] | None = None
+
+    def only(self, images: Sequence[int], nan_B: Tensor | None) -> None:
+        """From the next round on of some of the images, whose NaN are told there."""
+        if self._pending:
+            self._before, self._pending = (self._pending[-1], images), []
+        self._nan_B = None if self._nan_B is None else nan_B
 
     def read(self, values_B: Tensor) -> list[int] | None:
         """Send the values off; what is known by now.
@@ -222,15 +229,21 @@ class Told:
         """
         if not self._late:
             return None
-        images = values_B.shape[0]
         values_B = torch.cat(
             [values_B] if self._nan_B is None else [values_B, self._nan_B]
         )  # a copy of its own
         spare = self._pending.pop(0) if len(self._pending) == 2 else None
         self._pending.append(Readback(values_B, spare))
-        if len(self._pending) < 2:
-            return None
-        known = self._pending[0].read().tolist()
-        if self._nan_B is not None:
-            self._model.check(known[images:])
+        if self._before is not None:
+            (before, chosen), self._before = self._before, None
+            known = self._known(before)
+            return [known[image] for image in chosen]
+        return self._known(self._pending[0]) if len(self._pending) == 2 else None
+
+    def _known(self, of: Readback) -> list[int]:
+        known = of.read().tolist()
+        if self._nan_B is None:
+            return known
+        images = len(known) // 2
+        self._model.check(known[images:])
         return known[:images]

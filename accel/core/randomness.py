@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .rounds import to_front
+
 #: Slots whose noise is drawn by one call. On a GPU every call is a launch, which a round of its own would notice.
 CHUNK = {"cuda": 16}
 
@@ -55,12 +57,13 @@ class Randomness:
         self.generators = generators
         self._drawn = [0] * len(generators)
 
-    def only(self, images: Sequence[int]) -> Randomness:
-        """Of some images, to go on with."""
+    def only(self, index_B: Tensor) -> Randomness:
+        """Of some images, to go on with, in the memory of all."""
+        images = index_B.tolist()
         part = copy.copy(self)
         part.generators = [self.generators[image] for image in images]
         part._drawn = [self._drawn[image] for image in images]
-        part.exponential_BRV = self.exponential_BRV[images]
+        part.exponential_BRV = to_front(self.exponential_BRV, index_B)
         return part
 
     def uniform(self, *shape: int) -> Tensor:

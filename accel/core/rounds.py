@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from accel.errors import AccelWarning
 
@@ -90,6 +91,16 @@ class Rounds:
         for kept in (self._kept, self._replays):
             for key in [key for key in kept if gone(key)]:
                 del kept[key]
+
+
+def to_front(whole: Tensor, index_B: Tensor) -> Tensor:
+    """Move rows to the front of their memory, over the others; what is there is at the same place every time.
+
+    Returns:
+        A view of them.
+    """
+    whole[: len(index_B)] = whole[index_B]
+    return whole[: len(index_B)]
 
 
 def rounds_of(model: Any) -> Rounds:

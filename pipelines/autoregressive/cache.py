@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from accel.core.rounds import to_front
+
 
 class PlacedCache(Cache):
     """The keys and values of all layers: 2 x layers x R x S x H x D numbers, linear in places.
@@ -43,11 +45,12 @@ class PlacedCache(Cache):
         return own._keys.flatten(0, 1), own._values.flatten(0, 1)
 
     def only(self, index_R: Tensor) -> PlacedCache:
-        """A copy of some rows."""
+        """Some rows, in the memory of all."""
         part = PlacedCache(len(self._layers), len(index_R), self.places)
         for mine, own in zip(part._layers, self._layers, strict=True):
             if own.is_initialized:
-                mine._keys, mine._values, mine.is_initialized = own._keys[index_R], own._values[index_R], True
+                mine._keys, mine._values = to_front(own._keys, index_R), to_front(own._values, index_R)
+                mine.is_initialized = True
         return part
 
     def aim(self, place_RW: Tensor, seen: int) -> Tensor:

@@ -83,6 +83,8 @@ class PromptedModel:
         self._image_B, self._parts = torch.arange(self.images, device=device), list[tuple[Tensor, Tensor]]()
         #: The first place of each image whose logits were NaN; `places` if there is none.
         self.nan_B = torch.full((self.images,), self.places, device=device)
+        #: Memory for `start_R` and `nan_B` of parts.
+        self._of_parts = torch.empty_like(self.start_R), torch.empty_like(self.nan_B)
         self._read(prefix, guidance)
 
     def read(self, prompts: Sequence[Any], guidance: float) -> bool:
@@ -157,18 +159,23 @@ class PromptedModel:
 
     @property
     def shrinks(self) -> bool:
-        """Whether fewer rows are less work, not shapes that are compiled or captured anew."""
-        return self._grow and not self.rounds.captures
+        """Whether fewer rows are less work, not shapes that are compiled anew."""
+        return self._grow
 
     def only(self, images: Sequence[int]) -> PromptedModel:
-        """Some of the images, to go on with while the others are finished. `check` of the whole tells of their NaN."""
+        """Some of the images, to go on with while the others are finished, in the memory of all: captured rounds of as
+        many images find theirs there. `check` of the whole tells of their NaN."""
         part, index_B = copy.copy(self), torch.tensor(images, device=self.start_R.device)
         index_R = torch.cat([index_B, index_B + self.images]) if self.guided else index_B
-        part.images, part.rounds, part.drawn_BS = len(images), Rounds(), None
-        part.key_values, part.start_R = self.key_values.only(index_R), self.start_R[index_R]
-        part.first_BV, part.nan_B = self.first_BV[index_B], self.nan_B[index_B]
-        part._image_B = self._image_B[index_B]
-        self._parts.append((part._image_B, part.nan_B))  # a list that parts share
+        part.images, part.drawn_BS, part._image_B = len(images), None, self._image_B[index_B]
+        part.key_values, part.first_BV = self.key_values.only(index_R), self.first_BV[index_B]
+        # The whole's own say where its images begin, and what NaN there were.
+        starts_R, nans_B = self._of_parts
+        self._parts[-1:] = [(self._image_B, self.nan_B.clone())]  # a list that parts share
+        part.start_R, part.nan_B = starts_R[: len(index_R)], nans_B[: len(images)]
+        part.start_R.copy_(self.start_R[index_R])
+        part.nan_B.copy_(self.nan_B[index_B])
+        self._parts.append((part._image_B, part.nan_B))
         return part
 
     def so_far(self, finished: int) -> tuple[Tensor, int] | None:

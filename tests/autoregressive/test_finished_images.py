@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy
 import pytest
+import tape
 import tiny_janus
 import torch
 from tiny_janus import PROMPTS
 
 import accel
+from accel.core.decoding import Told
+from accel.core.rounds import Rounds
 from accel.errors import NumericsError
 from accel.methods.speculation import SpeculativeDecodingConfig as Config
-from accel.methods.speculation import loop
-from accel.pipelines.autoregressive import AutoregressivePipeline
+from accel.methods.speculation import decoder, loop, verify
+from accel.pipelines.autoregressive import AutoregressivePipeline, cache
 from accel.pipelines.autoregressive import model as model_module
 from accel.pipelines.autoregressive import pipeline as pipeline_module
 from accel.pipelines.autoregressive.janus import Janus
+from accel.pipelines.autoregressive.kept import Kept
 
 CONFIGS = {
     "noise": Config(window=4, auto_disable=False),
@@ -51,7 +57,25 @@ def rows(monkeypatch, pipe):
 def tokens(pipe, seeds=(1, 2, 3, 4), **options):
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     options = {"temperature": 0.5, "top_k": 20, "guidance_scale": 2.0, "output_type": "tokens", **options}
-    return pipe(list(PROMPTS), generator=generators, **options).images
+    return pipe(list(PROMPTS) * (len(seeds) // 4), generator=generators, **options).images
+
+
+@pytest.fixture
+def taped(monkeypatch, pipe):
+    """The pipeline with rounds that are recorded and replayed, and of every round how many images were in it."""
+    monkeypatch.setattr(decoder, "_late", lambda model: True)  # as where rounds are captured
+    monkeypatch.setattr(verify, "ranked", lambda p_BWV: p_BWV.sort(dim=-1, stable=True))
+    pipe._kept = Kept(lambda device, failed: tape.capture, lambda function: function, devices=("cpu",))
+    found: list[int] = []
+    run = Rounds.run
+
+    def spied(rounds, key, body):
+        if key[0] != "prefill":
+            found.append(body.args[0].images)
+        run(rounds, key, body)
+
+    monkeypatch.setattr(Rounds, "run", spied)
+    return found
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -116,3 +140,89 @@ def test_batches_that_are_compiled_stay_whole(pipe, rows, monkeypatch):
         )  # as `pipe.compile()` puts another one there
         assert torch.equal(tokens(pipe), expected)
     assert set(rows) == {4}
+
+
+EIGHT = (1, 2, 3, 4, 5, 6, 7, 8)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_captured_batch_goes_on_in_halves(pipe, taped, monkeypatch, name):
+    """Token by token what the whole batch draws, on graphs of 8, 4, 2 and 1 images that later batches replay."""
+    calls = [{"seeds": EIGHT}, {"seeds": EIGHT[::-1]}, {"seeds": EIGHT, "temperature": 0.6}]
+
+    def drawn():
+        found = []
+        with accel.accelerate(pipe, CONFIGS[name]) as handle:
+            for call in (*calls, *calls):
+                images = tokens(pipe, **call)
+                stats = handle.stats
+                found.append((images, stats.rounds_BN.clone(), stats.forwards_B.clone()))
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "finished_leave", lambda model, config: False)
+        expected, whole = drawn(), list(taped)
+    assert set(whole) == {8}
+    pipe.graphs = True
+    taped.clear()
+    got = drawn()
+    for one, other in zip(expected, got, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert set(taped) == {8, 4, 2, 1}
+    assert len(taped) == len(whole)
+    assert sum(taped) < 0.95 * sum(whole)
+
+
+def test_rows_that_are_not_moved_would_be_seen(pipe, taped, monkeypatch):
+    """The negative control: the first rows' keys and values, whichever images go on."""
+    pipe.graphs = True
+    with accel.accelerate(pipe, CONFIGS["noise"]):
+        expected = tokens(pipe, EIGHT)
+        monkeypatch.setattr(cache, "to_front", lambda whole, index: whole[: len(index)])
+        assert not torch.equal(tokens(pipe, EIGHT), expected)
+
+
+def test_previews_and_nan_of_a_captured_batch_that_shrank(pipe, taped):
+    pipe.graphs = True
+    previews, spoilt = [], []
+
+    def look(pipe, finished, slots, given):
+        previews.append(given["preview"]())
+
+    def spoil(pipe, finished, slots, given):
+        if taped[-1] == 2 and not spoilt:
+            spoilt.append(finished)
+            pipe.model.model.generation_head.vision_head.weight.data.fill_(torch.nan)
+
+    with accel.accelerate(pipe, CONFIGS["noise"]) as handle:
+        images = tokens(pipe, EIGHT, output_type="np", callback_on_step_end=look)
+        assert taped[-1] < 8
+        for shown, image in zip(previews[-1], images, strict=True):
+            assert numpy.array_equal(numpy.asarray(shown), (image * 255).round().astype("uint8"))
+        slowest = handle.stats.forwards_B[-8:].topk(2).indices.tolist()
+        with pytest.raises(NumericsError, match=r"[12] of 8 images, first in image ") as raised:
+            tokens(pipe, EIGHT, callback_on_step_end=spoil)
+    named, slot = re.search(r"in image (\d+) at slot (\d+)", str(raised.value)).groups()
+    assert int(named) in slowest
+    assert int(slot) >= spoilt[0]
+
+
+def test_what_the_host_knows_follows_the_images_that_stay():
+    """The round on its way was the whole batch's; its numbers are told in the order of the part."""
+    told = Told(object(), late=True)
+    assert told.read(torch.tensor([1, 2, 3])) is None
+    assert told.read(torch.tensor([4, 5, 6])) == [1, 2, 3]
+    told.only([2, 0], None)
+    assert told.read(torch.tensor([9, 7])) == [6, 4]
+    told.only([1], None)
+    assert told.read(torch.tensor([8])) == [7]
+    assert told.read(torch.tensor([10])) == [8]
+
+
+def test_who_stays():
+    known = [9, 5, 9, 9, 4, 9, 9, 9]
+    assert loop.staying(known, 9, captured=False) == [1, 4]
+    assert loop.staying(known, 9, captured=True) == [1, 4]
+    assert loop.staying([9, 5, 9, 5, 5, 9, 9], 9, captured=True) == [1, 3, 4], "7 halved"
+    assert loop.staying([5, 5, 5, 9, 9, 9, 9, 9], 9, captured=True) == [0, 1, 2, 3], "one is finished"
+    assert loop.staying([5, 5, 5, 5, 5, 9, 9, 9], 9, captured=True) == []

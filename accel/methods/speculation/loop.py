@@ -5,7 +5,8 @@ Shapes: B images, W tokens of a window, N slots of an image, S = N + 2 W, V voca
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.nn.functional import pad
 
 from accel.core.decoding import Sampling, TokenModel, Told, draw, show
 from accel.core.randomness import Randomness
-from accel.core.rounds import reach, rounds_of
+from accel.core.rounds import reach, rounds_of, to_front
 
 from .config import SpeculativeDecodingConfig
 from .draft import inverse_cdf
@@ -131,13 +132,22 @@ class WindowRound:
         noise_BRV = self.randomness.exponential_BRV
         self._write(self.step(self.state, logits_BWV, self.uniform_BW4, noise_BRV, self.forced_S))
 
+    def only(self, index_B: Tensor) -> WindowRound:
+        """Of some images, to go on with, in the memory of all."""
+        part = copy.copy(self)
+        part.state = State(*(to_front(whole, index_B) for whole in self.state))
+        part.randomness = self.randomness.only(index_B)
+        if self.uniform_BW4 is not None:
+            part.uniform_BW4 = self.uniform_BW4[: len(index_B)]
+        return part
+
     def _write(self, state: State) -> None:
         for mine, new in zip(self.state, state, strict=True):
             mine.copy_(new)
 
 
 def speculate(
-    model: TokenModel,
+    model: Any,
     sampling: Sampling,
     config: SpeculativeDecodingConfig,
     width: int,
@@ -151,6 +161,7 @@ def speculate(
     """Decode a batch.
 
     Args:
+        model: a `TokenModel`.
         width: W, tokens fed per forward, 2 <= W <= N.
         step: what `step_of` gave.
         randomness: with a ring of `ring_of` slots.
@@ -163,53 +174,59 @@ def speculate(
         The last state, all finished, and the number of forwards.
     """
     slots, rounds = model.forced_N.shape[0], rounds_of(model)
-    known: list[int] = [1] * model.images
     turn = begin_round(model, sampling, config, width, step, randomness, key)
     show(model, turn.state.token_BS)
-    told = Told(model, late)
-    forwards = 0
-    whole, rows_B, leave = turn.state, None, finished_leave(model, config, late)
+    told, leave = Told(model, late), finished_leave(model, config)
+    known, forwards = [1] * model.images, 0
+    whole, rows_B = turn.state, None
+    part: tuple[int, ...] = ()
     while min(known) < slots:
-        if leave and (part := _unfinished(model, turn, known)):
-            images, model, turn = part
-            randomness, known = turn.randomness, [known[image] for image in images]
+        if leave and (images := staying(known, slots, rounds.captures)):
             index_B = torch.tensor(images, device=whole.finished_B.device)
-            rows_B = index_B if rows_B is None else rows_B[index_B]
-        randomness.refill(known)
+            if rows_B is None:
+                whole, rows_B = State(*(one.clone() for one in whole)), torch.arange(model.images).to(index_B)
+                show(model, whole.token_BS)
+            model, turn, rows_B = model.only(images), turn.only(index_B), rows_B[index_B]
+            told.only(images, getattr(model, "nan_B", None))
+            known, part = [known[image] for image in images], (len(images),)
+        turn.randomness.refill(known)
         if turn.uniform_BW4 is not None:
-            turn.uniform_BW4.copy_(randomness.uniform(width, 4))
+            turn.uniform_BW4.copy_(turn.randomness.uniform(width, 4))
         seen = reach(model, width, max(known) - 1 + (width if late else 0))
-        rounds.run((*key, width, seen), partial(turn, model))
+        rounds.run((*key, width, *part, seen), partial(turn, model))
         forwards += 1
         known = told.read(turn.state.finished_B) or known if late else turn.state.finished_B.tolist()
         if rows_B is not None:
             for mine, new in zip(whole, turn.state, strict=True):
                 mine[rows_B] = new
         on_slots(min(known))
-    return State(*(part.clone() for part in whole)), forwards
+    return State(*(one.clone() for one in whole)), forwards
 
 
-def finished_leave(model: Any, config: SpeculativeDecodingConfig, late: bool) -> bool:
-    """Whether images that are finished leave the batch: where rounds are neither queued nor compiled for its size.
+def finished_leave(model: Any, config: SpeculativeDecodingConfig) -> bool:
+    """Whether images that are finished leave the batch: where steps are not compiled for its size.
 
     On the built-in model 16 images took 41 to 104 forwards: half of what the batch computed was for nothing.
     """
-    return getattr(model, "shrinks", False) and not late and not config.compile
+    return getattr(model, "shrinks", False) and not config.compile
 
 
-def _unfinished(
-    model: Any, turn: WindowRound, known: list[int]
-) -> tuple[list[int], TokenModel, WindowRound] | None:
-    """The images that are not finished, their model and round; None: too many for a copy of their keys and values to pay."""
-    images = [image for image, slot in enumerate(known) if slot < len(model.forced_N)]
-    if len(images) > _LEFT * len(known):
-        return None
-    part = model.only(images)
-    state = State(*(whole[images] for whole in turn.state))
-    uniform = turn.uniform_BW4 is not None
-    smaller = WindowRound(part, turn.width, turn.step, turn.randomness.only(images), state, uniform)
-    smaller.begin(state)
-    return images, part, smaller
+def staying(known: Sequence[int], slots: int, captured: bool) -> list[int]:
+    """The images that a batch goes on with; []: with all, as too few are finished for moving keys and values to pay.
+
+    Args:
+        known: finished slots of each.
+        captured: rounds are captured for numbers of images: only halves of the batch, and halves of those, filled up
+            with finished ones.
+    """
+    going = [image for image, slot in enumerate(known) if slot < slots]
+    if not captured:
+        return going if len(going) <= _LEFT * len(known) else []
+    images = len(known)
+    while len(going) <= images // 2:
+        images //= 2
+    done = [image for image, slot in enumerate(known) if slot >= slots]
+    return [*going, *done[: images - len(going)]] if images < len(known) else []
 
 
 def begin_round(
