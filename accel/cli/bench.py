@@ -48,7 +48,7 @@ def peers(
         float, typer.Option(min=0, max=100_000, help="With --batch: after this long, no setting is started.")
     ] = 60.0,
     fine: Annotated[
-        int, typer.Option(min=1, max=9999, help="With --batch: steps of the fine run, which is made once.")
+        int, typer.Option(min=0, max=9999, help="With --batch: steps of the fine run, made once; 0: none.")
     ] = 200,
     device: c.Device = None,
     dtype: c.Dtype = None,

@@ -50,7 +50,7 @@ class Plan:
     Attributes:
         call: of the pipeline, without steps.
         batch: images per call.
-        fine: steps of the fine run.
+        fine: steps of the fine run; 0: none.
         minutes: after this long, no setting is started.
         seed: of the first prompt's noise; each further one adds one.
     """
@@ -120,8 +120,8 @@ def measure(
     kept = path / "plain" / hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:12]
     if not todo:
         return rows
-    fine = load_pngs(kept / FINE, len(jobs))
-    if fine is None:
+    fine = load_pngs(kept / FINE, len(jobs)) if plan.fine else None
+    if fine is None and plan.fine:
         plan.progress((0, len(todo), f"{plan.fine} steps, once"))
         fine, _, _ = _pictures(pipe, Configuration(FINE, steps=plan.fine), jobs, plan.fine, plan)
         save_pngs(kept / FINE, fine)
@@ -136,7 +136,7 @@ def measure(
         save_pngs(kept / str(total), pictures)
         if not before:
             row = {"name": PLAIN, "group": STEPS, "why": "", "computed": float(total), "seconds": seconds}
-            row |= {"psnr": None, "fine": _decibels(pictures, fine), "score": _scores(pictures, prompts)}
+            row |= {"psnr": None, "fine": _to_fine(pictures, fine), "score": _scores(pictures, prompts)}
             keep(total, row | {"calls": calls})
     for done, (total, setting) in enumerate(todo):
         if time.monotonic() > until:
@@ -154,7 +154,7 @@ def _row(
     total: int,
     plan: Plan,
     plain_run: tuple[Tensor, int, float],
-    fine: Tensor,
+    fine: Tensor | None,
 ) -> dict[str, Any]:
     plain, plain_calls, _ = plain_run
     row: dict[str, Any] = {"name": setting.item.name, "group": setting.group, "why": ""}
@@ -174,8 +174,12 @@ def _row(
             | empty
             | {"why": "changed nothing: it is not made for this pipeline, and computed every step"}
         )
-    values = {"psnr": _decibels(pictures, plain), "fine": _decibels(pictures, fine)}
+    values = {"psnr": _decibels(pictures, plain), "fine": _to_fine(pictures, fine)}
     return row | values | {"computed": computed, "seconds": seconds, "score": _scores(pictures, prompts)}
+
+
+def _to_fine(pictures: Tensor, fine: Tensor | None) -> list[float] | None:
+    return None if fine is None else _decibels(pictures, fine)
 
 
 def _decibels(pictures: Tensor, others: Tensor) -> list[float]:
@@ -250,12 +254,16 @@ def _every(rows: Sequence[Mapping[str, Any]], total: int) -> Table:
     for row in sorted(
         rows, key=lambda r: (r["computed"] is None, r["computed"] or 0, -np.mean(r["psnr"] or [0]))
     ):
-        if row["fine"] is None:
+        if row["why"]:
             continue
         to_plain = (
             ["", ""] if row["psnr"] is None else [_mean(row["psnr"]), f"{np.quantile(row['psnr'], 0.1):.1f}"]
         )
-        to_fine = [f"{np.mean(row['fine']):.1f}", f"{np.quantile(row['fine'], 0.1):.1f}"]
+        to_fine = (
+            ["", ""]
+            if row["fine"] is None
+            else [f"{np.mean(row['fine']):.1f}", f"{np.quantile(row['fine'], 0.1):.1f}"]
+        )
         score = "" if row["score"] is None else f"{np.mean(row['score']):.3f}"
         clock = "" if not plain else f"{row['seconds'] / plain:.2f}"
         body.append(

@@ -17,13 +17,13 @@ from accel.methods.forecasting import ForecastConfig
 from .frontier import OURS, PEERS, STEPS
 from .peers import Peer
 from .solvers import Solver
-from .spectrum import Spectrum
+from .spectrum import GROWTH, Spectrum
 from .spectrum import steps as spectrum_steps
 
 BOTH = "a peer with accel's correction"
 #: Presets as they were before they were chosen anew, for comparison.
 BEFORE: dict[str, dict[str, Any]] = {
-    "fast": {"schedule": Schedule(growth=0.42), "trend": 0.75},
+    "fast": {"schedule": Schedule(growth=0.36), "trend": 0.75},
     "draft": {"schedule": Schedule(growth=0.7), "trend": 0.5},
 }
 
@@ -61,8 +61,7 @@ def settings(total: int) -> list[Setting]:
         *own,
         *(Setting(_own(total, count), OURS) for count in _between(total)),
         *(Setting(Configuration(f"{name}-before", config), OURS) for name, config in before.items()),
-        Setting(Spectrum("spectrum-hidden", hidden=True, computed=spectrum), PEERS),
-        Setting(Spectrum("spectrum-output", computed=spectrum), PEERS),
+        *_spectrum(total, len(masks["fast"])),
         *(Setting(_taylor(total, n, w), PEERS) for n, w in lite),
         *on_points[: len(on_points) // 2],
         *(Setting(_magcache(total, threshold), PEERS) for threshold in (0.06, 0.12, 0.24)),
@@ -92,6 +91,22 @@ def _own(total: int, count: int) -> Configuration:
     growth = nearest[len(nearest) // 2]
     config = ForecastConfig(schedule=Schedule(growth=growth), trend=0.75, correct="auto")
     return Configuration(f"growth-{growth:g}", config)
+
+
+def _spectrum(total: int, count: int) -> list[Setting]:
+    """On its own schedule; and where that does not compute `count` steps, with the growth of its window nearest to its own
+    that does."""
+    masks = {"": spectrum_steps(total)}
+    growths = [g for i in range(1, 200) if len(spectrum_steps(total, growth=(g := i / 100))) == count]
+    if len(masks[""]) != count and growths:
+        nearest = min(growths, key=lambda growth: abs(growth - GROWTH))
+        masks[f"-{count}"] = spectrum_steps(total, growth=nearest)
+    places = {"hidden": True, "output": False}
+    return [
+        Setting(Spectrum(f"spectrum-{place}{suffix}", hidden=hidden, computed=steps), PEERS)
+        for place, hidden in places.items()
+        for suffix, steps in masks.items()
+    ]
 
 
 def _taylor(total: int, every: int, warm: int) -> Peer:

@@ -31,9 +31,11 @@ from accel.pipelines import registry
 from accel.stats import Stats, StepStats
 
 DEGREE, RIDGE, KEPT, MIX = 4, 0.1, 10, 0.5
+#: Of the window, by every computed step after the warm-up.
+GROWTH = 0.75
 
 
-def steps(total: int, warm: int = 5, window: float = 2.0, growth: float = 0.75) -> tuple[int, ...]:
+def steps(total: int, warm: int = 5, window: float = 2.0, growth: float = GROWTH) -> tuple[int, ...]:
     """The steps that its schedule computes: after the warm-up, every floor(window)-th, and the window grows each time."""
     found, waited = [], 0
     for step in range(total):

@@ -59,10 +59,11 @@ class State:
         self.known |= values
         write_atomically(self.folder / _FILE, json.dumps(self.known) + "\n")
 
-    def tried(self, split: str, name: str, metric: str) -> dict[str, Any] | None:
-        """What is known of a configuration on a part of the prompts, if by this metric."""
+    def tried(self, split: str, name: str, metric: str, settings: str = "") -> dict[str, Any] | None:
+        """What is known of a mask, or of a configuration with these settings, on a part of the prompts, if by this metric."""
+        wanted = (split, name, settings)
         for row in self.known["tried"]:
-            if (row["split"], row["name"]) == (split, name) and metric in row["values"]:
+            if (row["split"], row["name"], row.get("settings", "")) == wanted and metric in row["values"]:
                 return row
         return None
 

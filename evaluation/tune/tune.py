@@ -173,14 +173,15 @@ class _Tuning:
         name = name_of(mask) if mask else what[0]  # type: ignore[index]
         config = None if mask else what[1]  # type: ignore[index]
         count = mask.cost if mask else computed(config, self.total)
-        known = self.state.tried(split, name, self.goal.measured)
+        settings = "" if mask else repr(config)  # a preset's name stays, what it does may not
+        known = self.state.tried(split, name, self.goal.measured, settings)
         if known is None:
             self._begin(f"{count:g} of {self.total} steps, {split}", count * self._size(split), ahead)
             made = self.runs.made(self.jobs[split], mask, config)
             values = {self.goal.measured: rounded(self._distances(made.pictures, self.pictures[split]))}
             times = {"denoiser_seconds": made.denoiser_seconds, "seconds": made.seconds}
             known = {"split": split, "name": name, "computed": count, "values": values, **times}
-            self.state.add(known)
+            self.state.add({**known, "settings": settings})
         return Row(**{key: known[key] for key in Row.__dataclass_fields__})
 
     def _distances(self, pictures: Tensor, plain: Tensor) -> list[float]:

@@ -206,6 +206,19 @@ def test_a_stopped_comparison_goes_on_and_another_is_refused(rows, tmp_path, mon
     assert fast["psnr"] == next(row for row in found if row["name"] == "fast")["psnr"]
 
 
+def test_a_fine_run_can_be_left_out(rows, tmp_path):
+    found = measure(tmp_path, flux(), PROMPTS, [12], plan(fine=0), distance.re.compile("^fast$"))
+    with_one = {row["name"]: row for row in rows[1]}
+    assert [row["name"] for row in found] == ["plain", "fast"]
+    assert [row["fine"] for row in found] == [None, None]
+    assert found[1]["psnr"] == with_one["fast"]["psnr"]
+    every, *_ = tables(found)
+    assert [row[5:7] for row in every.rows] == [["", ""]] * 2
+    assert [folder.name for folder in (tmp_path / "plain").glob("*/*")] == ["12"]
+    with pytest.raises(EvaluationError, match="choose another folder"):
+        measure(tmp_path, flux(), PROMPTS, [12], plan(fine=3), distance.re.compile("^fast$"))
+
+
 @pytest.mark.filterwarnings("ignore:.*(cut off|unreadable):accel.errors.AccelWarning")
 def test_a_line_that_was_cut_off_is_measured_again(rows, tmp_path):
     folder, found = rows
@@ -250,3 +263,16 @@ def test_the_lineup_has_a_row_of_ours_for_the_presets_before_and_spectrum(total)
         len(lineup._computed(s.item.method, total)) for s in settings if s.item.name.endswith("-before")
     }
     assert before | {len(spectrum.steps(total))} <= own
+
+
+@pytest.mark.parametrize("total", [20, 24, 28, 50])
+def test_spectrum_is_compared_at_its_own_number_of_steps_and_at_that_of_fast(total):
+    line = {s.item.name: s.item for s in lineup.settings(total)}
+    fast = len(lineup._computed(line["fast"].method, total))
+    own = spectrum.steps(total)
+    for place in ("hidden", "output"):
+        assert line[f"spectrum-{place}"].computed == own
+        as_many = line.get(f"spectrum-{place}-{fast}", line[f"spectrum-{place}"]).computed
+        assert len(as_many) == fast
+        assert as_many[:5] == own[:5]  # its warm-up stays
+    assert fast == len(own) or line[f"spectrum-hidden-{fast}"].hidden

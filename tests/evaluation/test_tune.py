@@ -284,6 +284,22 @@ def test_few_steps_may_be_computed_on_a_part_of_their_tokens(budget, tmp_path):
             accel.accelerate(pixart(), config)
 
 
+def test_what_ships_is_measured_again_where_it_is_not_what_it_was(tuned, tmp_path, monkeypatch):
+    folder, made, _ = tuned
+    shutil.copytree(folder / "mine.tune", tmp_path / "mine.tune")
+    before = made.rows[-1]
+    other = accel.ForecastConfig(schedule=accel.Schedule(steps=(0, 1, 2, 3, 4, 5)), correct="auto")
+    pipe = flux()
+    calls = counted(pipe)
+    same = tune(pipe, Goal("speedup", 2.0), settings(), tmp_path / "mine.tune")
+    assert (same.rows[-1], calls) == (before, [])
+    monkeypatch.setattr("accel.evaluation.tune.tune.shipped", lambda *_: (before.name, other))
+    changed = tune(pipe, Goal("speedup", 2.0), settings(), tmp_path / "mine.tune")
+    assert calls
+    assert (changed.rows[-1].name, changed.rows[-1].computed) == (before.name, 6)
+    assert changed.rows[-1].values != before.values
+
+
 # What is refused.
 
 

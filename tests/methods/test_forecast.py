@@ -10,6 +10,7 @@ from conftest import FAMILIES, freeze, log_snr, make_flux
 from diffusers import FlowMatchHeunDiscreteScheduler
 
 import accel
+from accel import configs
 from accel.core.history import History
 from accel.core.schedule import Schedule
 from accel.errors import ConfigError, UnsupportedError
@@ -121,6 +122,23 @@ def test_growing_gaps_and_listed_steps(family, settings, computed):
     with accel.accelerate(pipe, Config(**settings)) as handle:
         family.latents(pipe, steps=12)
     assert [i for i, s in enumerate(handle.stats.steps) if s.computed] == computed
+
+
+def test_presets_compute_what_their_page_says_and_each_less_than_the_one_before():
+    """fast's gaps are measured at 24, 28 and 50 steps (docs/measured/presets.md); at 20, the built-in model's number, some
+    rules near by compute the very steps of balanced."""
+
+    def computed(name, total):
+        phases = configs.load(name).full_schedule.phases(total)
+        return [step for step, phase in enumerate(phases) if phase.budget]
+
+    head = [0, 1, 2, 3, 4, 5, 7, 10, 14]
+    fast = {20: [18], 24: [19, 22], 28: [19, 24, 27], 50: [19, 26, 36, 44, 48]}
+    assert {total: computed("fast", total) for total in fast} == {n: head + tail for n, tail in fast.items()}
+    for total in range(20, 51):
+        counts = [len(computed(name, total)) for name in ("draft", "fast", "balanced", "quality")]
+        assert counts == sorted(counts), total
+        assert total in (21, 26) or len(set(counts)) == 4, total
 
 
 def test_listed_steps_are_refused_for_another_number_of_steps():
