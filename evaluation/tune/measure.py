@@ -77,7 +77,11 @@ class Watch(Listener):
 
     def after(self, clock: Clock) -> None:
         if clock.noise is not None:
-            raise UnsupportedError(samplers.noise_message(self.scheduler, clock.noise))
+            raise UnsupportedError(
+                f"{type(self.scheduler).__name__} {clock.noise}: masks are priced by what predictions add up to, which is not "
+                f"all that the picture is then made of. {samplers.OTHER} Or take a preset as it is: forecasts run under most "
+                "samplers that add noise"
+            )
         if not isinstance(clock.model_output, Tensor):
             raise UnsupportedError(
                 f"{type(self.scheduler).__name__} is given no tensor: there is nothing to tune on"

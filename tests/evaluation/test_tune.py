@@ -338,8 +338,14 @@ def test_the_command_on_a_random_pixart_runs_to_its_end(tmp_path):
 def test_a_sampler_that_adds_noise_is_refused(tmp_path):
     pipe = pixart()
     pipe.scheduler = EulerAncestralDiscreteScheduler()
-    with pytest.raises(UnsupportedError, match="adds noise"):
+    with pytest.raises(
+        UnsupportedError, match=r"adds noise at every step: masks are priced by .* take a preset"
+    ):
         tune(pipe, Goal("speedup", 2.0), settings(), tmp_path)
+    assert not list(tmp_path.iterdir())
+    with accel.accelerate(pipe, "fast") as handle:  # which does run
+        run(pipe, [Job("x", 1)], Call(steps=STEPS))
+    assert handle.stats.steps[6].forecast
 
 
 def test_a_folder_of_another_version_or_other_settings_is_refused(tuned, tmp_path):
