@@ -3,7 +3,9 @@
     OMP_NUM_THREADS=1 python scripts/autoregressive_on_cpu.py --calls 6
 
 Calls of the built-in model, ways in turn in one process: seconds of plain decoding, and by window how much sooner, of how many
-fewer forwards (a batch's are those of its slowest image).
+fewer forwards (a batch's are those of its slowest image). Before them the bound, from rounds in the middle of an image, in turn: a token's
+round over a window's is the most that any decoder keeps of the forwards saved; and what would be, if nothing but the
+layers' matrix products took longer for more tokens.
 """
 
 from __future__ import annotations
@@ -11,10 +13,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from functools import partial
+from typing import Any
 
 import torch
 
 import accel
+from accel.core.decoding import Sampling
+from accel.core.rounds import reach
 from accel.evaluation.scenes.prompts import prompts
 from accel.generation import load_pipeline
 
@@ -56,6 +62,7 @@ def measure(dtype: str, batch: int, calls: int) -> None:
             seconds[way].append(time.process_time() - began)
             if way in handles:
                 fewer[way].append(255 / (handles[way].stats.forwards - before))
+    print(bound(pipes["auto"], batch), flush=True)
     print(f"{dtype}, {batch} images a call, {calls} calls: plain {statistics.median(seconds['plain']):.2f} s")
     for way in WINDOWS:
         ratios = [plain / own for plain, own in zip(seconds["plain"], seconds[way], strict=True)]
@@ -66,6 +73,57 @@ def measure(dtype: str, batch: int, calls: int) -> None:
             f"{sooner / saved:.2f} of them",
             flush=True,
         )
+
+
+@torch.no_grad()
+def bound(pipe: Any, batch: int, repeats: int = 30) -> str:
+    """T(1) / T(W) of rounds, and with the products' part of T(W) - T(1) alone."""
+    widths = (1, *[window for window in WINDOWS if window != "auto"])
+    defaults = pipe.adapter.defaults()
+    sampling = Sampling(temperature=defaults.temperature, top_k=defaults.top_k, top_p=defaults.top_p)
+    lines = [entry.prompt for entry in prompts(per_task=1)[:1]] * batch
+    model, _ = pipe._prompted(lines, pipe.adapter.layout(None, None), defaults.guidance_scale)
+    actions = {}
+    for width in widths:
+        rows = [
+            torch.randn(2 * batch * width, columns, dtype=pipe.dtype) for columns in columns_of(model.stack)
+        ]
+        turn = pipe.decoder.round(model, sampling, width)
+
+        def together(turn=turn, width=width) -> None:
+            reach(model, width, model.forced_N.shape[0] // 2)
+            turn()
+
+        actions["round", width] = together
+        actions["products", width] = partial(products, model.stack, rows)
+    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in actions}
+    for turn in range(repeats + 1):
+        for key, action in actions.items():
+            began = time.process_time()
+            action()
+            if turn:
+                seconds[key].append(time.process_time() - began)
+    took = {key: statistics.median(found) for key, found in seconds.items()}
+    token, product = took["round", 1], took["products", 1]
+    return "; ".join(
+        f"a round of {width}: {1e3 * took['round', width]:.2f} ms against {1e3 * token:.2f}, so at most "
+        f"{token / took['round', width]:.2f}, if only products took longer {token / (token + took['products', width] - product):.2f}"
+        for width in widths[1:]
+    )
+
+
+def columns_of(stack: Any) -> list[int]:
+    return [weight.shape[1] for weight in weights_of(stack.layers[0])]
+
+
+def weights_of(layer: Any) -> list[torch.Tensor]:
+    return [*layer.qkv, layer.out, *layer.gate_up, layer.down]
+
+
+def products(stack: Any, rows: list[torch.Tensor]) -> None:
+    for layer in stack.layers:
+        for weight, x in zip(weights_of(layer), rows, strict=True):
+            torch.nn.functional.linear(x, weight)
 
 
 def config(window: int | str) -> accel.SpeculativeDecodingConfig:
