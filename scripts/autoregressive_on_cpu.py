@@ -5,7 +5,8 @@
 Calls of the built-in model, ways in turn in one process: seconds of plain decoding, and by window how much sooner, of how many
 fewer forwards (a batch's are those of its slowest image). Before them the bound, from rounds in the middle of an image, in turn: a token's
 round over a window's is the most that any decoder keeps of the forwards saved; and what would be, if nothing but the
-layers' matrix products took longer for more tokens.
+layers' matrix products took longer for more tokens. Of batches also how much of them would be finished images, if they stayed whole,
+and if they went on in halves, as captured ones do.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def measure(dtype: str, batch: int, calls: int) -> None:
     lines = [line for task in range(calls) for line in lines[task::calls]]  # tasks in turn
     seconds: dict[object, list[float]] = {way: [] for way in pipes}
     fewer: dict[object, list[float]] = {way: [] for way in WINDOWS}
+    rows: dict[object, list[tuple[int, int, int]]] = {way: [] for way in WINDOWS}
     for call in range(-1, calls):  # the first warms up, and times windows for "auto"
         own = [lines[(max(call, 0) * batch + i) % len(lines)] for i in range(batch)]
         for way, pipe in pipes.items():
@@ -62,6 +64,7 @@ def measure(dtype: str, batch: int, calls: int) -> None:
             seconds[way].append(time.process_time() - began)
             if way in handles:
                 fewer[way].append(255 / (handles[way].stats.forwards - before))
+                rows[way].append(rows_of(handles[way].stats.forwards_B.tolist()))
     print(bound(pipes["auto"], batch), flush=True)
     print(f"{dtype}, {batch} images a call, {calls} calls: plain {statistics.median(seconds['plain']):.2f} s")
     for way in WINDOWS:
@@ -70,9 +73,25 @@ def measure(dtype: str, batch: int, calls: int) -> None:
         chosen = f" (chose {handles[way].stats.window})" if way == "auto" else ""
         print(
             f"  window {way}{chosen}: {sooner:.2f}x [{min(ratios):.2f}, {max(ratios):.2f}] with {saved:.2f}x fewer forwards: "
-            f"{sooner / saved:.2f} of them",
+            f"{sooner / saved:.2f} of them{finished(rows[way]) if batch > 1 else ''}",
             flush=True,
         )
+
+
+def rows_of(forwards: list[int]) -> tuple[int, int, int]:
+    """Images in all forwards of a batch that stays whole, that goes on in halves, and that has none that is finished."""
+    halves, size = 0, len(forwards)
+    for turn in range(max(forwards)):
+        going = sum(own > turn for own in forwards)
+        while going <= size // 2:
+            size //= 2
+        halves += size
+    return len(forwards) * max(forwards), halves, sum(forwards)
+
+
+def finished(rows: list[tuple[int, int, int]]) -> str:
+    whole, halves, needed = map(sum, zip(*rows, strict=True))
+    return f"; finished images are {1 - needed / whole:.2f} of a whole batch, {1 - needed / halves:.2f} of one in halves, which takes {halves / whole:.2f}"
 
 
 @torch.no_grad()

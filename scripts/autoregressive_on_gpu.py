@@ -4,7 +4,7 @@
     python scripts/autoregressive_on_gpu.py runs/ar-gpu --tiny      # a dry run on a CPU, at tiny sizes
 
 The tests that captured rounds draw what eager ones draw; milliseconds of a round at Janus-Pro's sizes, with random weights;
-seconds an image of the built-in model, eager and captured. What matters most comes first, every row is printed at once,
+seconds an image of the built-in model, eager and captured, and of 16 in one call; the share of Janus-Pro's VQ decoder. What matters most comes first, every row is printed at once,
 and the tables come last. The long form of the second part is `accel bench ar RUN --arch janus-1b`.
 """
 
@@ -68,12 +68,27 @@ def main() -> None:
             )
             say(lines[-1])
 
+    def batch() -> None:
+        images = 2 if given.tiny else 16
+        alone, together = batch_seconds(device.type, images)
+        lines.append(
+            f"built-in model, lossless, {images} images: {alone:.3f} s one by one, {together:.3f} s in one call, "
+            f"{alone / together:.1f}x the images per second"
+        )
+        say(lines[-1])
+
+    def vq() -> None:
+        for images in (1, 2 if given.tiny else 16):
+            ms = 1e3 * vq_seconds(device, dtype, images, given.tiny)
+            lines.append(f"Janus-Pro's VQ decoder, random weights, {images} images: {ms:.2f} ms")
+            say(lines[-1])
+
     def shapes(row: tuple) -> Path | None:
         arch, batches, windows, ways = row
         left = given.minutes - (time.perf_counter() - began) / 60
         if given.tiny:
-            ways = tuple(way for way in ways if way != "captured")
-        if left <= 0 or not ways:
+            ways = tuple(dict.fromkeys("eager" if way == "captured" else way for way in ways))
+        if left <= 0:
             return None
         return bench_shapes(
             given.out, [arch], device, dtype, batches=batches, windows=windows, ways=ways, minutes=left,
@@ -85,6 +100,8 @@ def main() -> None:
         tests,
         *[lambda row=row: shapes(row) for row in ROWS[:3]],
         built_in,
+        batch,
+        vq,
     ]
     for part in (*parts, *[lambda row=row: shapes(row) for row in ROWS[3:]]):
         try:
@@ -113,6 +130,40 @@ def built_in_seconds(device: str, preset: str | None) -> dict[str, float]:
             pipe(PROMPT, generator=torch.Generator().manual_seed(seed), output_type="tokens").images.cpu()
             times[way].append(time.perf_counter() - began)
     return {way: statistics.median(found[2:]) for way, found in times.items()}  # the first two warm up
+
+
+def batch_seconds(device: str, images: int) -> tuple[float, float]:
+    """(Seconds of the same images one by one, and in one call): the third time, so that all of it is captured."""
+    pipe = load_pipeline("builtin-ar", device)
+    pipe.set_progress_bar_config(disable=True)
+    accel.accelerate(pipe, "lossless")
+    for _ in range(1 if device == "cpu" else 3):
+        took = []
+        for size in (1, images):
+            began = time.perf_counter()
+            for first in range(0, images, size):
+                seeds = range(first, first + size)
+                generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+                pipe([PROMPT] * size, generator=generators, output_type="tokens").images.cpu()
+            took.append(time.perf_counter() - began)
+    return took[0], took[1]
+
+
+@torch.no_grad()
+def vq_seconds(device: torch.device, dtype: torch.dtype, images: int, tiny: bool) -> float:
+    """Of decoding tokens to 384 x 384 pixels, the least of five."""
+    from transformers import JanusVQVAEConfig
+    from transformers.models.janus.modeling_janus import JanusVQVAE
+
+    side, small = (4, {"base_channels": 32}) if tiny else (24, {})
+    model = JanusVQVAE(JanusVQVAEConfig(num_patches=side, **small)).eval().to(device, dtype)
+    token_BT = torch.zeros(images, side * side, dtype=torch.int64, device=device)
+    times = []
+    for _ in range(6):
+        began = time.perf_counter()
+        model.decode(token_BT).cpu()
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
 
 
 if __name__ == "__main__":

@@ -251,11 +251,11 @@ def measure(
         free(device)
 
 
-@torch.no_grad()
 def _first(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
+@torch.no_grad()
 def _case(
     arch: str,
     adapter: CheckpointAdapter,
