@@ -4,10 +4,12 @@ public implementations made do not."""
 from dataclasses import replace
 
 import pytest
+import tape
 import torch
 from small_models import OneGenerator, TableModel, generators, z_score
 
 from accel.core.decoding import Sampling, decode
+from accel.core.rounds import Rounds
 from accel.methods.speculation import SpeculativeDecodingConfig
 from accel.methods.speculation.decoder import SpeculativeDecoder
 from accel.methods.speculation.loop import speculate, step_of
@@ -54,6 +56,18 @@ def test_joint_law_of_a_ragged_batch(name, guidance, sampling):
     assert state.forwards_B.unique().numel() > 1, "the batch is not ragged"
     assert abs(z_score(state.token_BS[:, :5], model.law(SAMPLINGS[sampling]))) < 4
     assert state.spent_BS[:, :5].eq(0).all()
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_joint_law_through_rounds_that_are_replayed(name):
+    """The same batch on a tape, as a GPU captures it: the second round is recorded, and the third is its replay."""
+    seed = 300 + list(LOSSLESS).index(name)
+    model = TableModel(6000, forced=FREE, guidance=2.5, seed=seed, row=2)
+    model.rounds = Rounds(tape.capture)
+    state = sequences(model, LOSSLESS[name], Sampling(), 3, seed=seed)
+    assert model.forwards == [3, 3], "as it is, and once more while it was recorded; later rounds are replays"
+    assert state.forwards_B.max() > 2
+    assert abs(z_score(state.token_BS[:, :5], model.law(Sampling()))) < 4
 
 
 @pytest.mark.parametrize("width", [2, 4, 6])
