@@ -17,8 +17,8 @@ PASSES = 3
 Timer = Callable[[Callable[[], object], torch.device], float]
 
 
-def seconds(action: Callable[[], object], device: torch.device, repeats: int = 2) -> float:
-    """Least seconds of an action on a device, after one run that compiles and allocates.
+def seconds(action: Callable[[], object], device: torch.device) -> float:
+    """Least seconds of an action on a device, after one run that compiles and allocates, and on a GPU one that captures.
 
     The least, because other work on the machine only ever adds to it. On a CPU not even that, where its own processor
     time is less: a busy machine lets a token through in one slice of time and a window in several.
@@ -33,7 +33,7 @@ def seconds(action: Callable[[], object], device: torch.device, repeats: int = 2
         return min(took, time.process_time() - busy) if device.type == "cpu" else took
 
     once()
-    return min(once() for _ in range(repeats))
+    return min(once() for _ in range(1 if device.type == "cpu" else 2))
 
 
 def _wait(device: torch.device) -> None:
@@ -69,7 +69,8 @@ def _guess(width: int) -> float:
 def time_widths(widths: Sequence[int], time_width: Callable[[int], float], gain: Gain) -> dict[int, float]:
     """Seconds per round at 1 and at rising widths, until one promises a fifth less than the best before it.
 
-    The least of three passes over the widths: on a busy machine what comes and goes hits all of them alike.
+    The least of three passes over the widths: on a busy machine what comes and goes hits all of them alike. Those that
+    promise a fifth less than the best in the first pass are left out of the others: on a CPU all of it takes as long as an image.
     """
     found = {1: time_width(1)}
     best = 0.0
@@ -79,8 +80,10 @@ def time_widths(widths: Sequence[int], time_width: Callable[[int], float], gain:
         if rate < 0.8 * best:
             break
         best = max(best, rate)
+    near = [width for width in found if width == 1 or gain(width) / found[width] >= 0.8 * best]
     for _ in range(PASSES - 1):
-        found = {width: min(before, time_width(width)) for width, before in found.items()}
+        for width in near:
+            found[width] = min(found[width], time_width(width))
     return found
 
 
