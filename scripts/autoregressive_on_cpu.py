@@ -25,8 +25,6 @@ from accel.core.rounds import reach
 from accel.evaluation.scenes.prompts import prompts
 from accel.generation import load_pipeline
 
-WINDOWS = (8, 16, "auto")
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -35,24 +33,26 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=6)
     parser.add_argument("--batches", default="1,4")
     parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--windows", default="8,16,auto")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    windows = [int(one) if one.isdigit() else one for one in given.windows.split(",")]
     for dtype in given.dtypes.split(","):
         for batch in map(int, given.batches.split(",")):
-            measure(dtype, batch, given.calls)
+            measure(dtype, batch, given.calls, windows)
 
 
-def measure(dtype: str, batch: int, calls: int) -> None:
+def measure(dtype: str, batch: int, calls: int, windows: list[Any]) -> None:
     pipes = {}
-    for way in ("plain", *WINDOWS):
+    for way in ("plain", *windows):
         pipes[way] = load_pipeline("builtin-ar")
         pipes[way].to(getattr(torch, dtype)).set_progress_bar_config(disable=True)
-    handles = {way: accel.accelerate(pipes[way], config(way)) for way in WINDOWS}
+    handles = {way: accel.accelerate(pipes[way], config(way)) for way in windows}
     lines = [entry.prompt for entry in prompts(per_task=calls)]
     lines = [line for task in range(calls) for line in lines[task::calls]]  # tasks in turn
     seconds: dict[object, list[float]] = {way: [] for way in pipes}
-    fewer: dict[object, list[float]] = {way: [] for way in WINDOWS}
-    rows: dict[object, list[tuple[int, int, int]]] = {way: [] for way in WINDOWS}
+    fewer: dict[object, list[float]] = {way: [] for way in windows}
+    rows: dict[object, list[tuple[int, int, int]]] = {way: [] for way in windows}
     for call in range(-1, calls):  # the first warms up, and times windows for "auto"
         own = [lines[(max(call, 0) * batch + i) % len(lines)] for i in range(batch)]
         for way, pipe in pipes.items():
@@ -65,9 +65,9 @@ def measure(dtype: str, batch: int, calls: int) -> None:
             if way in handles:
                 fewer[way].append(255 / (handles[way].stats.forwards - before))
                 rows[way].append(rows_of(handles[way].stats.forwards_B.tolist()))
-    print(bound(pipes["auto"], batch), flush=True)
+    print(bound(pipes[windows[0]], [one for one in windows if one != "auto"], batch), flush=True)
     print(f"{dtype}, {batch} images a call, {calls} calls: plain {statistics.median(seconds['plain']):.2f} s")
-    for way in WINDOWS:
+    for way in windows:
         ratios = [plain / own for plain, own in zip(seconds["plain"], seconds[way], strict=True)]
         sooner, saved = statistics.geometric_mean(ratios), statistics.geometric_mean(fewer[way])
         chosen = f" (chose {handles[way].stats.window})" if way == "auto" else ""
@@ -95,9 +95,9 @@ def finished(rows: list[tuple[int, int, int]]) -> str:
 
 
 @torch.no_grad()
-def bound(pipe: Any, batch: int, repeats: int = 30) -> str:
+def bound(pipe: Any, windows: list[int], batch: int, repeats: int = 30) -> str:
     """T(1) / T(W) of rounds, and with the products' part of T(W) - T(1) alone."""
-    widths = (1, *[window for window in WINDOWS if window != "auto"])
+    widths = (1, *windows)
     defaults = pipe.adapter.defaults()
     sampling = Sampling(temperature=defaults.temperature, top_k=defaults.top_k, top_p=defaults.top_p)
     lines = [entry.prompt for entry in prompts(per_task=1)[:1]] * batch
