@@ -331,13 +331,11 @@ def few_step(steps: int) -> list[Configuration]:
     return [*(c for c in fewer_steps(steps) if c.steps != 1), *caches, *ours]
 
 
-def _windows(*cycle: float, order: int = 0) -> TokenMergingConfig:
-    """A dense first step, then these budgets in turn."""
-    return TokenMergingConfig(
-        groups="windows",
-        schedule=Schedule(cycle=cycle, dense_first=1, dense_last=0, refresh_every=1),
-        order=order,
-    )
+def _windows(*cycle: float, late: float | None = None, **settings: Any) -> TokenMergingConfig:
+    """A dense first step, then these budgets in turn; the late one in the second half of the run."""
+    late_cycle = None if late is None else (late,)
+    schedule = Schedule(cycle=cycle, late_cycle=late_cycle, dense_first=1, dense_last=0, refresh_every=1)
+    return TokenMergingConfig(groups="windows", schedule=schedule, **settings)
 
 
 def _composed(steps: int) -> dict[str, Any]:
@@ -347,7 +345,10 @@ def _composed(steps: int) -> dict[str, Any]:
         "matching-33": replace(matched, ratio=0.67),
         "few-step-fast": configs.load("few-step-fast"),
         "windows-25": _windows(0.25),
-        "windows-50-copy": replace(_windows(0.5), unmerge="copy"),
+        "windows-50": _windows(0.5),
+        "windows-40-70": _windows(0.4, late=0.7),
+        "windows-blur-0.0025": _windows(0.25, max_blur=0.0025),
+        "windows-50-copy": _windows(0.5, unmerge="copy"),
         **_published(),
     }
     for left_out in _LEFT_OUT.get(steps, ()):

@@ -106,5 +106,5 @@ class Tuned:
 
 
 def name_of(mask: Mask) -> str:
-    how = f"t{mask.trend:g}" if mask.budget == 1 else f"on {mask.budget:.0%} of the tokens"
+    how = f"with the tokens of {mask.thin}" if mask.thin else f"t{mask.trend:g}"
     return f"{','.join(map(str, mask.steps))} {how}"

@@ -123,18 +123,13 @@ def gaps(plain: Plain, trend: float) -> Gaps:
 
 @dataclass(frozen=True)
 class Mask:
-    """Computed steps, the share of the trend that forecasts between them believe, and what the price says; `budget`: the
-    share of the tokens that computed steps after the first keep, in windows, which no price knows of."""
+    """Computed steps, the share of the trend that forecasts between them believe, and what the price says; `thin`: the
+    preset whose shares of the tokens they keep, in windows, which no price knows of ("": all tokens)."""
 
     steps: tuple[int, ...]
     trend: float
     price: float
-    budget: float = 1.0
-
-    @property
-    def cost(self) -> float:
-        """In steps that compute everything."""
-        return 1 + (len(self.steps) - 1) * self.budget
+    thin: str = ""
 
 
 def price(steps: Sequence[int], prices: Array) -> float:

@@ -192,13 +192,20 @@ def schedule_of(runs: Runs, total: int, job: Job) -> tuple[Array, Array]:
 
 def config_of(mask: Mask, total: int) -> ForecastConfig | TokenMergingConfig:
     """The configuration of a mask for runs of `total` steps."""
-    if mask.budget == 1:
+    if not mask.thin:
         return ForecastConfig(
             schedule=Schedule(steps=mask.steps, total=total), trend=mask.trend, correct="auto"
         )
-    budgets = tuple(mask.budget if step in mask.steps else 0.0 for step in range(1, total))
-    few = configs.load("few-step")
-    return replace(few, schedule=replace(few.schedule, cycle=budgets), order=int(0 in budgets))
+    preset = configs.load(mask.thin)
+    phases = preset.full_schedule.phases(total)
+    budgets = tuple(phases[step].budget if step in mask.steps else 0.0 for step in range(1, total))
+    schedule = preset.schedule.changed(cycle=budgets, dense_first=1, dense_last=0)
+    return replace(preset, schedule=schedule, ratio=TokenMergingConfig.ratio, order=int(0 in budgets))
+
+
+def cost(mask: Mask, total: int) -> float:
+    """In steps that compute everything."""
+    return computed(config_of(mask, total), total) if mask.thin else len(mask.steps)
 
 
 def computed(config: Any, total: int) -> float:

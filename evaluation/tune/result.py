@@ -51,7 +51,7 @@ def write(tuned: Tuned, preset: Path, made_by: str) -> list[Path]:
 
 def _said(mask: Mask) -> str:
     count = str(len(mask.steps))
-    return count if mask.budget == 1 else f"{count} (on {mask.budget:.0%} of the tokens but for the first)"
+    return f"{count} (with the tokens of {mask.thin})" if mask.thin else count
 
 
 def other_file(preset: Path, total: int) -> Path:

@@ -29,12 +29,12 @@ from accel.methods.forecasting import ForecastConfig
 
 from .goal import Goal, Row, Settings, Tuned, name_of
 from .masks import Array, Mask, Plain, cheapest, gaps, price
-from .measure import Runs, amplification, amplification_at, computed, probes, schedule_of
+from .measure import Runs, amplification, amplification_at, computed, config_of, cost, probes, schedule_of
 from .state import State, rounded
 
 TRENDS = (0.5, 0.75, 1.0)
 #: Up to so many steps, which leave few to forecast, computed ones may be computed on these shares of the tokens.
-FEW, BUDGETS = 9, (0.5, 0.33)
+FEW, THIN = 9, ("few-step", "few-step-fast")
 SEARCH, HELD = "search", "held-back"
 FEWEST, MOST = 4, 12  # prompts; and of each of the two parts
 _PROBED = 4  # prompts of the runs with a single gap
@@ -94,7 +94,7 @@ class _Tuning:
         self.ahead = 0.0  # what is expected to come after what is going on
         self.until = 0.0
         self.runs = Runs(pipe, settings.call, settings.batch, self._spend)
-        self.budgets = BUDGETS if total <= FEW and _takes_windows(pipe) else ()
+        self.thin = THIN if total <= FEW and _takes_windows(pipe) else ()
         self.started = time.monotonic()
 
     def _made(self, pipe: Any) -> dict[str, Any]:
@@ -172,8 +172,9 @@ class _Tuning:
         mask = what if isinstance(what, Mask) else None
         name = name_of(mask) if mask else what[0]  # type: ignore[index]
         config = None if mask else what[1]  # type: ignore[index]
-        count = mask.cost if mask else computed(config, self.total)
-        settings = "" if mask else repr(config)  # a preset's name stays, what it does may not
+        count = cost(mask, self.total) if mask else computed(config, self.total)
+        # A preset's name stays, what it does may not.
+        settings = "" if mask and not mask.thin else repr(config_of(mask, self.total) if mask else config)
         known = self.state.tried(split, name, self.goal.measured, settings)
         if known is None:
             self._begin(f"{count:g} of {self.total} steps, {split}", count * self._size(split), ahead)
@@ -220,7 +221,7 @@ class _Tuning:
                 break
         else:
             raise EvaluationError(self._not_met(rows, "prompts that were held back"))
-        rows.append(self.measured(HELD, shipped(mask.cost, self.total)))
+        rows.append(self.measured(HELD, shipped(cost(mask, self.total), self.total)))
         seconds = self.state["seconds"][HELD]
         return Tuned(
             mask, self.goal, rows, plain, self.described, self.state["made"]["call"], self.masks,
@@ -236,7 +237,7 @@ class _Tuning:
             every = [cheapest(gaps(there, trend).prices(amplified), trend) for trend in TRENDS]
             masks = (masks[0] for _, masks in sorted(merged(every).items()))
             fits = next(mask for mask in masks if mask.price <= chosen.price or len(mask.steps) == total)
-            found[total] = replace(fits, budget=chosen.budget if total <= FEW else 1.0)
+            found[total] = replace(fits, thin=chosen.thin if total <= FEW else "")
         return found
 
     def _fastest(self, rows: list[Row]) -> Iterator[Mask]:
@@ -256,7 +257,7 @@ class _Tuning:
             if not self._keeps(climbed, rows):
                 break
             high, best = high - 1, climbed
-        yield from self._thinnest(best.cost, rows)
+        yield from self._thinnest(cost(best, self.total), rows)
         yield best
         for count in range(high, min(high + 4, self.total)):
             yield from (
@@ -265,25 +266,31 @@ class _Tuning:
 
     def _thin(self, most: float) -> list[Mask]:
         """The cheapest masks, by price, that compute parts of the tokens, and no more than `most` steps' worth of them."""
-        counts = {budget: min(self.total, int(1 + (most - 1) / budget)) for budget in self.budgets}
-        return [replace(mask, budget=b) for b, n in counts.items() for mask in self.masks[n][:2] if n > most]
+        found = []
+        for thin in self.thin:
+            thinner = [[replace(mask, thin=thin) for mask in masks[:2]] for masks in self.masks.values()]
+            fitting = [masks for masks in thinner if cost(masks[0], self.total) <= most]
+            found += [
+                mask for mask in max(fitting, key=lambda masks: len(masks[0].steps)) if len(mask.steps) > most
+            ]
+        return [mask for mask in found if cost(mask, self.total) <= most]
 
     def _thinnest(self, below: float, rows: list[Row]) -> list[Mask]:
         """Masks that keep the goal on parts of the tokens, for less than `below` steps' worth of them; fastest first."""
         found = []
-        for budget in self.budgets:
+        for thin in self.thin:
             low, high, best = 1, self.total + 1, None
             while high - low > 1:
                 middle = (low + high) // 2
-                mask = replace(self.masks[middle][0], budget=budget)
-                if mask.cost >= below:
+                mask = replace(self.masks[middle][0], thin=thin)
+                if cost(mask, self.total) >= below:
                     high = middle
                 elif self._keeps(mask, rows):
                     high, best = middle, mask
                 else:
                     low = middle
             found += [] if best is None else [best]
-        return sorted(found, key=lambda mask: mask.cost)
+        return sorted(found, key=lambda mask: cost(mask, self.total))
 
     def _row(self, mask: Mask, rows: list[Row]) -> Row:
         row = self.measured(

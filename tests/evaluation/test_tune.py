@@ -23,7 +23,7 @@ from accel.evaluation.errors import EvaluationError
 from accel.evaluation.metrics.lpips import LPIPS
 from accel.evaluation.metrics.pixel import psnr
 from accel.evaluation.tune import result
-from accel.evaluation.tune.measure import Runs, amplification, config_of, probes, schedule_of, watching
+from accel.evaluation.tune.measure import Runs, amplification, config_of, cost, probes, schedule_of, watching
 from accel.evaluation.tune.tune import HELD, Goal, Settings, name_of, tune
 from accel.generation import Job, run
 from accel.generation import Settings as Call
@@ -266,19 +266,22 @@ def test_few_steps_may_be_computed_on_a_part_of_their_tokens(budget, tmp_path):
     pipe, call = flux(), Call(steps=8)
     made = tune(pipe, Goal("speedup", budget), settings(call=call), tmp_path / "p.tune")
     searched = [row for row in made.rows if row.split == "search"]
-    assert {"33%", "50%"} <= {word for row in searched for word in row.name.split()}
+    assert {"few-step", "few-step-fast"} <= {row.name.split()[-1] for row in searched}
     closest = max(searched, key=lambda r: made.goal.closeness(r.values["psnr"]) + np.median(r.values["psnr"]))
     assert closest.name == name_of(made.mask)
     assert all(row.computed <= 8 / budget + 1e-6 for row in searched)
-    thin = replace(made.mask, budget=0.5, steps=tuple(range(8)))
+    thin = replace(made.mask, thin="few-step", steps=tuple(range(8)))
     made.mask, made.others = thin, {6: replace(thin, steps=(0, 1, 3, 5))}
-    made.rows.append(replace(searched[0], name=name_of(thin), computed=thin.cost, split=HELD))
+    made.rows.append(replace(searched[0], name=name_of(thin), computed=cost(thin, 8), split=HELD))
     result.write(made, tmp_path / "p.yaml", "accel tune")
     for file, mask, total in (("p.yaml", thin, 8), ("p-6.yaml", made.others[6], 6)):
         config = configs.load(tmp_path / file)
         assert replace(config, made_for=None) == config_of(mask, total)
         budgets = [phase.budget for phase in config.schedule.phases(total)]
-        assert budgets == [1.0, *(0.5 * (step in mask.steps) for step in range(1, total))]
+        half = total // 2
+        shares = [1.0, *[0.7] * (half - 1), *[0.4] * half]
+        assert budgets == [share * (step in mask.steps) for step, share in enumerate(shares)]
+        assert cost(mask, total) == pytest.approx(sum(budgets))
         accel.accelerate(flux(), config).remove()
         with pytest.raises(UnsupportedError, match="the model is FluxTransformer2DModel there"):
             accel.accelerate(pixart(), config)

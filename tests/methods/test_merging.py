@@ -397,7 +397,7 @@ def test_every_preset_loads_and_has_only_known_keys():
         assert accel.configs.load(name).correct == "auto"
     # Nothing is left out of a run of four steps; less is computed within three of them.
     budgets = [phase.budget for phase in accel.configs.load("few-step").full_schedule.phases(4)]
-    assert budgets == [1, 0.5, 0.5, 0.5]
+    assert budgets == [1, 0.7, 0.4, 0.4]
 
 
 def test_a_yaml_file(tmp_path):

@@ -226,7 +226,9 @@ def test_a_picture_that_needs_more_tokens_gets_them(of):
     def config(blur):
         if of == "chunking":
             return accel.DynamicChunkingConfig(budget=0.5, max_blur=blur)
-        return Config(groups="windows", ratio=0.5, max_blur=blur, schedule=Schedule(refresh_every=1, dense_last=0))
+        return Config(
+            groups="windows", ratio=0.5, max_blur=blur, schedule=Schedule(refresh_every=1, dense_last=0)
+        )
 
     pipe, family = make_flux(), FAMILIES["flux"]
     plain = family.latents(pipe, steps=4)

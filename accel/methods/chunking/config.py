@@ -90,7 +90,12 @@ class DynamicChunkingConfig(Scheduled):
             )
             check(known or path, name, what, value)
         scored = self.router == "windows" and self.in_windows
-        check(self.max_blur is None or scored, "max_blur", 'None but with router="windows" in windows', self.max_blur)
+        check(
+            self.max_blur is None or scored,
+            "max_blur",
+            'None but with router="windows" in windows',
+            self.max_blur,
+        )
         valid = self.dechunk != "gaussian" or not self.in_windows
         check(valid, "dechunk", 'not "gaussian" with windows', self.dechunk)
 
