@@ -2,7 +2,7 @@
 and the results are handed back to all.
 
 DC-DiT (arXiv:2603.06351) and H-Net (arXiv:2507.07955), which train for it; here by default without training, with a router that
-measures better (docs/measured/few-step.md), budgets that grow as noise falls, and over depth as in FlexDiT.
+measures better (docs/measured/few-step.md), budgets that change as noise falls, and over depth as in FlexDiT.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class DynamicChunkingConfig(Scheduled):
             (DC-DiT, chunks="tokens" only).
         sigma: of the Gaussian, in tokens.
         budget: share of the tokens to compute at the first reduced step, in (0, 1].
-        last_budget: at the last one, reached in equal parts: more as noise falls. None: the same at all.
+        last_budget: at the last one, reached in equal parts; less than the first measured better than more. None: the same at all.
         max_blur: of the windows router: a picture that needs more tokens gets them, as TokenMergingConfig's. None: as many as the
             budgets say.
         depth: factors on the budget for equal parts of the blocks, from the first on; (): the same everywhere. Each part has
