@@ -7,6 +7,7 @@
 #   PARTS="model" MODEL_SECONDS=150 scripts/gpu.sh
 #   PARTS="distill" scripts/gpu.sh                # not among the default parts: four steps without guidance
 #   PARTS="upcycle" UPCYCLE_SECONDS=540 scripts/gpu.sh  # the side-car for few tokens; only when named
+#   PARTS="peers" scripts/gpu.sh                  # distances per computed step at 256 px in float32; only when named
 #   TINY=1 scripts/gpu.sh                         # tries everything out on a CPU
 #
 # From a bare checkout, too: accel is copied onto the path as pyproject.toml maps it, and wheels in .whl/ are unpacked
@@ -70,8 +71,12 @@ part distill "${DISTILL_SECONDS:-600}" "$python" "$root/examples/distill_few_ste
 part upcycle "${UPCYCLE_SECONDS:-300}" "$python" "$root/examples/upcycle_chunking.py" --out upcycle --worlds flat \
   --seconds "$((${UPCYCLE_SECONDS:-300} - 120))" ${TINY:+--seconds 1 --size 64 --log 1 --report 0}
 
+if [[ -n $tiny ]]; then call=(--limit 2 --batch 2 --size 64 --steps 10 --only '^fast$'); else call=(--limit 24 --batch 24 --size 256 --steps 24,50,28); fi
+part peers "${PEERS_SECONDS:-300}" "$python" -m accel bench peers peers --seed 37 --fine 0 --dtype float32 \
+  --minutes "$(minutes "$((${PEERS_SECONDS:-300} - 45))")" "${call[@]}"
+
 echo "== what each part printed last"
-for name in tests kernels ar model distill upcycle; do
+for name in tests kernels ar model distill upcycle peers; do
   [[ -f $name.end ]] || continue
   said=$name.txt
   [[ -f $name/$name.md ]] && said=$name/$name.md # whole, even if the part was stopped

@@ -238,17 +238,9 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
 
 
 def _every(rows: Sequence[Mapping[str, Any]], total: int) -> Table:
-    header = [
-        "setting",
-        "whose",
-        "computed",
-        "PSNR to plain (dB)",
-        "p10",
-        "to a fine run",
-        "p10 ",
-        "score",
-        "time / plain",
-    ]
+    fine = any(row["fine"] for row in rows)
+    header = ["setting", "whose", "computed", "PSNR to plain (dB)", "p10"]
+    header += [*(["to a fine run", "p10 "] if fine else []), "score", "time / plain"]
     plain = next((row["seconds"] for row in rows if row["name"] == PLAIN), None)
     body = []
     for row in sorted(
@@ -259,11 +251,7 @@ def _every(rows: Sequence[Mapping[str, Any]], total: int) -> Table:
         to_plain = (
             ["", ""] if row["psnr"] is None else [_mean(row["psnr"]), f"{np.quantile(row['psnr'], 0.1):.1f}"]
         )
-        to_fine = (
-            ["", ""]
-            if row["fine"] is None
-            else [f"{np.mean(row['fine']):.1f}", f"{np.quantile(row['fine'], 0.1):.1f}"]
-        )
+        to_fine = [f"{np.mean(row['fine']):.1f}", f"{np.quantile(row['fine'], 0.1):.1f}"] if fine else []
         score = "" if row["score"] is None else f"{np.mean(row['score']):.3f}"
         clock = "" if not plain else f"{row['seconds'] / plain:.2f}"
         body.append(
