@@ -152,11 +152,9 @@ def ratio_step(
     else:
         enters_BWV = torch.full_like(p_BWV, 1 / vocabulary)
         enters_BW = (uniform_BW4[..., 3] * vocabulary).long()
-    state = _advance(state, window, token_BS, count_B, enters_BW, forced_S, slots)
-    return state._replace(
-        spent_BS=state.spent_BS.scatter(1, window.slot_BW[:, :-1], spent_BW),
-        q_BWV=carry(p_BWV, enters_BWV, count_B + 1),
-    )
+    moved = _advance(state, window, token_BS, count_B, enters_BW, forced_S, slots)
+    spent_BS = state.spent_BS.scatter(1, window.slot_BW[:, :-1], spent_BW)
+    return State(*moved[:4], spent_BS, carry(p_BWV, enters_BWV, count_B + 1))
 
 
 def noise_step(
@@ -222,9 +220,11 @@ def _advance(
     entering_forced_BW = forced_S[behind_BW]
     enters_BW = torch.where(entering_forced_BW >= 0, entering_forced_BW, enters_BW)
     round_BW = forwards_B[:, None].expand_as(window.slot_BW).int()
-    return state._replace(
+    return State(  # not `_replace`, of which torch.compile of 2.11 makes an empty one
         token_BS=token_BS.scatter(1, behind_BW, enters_BW),
         finished_B=(state.finished_B + count_B + 1).clamp(max=slots),
         forwards_B=forwards_B,
         round_BS=state.round_BS.scatter(1, window.slot_BW, round_BW),
+        spent_BS=state.spent_BS,
+        q_BWV=state.q_BWV,
     )
