@@ -33,7 +33,7 @@ verification, new state (median of passes; ways interleaved). bound: reading the
 at the bandwidth that a copy has here. A window's seconds per image assume the {", ".join(f"{v:.1f}" for w, v in ACCEPTED.items() if w in (8, 16, 32))}
 tokens that a forward of 8, 16 and 32 makes final on the built-in model, image by image: a batch takes its slowest image's forwards,
 the last of them for half, a quarter ... of the images. `transformers` is its model's forward with its own
-dynamic cache, not its `generate`, which in 5.17 fails for Janus (`_prepare_static_cache` is gone). MiB: what caches
+dynamic cache, not its `generate`, which in 5.17 fails for Janus (an argument of `_prepare_static_cache` is missing). MiB: what caches
 and graphs hold between rounds. beyond the forward: what a round, run in the fastest way, takes more than its forward alone. memory:
 weights, caches and graphs of that way, against those of {EAGER}."""
 

@@ -350,7 +350,7 @@ def _transformers(
 ) -> tuple[Callable[[], object], None]:
     """A token by transformers' own forward with its own dynamic cache, guided and drawn as its `generate` does.
 
-    Not by `generate` itself: in transformers 5.17 Janus's calls `_prepare_static_cache`, which is gone.
+    Not by `generate` itself: in transformers 5.17 Janus's calls `_prepare_static_cache` without an argument.
     """
     from transformers import DynamicCache
 

@@ -68,8 +68,8 @@ def generate(model, prompts, guidance: float):
 
 
 needs_their_generate = pytest.mark.skipif(
-    transformers.__version__.startswith("5.0."),
-    reason="transformers 5.0's Janus generate differs from its own full pass from the second token on",
+    transformers.__version__.startswith(("5.0.", "5.17.")),
+    reason="transformers' Janus generate: 5.0's differs from its own full pass from the second token on, 5.17's raises TypeError",
 )
 
 
