@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import flux_call, make_flux
 
+from accel import configs
+from accel.core import weighted_attention
 from accel.evaluation.bench import peers
 from accel.evaluation.bench.compare import PROBLEMS, _report, try_out
 from accel.evaluation.configurations import PLAIN, Configuration, resolve
@@ -67,6 +69,17 @@ def test_a_missing_peer_is_named_and_a_failing_one_reported():
     assert macs == {"works": 64, "steps=2": 64}  # 4 x 4 x 4
     assert calls[1] == "off"  # the peer left the pipeline as it was
     assert (calls[0]["height"], calls[2]["num_inference_steps"]) == (8, 2)
+
+
+def test_what_finding_the_form_of_attention_takes_is_not_counted(monkeypatch):
+    monkeypatch.setattr(weighted_attention, "_CHOSEN", {})
+    half = configs.load("few-step")
+    settings = [Configuration(name, half) for name in ("first", "again")]
+    call = {name: value for name, value in flux_call(steps=4).items() if name != "generator"}
+    _, problems, macs = try_out(make_flux(), settings, None, call)
+    assert problems == {}
+    assert macs["first"] == macs["again"] > 0
+    assert weighted_attention.chosen()
 
 
 def test_problems_stand_in_the_report(tmp_path, monkeypatch):
