@@ -138,6 +138,8 @@ class Schedule:
             if new:
                 names = [n for name in choices if name not in new for n in (name, *choices[name])]
                 gone |= {name: defaults[name] for name in names}
+        if values.get("cycle") is not None:  # the whole of it, not its first part
+            gone |= {name: defaults[name] for name in ("late_cycle", "late_from")}
         return replace(self, **{**gone, **values})
 
     @property

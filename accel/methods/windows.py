@@ -147,26 +147,6 @@ def counts(grid: tuple[int, int], budget: float, multiple: int = 1) -> Counts:
     return best[2]
 
 
-#: Shares of the tokens that a budget which follows the picture may have: few, since each is a shape of its own.
-SHARES = (1 / 4, 1 / 3, 0.4, 0.5, 0.6, 0.7, 0.8)
-
-
-def enough(score_GN: Tensor, grid: tuple[int, int], least: float, blur: float) -> float:
-    """The smallest budget, of `least` and the `SHARES` above it, at which the scores in windows sum to at most `blur` a
-    token of the grid in every plan row; 1 if none is enough. Waits for the device, once."""
-    budgets = (least, *(share for share in SHARES if share > least))
-    lost_B = torch.stack([_lost(score_GN, grid, counts(grid, budget)) for budget in budgets])
-    kept = (budget for budget, lost in zip(budgets, lost_B.tolist(), strict=True) if lost <= blur)
-    return next(kept, 1.0)
-
-
-def _lost(score_GN: Tensor, grid: tuple[int, int], counts: Counts) -> Tensor:
-    """Mean over the tokens of the scores in windows; of several plan rows the most."""
-    large_Ghw, small_Ghw = _chosen(score_GN.float().view(-1, 1, *grid), counts)
-    merged_GN = _spread(large_Ghw, 4, grid).flatten(1) | _spread(small_Ghw, 2, grid).flatten(1)
-    return (score_GN * merged_GN).mean(1).amax()
-
-
 #: Slots off the budget that one large window off its best number is worth: enough to keep that number where another
 #: one would come a slot nearer.
 _PER_WINDOW = 3.0
@@ -183,7 +163,7 @@ def _interpolate(budget: float) -> float:
 
 
 def picture(run: Run) -> Tensor:
-    """The picture that the last step's (guided) prediction shows, up to a factor, as the model's tokens: (B, N, c), float32.
+    """The picture that the last step's (guided) prediction shows, as the model's tokens: (B, N, c), float32.
 
     Raises:
         UnsupportedError: it cannot be told from what the scheduler is given.
@@ -232,7 +212,11 @@ def plan(score_GN: Tensor, grid: tuple[int, int], counts: Counts) -> TokenPlan:
     """
     G, (height, width) = score_GN.shape[0], grid
     N, n1, n4, n16 = counts.tokens, counts.singles, counts.small, counts.large
-    large_Ghw, small_Ghw = _chosen(score_GN.float().view(G, 1, height, width), counts)
+    map_G1HW = score_GN.float().view(G, 1, height, width)
+    large_Ghw = _lowest(_cells(map_G1HW, 4), n16)
+    small_Ghw = _cells(map_G1HW, 2)
+    inside_Ghw = _spread(large_Ghw, 2, small_Ghw.shape[1:])
+    small_Ghw = _lowest(small_Ghw.masked_fill(inside_Ghw, math.inf), n4)
     large_GN, small_GN = (_spread(m, s, grid).flatten(1) for m, s in ((large_Ghw, 4), (small_Ghw, 2)))
 
     slot1_GN = (~(large_GN | small_GN)).long().cumsum(1) - 1
@@ -251,14 +235,6 @@ def plan(score_GN: Tensor, grid: tuple[int, int], counts: Counts) -> TokenPlan:
     size_K = torch.cat([torch.full((n,), float(s), device=score_GN.device) for s, n in sizes])
     dst_GK = dst_GK[:, : counts.slots].contiguous()
     return TokenPlan(dst_GK, owner_GN, size_K.expand(G, -1).contiguous(), centroid=True, classes=sizes)
-
-
-def _chosen(map_G1HW: Tensor, counts: Counts) -> tuple[Tensor, Tensor]:
-    """Which 4x4 cells, and which 2x2 cells, become windows: (G, H // 4, W // 4) and (G, H // 2, W // 2) bool."""
-    large_Ghw = _lowest(_cells(map_G1HW, 4), counts.large)
-    small_Ghw = _cells(map_G1HW, 2)
-    inside_Ghw = _spread(large_Ghw, 2, small_Ghw.shape[1:])
-    return large_Ghw, _lowest(small_Ghw.masked_fill(inside_Ghw, math.inf), counts.small)
 
 
 def _cells(map_G1HW: Tensor, side: int) -> Tensor:

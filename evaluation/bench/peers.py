@@ -347,7 +347,6 @@ def _composed(steps: int) -> dict[str, Any]:
         "windows-25": _windows(0.25),
         "windows-50": _windows(0.5),
         "windows-40-70": _windows(0.4, late=0.7),
-        "windows-blur-0.0025": _windows(0.25, max_blur=0.0025),
         "windows-50-copy": _windows(0.5, unmerge="copy"),
         **_published(),
     }

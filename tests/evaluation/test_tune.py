@@ -278,6 +278,7 @@ def test_few_steps_may_be_computed_on_a_part_of_their_tokens(budget, tmp_path):
         config = configs.load(tmp_path / file)
         assert replace(config, made_for=None) == config_of(mask, total)
         budgets = [phase.budget for phase in config.schedule.phases(total)]
+        assert config.schedule.late_cycle is None
         half = total // 2
         shares = [1.0, *[0.7] * (half - 1), *[0.4] * half]
         assert budgets == [share * (step in mask.steps) for step, share in enumerate(shares)]

@@ -158,6 +158,9 @@ def test_what_a_part_must_not_hold_is_named_with_its_path(make, message):
 def test_dotted_keys_change_a_preset():
     few = configs.load("few-step")
     assert parse("few-step,schedule.dense_last=1").method == parse("few-step,dense_steps_last=1").method
+    assert parse("few-step,cycle=[0.5]").method.schedule == dataclasses.replace(
+        few.schedule, cycle=(0.5,), late_cycle=None
+    )
     changed = parse("tomesd,ratio=0.3,matching.seed=4,matching.merge=pick,schedule.refresh_at=[2,3]").method
     assert changed.matching == Matching(protect=0, cell=2, seed=4, merge="pick")
     assert (changed.ratio, changed.schedule.refresh_at, changed.schedule.dense_first) == (0.3, (2, 3), 0)
@@ -211,6 +214,7 @@ def test_the_order_of_keys_says_nothing(first, second):
             "schedule is given as a whole and schedule.dense_last",
         ),
         ("merging,schedule.refresh_at=[5],schedule.refresh_every=1", "both say when to refresh"),
+        ("few-step,ratio=0.6", r"ratio=0.6 has no effect: schedule.cycle=\(0.7,\) says the shares"),
         ("merging,cycle=[0.6],ratio=0.3", r"ratio=0.3 has no effect: schedule.cycle=\(0.6,\)"),
     ],
 )

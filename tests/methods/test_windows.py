@@ -199,54 +199,6 @@ def test_windows_run_and_keep_what_was_asked_for(family):
     assert torch.equal(family.latents(pipe, steps=4, guidance=3.0), plain)
 
 
-@pytest.mark.parametrize("grid", [(8, 12), (7, 9), (16, 16)])
-def test_the_least_share_that_blurs_no_more_than_allowed(grid):
-    """Against the plans themselves; of two images the one that loses more decides."""
-    N = grid[0] * grid[1]
-    score_GN = torch.rand(2, N, generator=torch.Generator().manual_seed(3)) ** 4 * torch.tensor([[1.0], [4]])
-
-    def lost(budget):
-        plan = windows.plan(score_GN, grid, windows.counts(grid, budget))
-        merged_GN = plan.size.gather(1, plan.owner) > 1
-        return (score_GN * merged_GN).sum(1).max().item() / N
-
-    least = 0.45
-    shares = [least, *(share for share in windows.SHARES if share > least)]
-    losses = [lost(share) for share in shares]
-    assert losses == sorted(losses, reverse=True)
-    for share, loss in zip(shares, losses, strict=True):
-        assert windows.enough(score_GN, grid, least, loss * 1.001) == share
-    assert windows.enough(score_GN, grid, least, losses[-1] * 0.999) == 1
-    assert windows.enough(score_GN[:1], grid, least, losses[-1] * 0.999) < 1
-    assert windows.enough(score_GN, grid, 0.65, math.inf) == 0.65, "never below what the schedule says"
-
-
-@pytest.mark.parametrize("of", ["merging", "chunking"])
-def test_a_picture_that_needs_more_tokens_gets_them(of):
-    def config(blur):
-        if of == "chunking":
-            return accel.DynamicChunkingConfig(budget=0.5, max_blur=blur)
-        return Config(
-            groups="windows", ratio=0.5, max_blur=blur, schedule=Schedule(refresh_every=1, dense_last=0)
-        )
-
-    pipe, family = make_flux(), FAMILIES["flux"]
-    plain = family.latents(pipe, steps=4)
-    found, shares = {}, {}
-    for blur in (None, 1e6, 0.82, 1e-9):
-        with accel.accelerate(pipe, config(blur)) as handle:
-            found[blur] = family.latents(pipe, steps=4)
-            shares[blur] = [step.computed / step.total for step in handle.stats.steps]
-            assert torch.equal(family.latents(pipe, steps=4), found[blur])
-    assert torch.equal(found[1e6], found[None])
-    assert torch.equal(found[1e-9], plain)
-    assert not torch.equal(found[0.82], plain)
-    assert shares[1e-9] == [1.0] * 4
-    # Random weights: noise falls, so that the predicted picture varies less and less.
-    assert all(least < share < 1 for least, share in zip(shares[None][1:], shares[0.82][1:], strict=True))
-    assert shares[0.82][1] > shares[0.82][3]
-
-
 def test_attention_that_goes_another_way_is_said_to_weigh_nothing():
     """Sized keys lose their sizes in baddbmm and softmax; masks do not."""
     from diffusers.models.attention_processor import AttnProcessor
@@ -285,8 +237,6 @@ def test_attention_that_goes_another_way_is_said_to_weigh_nothing():
         ({"groups": "windows", "matching": {"threshold": 0.5}}, "matching=.*threshold=0.5.* has no effect"),
         ({"groups": "windows", "matching": {"cell": 2}}, "matching=.*cell=2.* has no effect"),
         ({"groups": "windows", "refresh_layers": "all"}, "refresh_layers"),
-        ({"groups": "windows", "max_blur": 0}, "max_blur must be > 0 or None, got 0"),
-        ({"max_blur": 0.1}, 'max_blur must be None with groups="matching", got 0.1'),
     ],
 )
 def test_settings_that_windows_do_not_take(settings, message):

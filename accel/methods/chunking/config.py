@@ -35,8 +35,6 @@ class DynamicChunkingConfig(Scheduled):
         sigma: of the Gaussian, in tokens.
         budget: share of the tokens to compute at the first reduced step, in (0, 1].
         last_budget: at the last one, reached in equal parts; less than the first measured better than more. None: the same at all.
-        max_blur: of the windows router: a picture that needs more tokens gets them, as TokenMergingConfig's. None: as many as the
-            budgets say.
         depth: factors on the budget for equal parts of the blocks, from the first on; (): the same everywhere. Each part has
             a plan of its own, and tokens are whole between two.
         unconditional: budget of the unconditional branch of guidance, where that is a call of its own (Lite-CFG); None: the
@@ -58,7 +56,6 @@ class DynamicChunkingConfig(Scheduled):
     sigma: float = 1.0
     budget: float = 0.5
     last_budget: float | None = None
-    max_blur: float | None = None
     depth: tuple[float, ...] = ()
     unconditional: float | None = None
     dense_blocks_first: int = 1
@@ -73,8 +70,6 @@ class DynamicChunkingConfig(Scheduled):
         valid = isinstance(self.depth, tuple) and all(is_number(f) and f > 0 for f in self.depth)
         check(valid, "depth", "a list of factors > 0", self.depth)
         self._check_leaves_out()
-        valid = self.max_blur is None or (is_number(self.max_blur) and self.max_blur > 0)
-        check(valid, "max_blur", "> 0 or None", self.max_blur)
         for name in ("dense_blocks_first", "dense_blocks_last"):
             value = getattr(self, name)
             check(is_whole(value) and value >= 0, name, "a whole number >= 0", value)
@@ -89,13 +84,6 @@ class DynamicChunkingConfig(Scheduled):
                 "a .safetensors file" if name == "adapter" else f"{', '.join(ROUTERS)} or a .safetensors file"
             )
             check(known or path, name, what, value)
-        scored = self.router == "windows" and self.in_windows
-        check(
-            self.max_blur is None or scored,
-            "max_blur",
-            'None but with router="windows" in windows',
-            self.max_blur,
-        )
         valid = self.dechunk != "gaussian" or not self.in_windows
         check(valid, "dechunk", 'not "gaussian" with windows', self.dechunk)
 

@@ -6,7 +6,6 @@ Shapes: B batch, N tokens, K slots, C channels, c channels of a prediction, G pl
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -112,15 +111,7 @@ class DynamicChunking(StepMethod):
         if run.phase.dense:
             return
         if not self.router.needs_tokens:
-            picture_BNc, grid = windows.picture(run), _known(run.grid)
-            self._score(self.router(picture_BNc, None, grid))
-            if self.config.max_blur is not None:
-                assert self.score is not None
-                blur = self.config.max_blur * picture_BNc.shape[2]
-                share = windows.enough(self.score, grid, run.phase.budget, blur)
-                run.phase = replace(run.phase, budget=share)
-                if run.phase.dense:
-                    return
+            self._score(self.router(windows.picture(run), None, _known(run.grid)))
         if self.history is not None and self.config.dechunk == "carry":
             self.forecasts = self.history.forecasts(run.time)
             run.correct = self._carry

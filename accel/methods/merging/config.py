@@ -9,7 +9,6 @@ differs from that mean continues from its own earlier predictions.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,10 +71,6 @@ class TokenMergingConfig(Scheduled):
         groups: which tokens are merged. "matching": those whose features are alike (ToMe). "windows": whole cells of 2x2
             and 4x4 tokens where the picture that the last step predicted varies least.
         matching: how those that are alike are found.
-        max_blur: windows average away at most this much, as the mean over tokens and channels of the variance around each token
-            in the picture that the last step predicted (latents as the model sees them, of which most have a variance of about
-            1). Where the schedule's share of the tokens is too few for it, the least of 0.25, 0.33, 0.4, 0.5, 0.6, 0.7, 0.8 and 1
-            that is enough is computed instead; which, is read from the device once per plan. None: always the schedule's.
         schedule: of its cycle, 1 is a dense step, 0 forecasts all tokens, anything between merges and keeps that share; by
             default (1 - ratio,). Plans are built anew at every `refresh_every`-th reduced step, by default the fifth, or at
             those of `refresh_at`. dense_first and dense_last are 1 by default.
@@ -107,7 +102,6 @@ class TokenMergingConfig(Scheduled):
     ratio: float = 0.5
     groups: Literal["matching", "windows"] = "matching"
     matching: Matching = Matching()
-    max_blur: float | None = None
     adapter: str | None = None
     scope: Literal["span", "block"] = "span"
     unmerge: Literal["carry", "copy"] = "carry"
@@ -132,16 +126,14 @@ class TokenMergingConfig(Scheduled):
         check(valid, "refresh_layers", 'a list of whole numbers >= 0 or "all"', self.refresh_layers)
         valid = self.drift is None or (is_number(self.drift) and self.drift > 0)
         check(valid, "drift", "> 0 or None", self.drift)
-        valid = self.max_blur is None or (is_number(self.max_blur) and self.max_blur > 0)
-        check(valid, "max_blur", "> 0 or None", self.max_blur)
         known = self.proportional is None or isinstance(self.proportional, bool)
         check(known, "proportional", "true, false or None", self.proportional)
         for name in ("adapter", "made_for"):
             path = getattr(self, name)
             check(path is None or isinstance(path, str), name, "a path or None", path)
         check(is_whole(self.order) and 0 <= self.order <= 2, "order", "0, 1 or 2", self.order)
-        used = any(math.isclose(1 - self.ratio, budget) for budget in self.budgets)
-        check_used(self, ("ratio",), used, f"schedule.cycle={self.schedule.cycle} says the shares")
+        cycle = self.schedule.cycle
+        check_used(self, ("ratio",), cycle is None, f"schedule.cycle={cycle} says the shares")
         if 0 in self.budgets:
             self._check_first(" if the cycle forecasts")
         if self.windows:
@@ -150,9 +142,7 @@ class TokenMergingConfig(Scheduled):
             for name in ("matching", "drift", "refresh_layers"):
                 check_used(self, (name,), False, 'groups="windows" matches nothing')
             return
-        for name in ("adapter", "max_blur"):
-            value = getattr(self, name)
-            check(value is None, name, 'None with groups="matching"', value)
+        check(self.adapter is None, "adapter", 'None with groups="matching"', self.adapter)
         protect, cell = self.matching.protect, self.matching.cell
         least = protect + (1 / cell**2 if cell else 0)
         budget = min((b for b in self.budgets if b > 0), default=1.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
@@ -49,7 +49,6 @@ class _State:
         forecasts: of the running step.
         growths: of the merging errors of all groups, on their way to the host.
         noise: why nothing can be carried from step to step; None: it can.
-        share: of the tokens, as the picture asked for when the running plan was due; None: it is not asked.
         weighed: how often keys had been weighed before the running step.
     """
 
@@ -59,7 +58,6 @@ class _State:
     forecasts: list[Tensor] = field(default_factory=list)
     growths: list[Readback] = field(default_factory=list)
     noise: str | None = None
-    share: float | None = None
     weighed: Counter[str] = field(default_factory=Counter)
 
 
@@ -141,8 +139,6 @@ class TokenMerging(StepMethod):
 
     def prepare(self, run: Run) -> None:
         self.state.weighed = weighed()
-        if self.config.windows and 0 < run.phase.budget < 1:
-            self._look(run)
         if run.clock.step == 0 and self.config.windows and not self.bias:
             run.stats.notes.append(windows.NO_BIAS)
         if run.clock.step == 0 and (self.config.order > 0 or 0 in self.config.budgets):
@@ -156,6 +152,8 @@ class TokenMerging(StepMethod):
             if self.unmerge == "carry":
                 run.correct = self._carry
         refresh = run.phase.refresh
+        if self.config.windows and not run.phase.dense:
+            self._look(run)
         if self.config.drift is not None:
             refresh = self._drifted() or refresh
         if refresh and run.outputs and run.grid is not None and not self.config.windows:
@@ -288,18 +286,11 @@ class TokenMerging(StepMethod):
 
     def _look(self, run: Run) -> None:
         """How much the picture that the last step predicted varies around each token: (images, N), or of all images
-        the most where they share a plan; and how many tokens that asks for."""
+        the most where they share a plan."""
         assert run.grid is not None
-        picture_BNc = windows.picture(run)
-        score_BN = windows.variance(picture_BNc, run.grid)
+        score_BN = windows.variance(windows.picture(run), run.grid)
         score_GN = score_BN.amax(0, keepdim=True) if self.tokens.shared_plan else score_BN
         self.score = put_into(self.score, score_GN)
-        if self.config.max_blur is None:
-            return
-        if run.phase.refresh or self.state.share is None:
-            blur = self.config.max_blur * picture_BNc.shape[2]
-            self.state.share = windows.enough(self.score, run.grid, run.phase.budget, blur)
-        run.phase = replace(run.phase, budget=self.state.share)
 
     def _carry(self, prediction: Tensor) -> Tensor:
         """Forecast + what the groups' means say about it: the mean of each group as computed, and within the
