@@ -33,7 +33,7 @@ from .measure import Runs, amplification, amplification_at, computed, config_of,
 from .state import State, rounded
 
 TRENDS = (0.5, 0.75, 1.0)
-#: Up to so many steps, which leave few to forecast, computed ones may be computed on these shares of the tokens.
+#: Up to so many steps, which leave few to forecast, computed ones may be computed with the tokens of these presets.
 FEW, THIN = 9, ("few-step", "few-step-fast")
 SEARCH, HELD = "search", "held-back"
 FEWEST, MOST = 4, 12  # prompts; and of each of the two parts
@@ -270,10 +270,8 @@ class _Tuning:
         for thin in self.thin:
             thinner = [[replace(mask, thin=thin) for mask in masks[:2]] for masks in self.masks.values()]
             fitting = [masks for masks in thinner if cost(masks[0], self.total) <= most]
-            found += [
-                mask for mask in max(fitting, key=lambda masks: len(masks[0].steps)) if len(mask.steps) > most
-            ]
-        return [mask for mask in found if cost(mask, self.total) <= most]
+            found += max(fitting, key=lambda masks: len(masks[0].steps))
+        return [mask for mask in found if len(mask.steps) > most >= cost(mask, self.total)]
 
     def _thinnest(self, below: float, rows: list[Row]) -> list[Mask]:
         """Masks that keep the goal on parts of the tokens, for less than `below` steps' worth of them; fastest first."""
