@@ -270,7 +270,8 @@ class _Tuning:
         for thin in self.thin:
             thinner = [[replace(mask, thin=thin) for mask in masks[:2]] for masks in self.masks.values()]
             fitting = [masks for masks in thinner if cost(masks[0], self.total) <= most]
-            found += max(fitting, key=lambda masks: len(masks[0].steps))
+            longest: list[Mask] = max(fitting, key=lambda masks: len(masks[0].steps))
+            found += longest
         return [mask for mask in found if len(mask.steps) > most >= cost(mask, self.total)]
 
     def _thinnest(self, below: float, rows: list[Row]) -> list[Mask]:
