@@ -23,12 +23,21 @@ from .core.capability import scheduler_of
 from .core.checks import check, is_number, is_whole
 from .core.decoding import Sampling
 from .errors import AccelError, ConfigError, UnsupportedError
-from .pipelines.loading import BUILTIN, BUILTIN_AR, BUILTIN_TURBO, DTYPES, is_autoregressive, load_pipeline
+from .pipelines.loading import (
+    BUILTIN,
+    BUILTIN_AR,
+    BUILTIN_TEXTURED,
+    BUILTIN_TURBO,
+    DTYPES,
+    is_autoregressive,
+    load_pipeline,
+)
 from .pipelines.timing import measure
 
 __all__ = [
     "BUILTIN",
     "BUILTIN_AR",
+    "BUILTIN_TEXTURED",
     "BUILTIN_TURBO",
     "DTYPES",
     "Decoding",

@@ -57,6 +57,7 @@ def rank_of(path: str) -> int:
 
 class Run(_Run):
     checkpoint, file, kind = "distill.pt", turbo.FILE.name, KIND
+    metadata, kept_rank = {}, None
 
     def start(self, file: Path) -> None:
         """Begin with the changes of a side-car. Errors: see `sidecar.read`."""
@@ -65,8 +66,8 @@ class Run(_Run):
         tensors = {f"{path}.bias": bias for path, bias in car.biases.items()}
         for path, (a, b) in car.layers.items():
             tensors |= {f"{path}.A": a, f"{path}.B": b}
-        self.low.load(tensors)
-        for mean, p in zip(self.average, self.low.parameters(), strict=True):
+        self.student.load(tensors)
+        for mean, p in zip(self.average, self.parameters, strict=True):
             mean.copy_(p.detach())
 
 
@@ -135,7 +136,7 @@ def train(
     """One size, to `until` seconds of the whole run."""
     run.model = model
     walks = Walks(model, args.steps, batch, 1000 * accel.process_index + run.step)
-    base, low = model.bases[WORLD], run.low
+    base, low = model.bases[WORLD], run.student
     saved_at = last = time.time()
     while run.seconds < until:
         progress = run.seconds / args.seconds

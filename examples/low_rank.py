@@ -48,8 +48,13 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Changes of at most these ranks, by the names that side-cars give them."""
         for name, tensor in self.named().items():
-            tensor.copy_(tensors[name])
+            value = tensors[name]
+            if name.endswith(".B"):
+                tensor.zero_()[:, : value.shape[1]] = value
+            else:
+                tensor[: len(value)] = value
 
     def changed(self, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`base` (parameters by name) with these layers changed."""
@@ -63,6 +68,19 @@ class LowRank(nn.Module):
             elif part == "bias":
                 weights[name] = base[name] + named[name].to(base[name].dtype)
         return weights
+
+
+@torch.no_grad()
+def truncated(named: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """The same changes at this rank at most, as near as any of it (Eckart and Young 1936)."""
+    kept = dict(named)
+    for path in [name.removesuffix(".A") for name in named if name.endswith(".A")]:
+        a, b = (named[f"{path}.{part}"].float() for part in "AB")
+        left, size, right = torch.linalg.svd(b @ a, full_matrices=False)
+        r = min(rank, len(a))
+        root = size[:r].sqrt()
+        kept[f"{path}.A"], kept[f"{path}.B"] = root[:, None] * right[:r], left[:, :r] * root
+    return kept
 
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:

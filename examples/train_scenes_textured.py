@@ -1,6 +1,6 @@
 """Fine-tune the built-in diffusion model for the textured world of Scenes: low-rank changes in one side-car of 4 MB.
 
-    python examples/train_scenes_textured.py --out runs/textured --seconds 100 --start examples/scenes_letters.safetensors
+    python examples/train_scenes_textured.py --out runs/textured --seconds 400 --start examples/scenes_letters.safetensors
 
 Runs on CPU or GPU; called again, it goes on. `--start` takes the letters, and the layers if there are any, of a side-car;
 without it the letters are trained first.
@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import torch
+from batched_muon import BatchedMuon
 from low_rank import LowRank, exact_times, parameters, safe_backends, velocity
 from scenes_latents import Latents, Workers
 from scenes_letters import train_letters
@@ -38,7 +39,7 @@ EVERY = 20  # seconds between checkpoints
 
 def rank_of(path: str) -> int:
     """Modulations (a third of the model's weights) hardly differ between the worlds."""
-    return 12 if path.endswith(("norm.linear", "norm1.linear", "norm1_context.linear")) else 32
+    return 12 if path.endswith(("norm.linear", "norm1.linear", "norm1_context.linear")) else 64
 
 
 class Run:
@@ -49,7 +50,15 @@ class Run:
         self.fits = [sidecar.fingerprint(pipe.transformer)]
         torch.manual_seed(0)
         self.low = LowRank(pipe.transformer, rank_of)
-        self.optimizer = torch.optim.AdamW(self.low.parameters(), rate, (0.9, 0.97), weight_decay=0.0)
+        # Muon for A and B: 150 steps of 16 pictures of 128 px end at a loss of 0.383, AdamW's at 0.407 and, at a rate of
+        # 4e-3, at 0.395.
+        named = self.low.named()
+        biases = [p for name, p in named.items() if name.endswith(".bias")]
+        matrices = [p for name, p in named.items() if not name.endswith(".bias")]
+        self.optimizers = {
+            5.0: BatchedMuon(matrices, rate, weight_decay=0.0),  # whose updates are a fifth of the rate
+            1.0: torch.optim.AdamW(biases, rate, (0.9, 0.97), weight_decay=0.0),
+        }
         self.average = [p.detach().clone() for p in self.low.parameters()]
         self.step, self.seconds = 0, 0.0
 
@@ -58,7 +67,8 @@ class Run:
         if (self.out / "flow.pt").exists():
             saved = torch.load(self.out / "flow.pt", weights_only=True)
             self.low.load_state_dict(saved["low"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+            for optimizer, state in zip(self.optimizers.values(), saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
             for mean, value in zip(self.average, saved["average"], strict=True):
                 mean.copy_(value)
             self.step, self.seconds = saved["step"], saved["seconds"]
@@ -74,12 +84,13 @@ class Run:
 
     def update(self, loss: torch.Tensor, progress: float) -> None:
         """One optimizer step: a short warm-up, then the rate falls linearly to a twentieth."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * min(1, (self.step + 1) / 20) * (1.05 - min(1, progress))
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.low.parameters(), 1.0, foreach=True)
-        self.optimizer.step()
+        for scale, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = scale * self.rate * min(1, (self.step + 1) / 20) * (1.05 - min(1, progress))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.step += 1
         keep = min(0.99, self.step / (10 + self.step))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.low.parameters()], 1 - keep)
@@ -88,7 +99,7 @@ class Run:
         part = self.out / "flow.part"
         state = {
             "low": self.low.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers.values()],
             "average": self.average,
             "step": self.step,
             "seconds": self.seconds,
@@ -97,7 +108,7 @@ class Run:
         part.replace(self.out / "flow.pt")
         named = dict(zip(self.low.named(), self.average, strict=True))
         size = sidecar.write(
-            self.out / textured.FILE.name, textured.KIND, self.fits, {**named, **self.letters}
+            self.out / textured.FILE.name, textured.KIND, self.fits, {**named, **self.letters}, int8=True
         )
         assert size <= LIMIT, f"{size} bytes: lower the ranks"
         return size
@@ -108,8 +119,8 @@ def train(run: Run, workers: Workers, args: argparse.Namespace) -> None:
     device = model.device
     base, set_times = parameters(model), exact_times(model)
     text_ids = torch.zeros(TEXT_TOKENS, 3, device=device)
+    predict = torch.compile(velocity, dynamic=False) if args.compile else velocity
     print(f"{sum(p.numel() for p in run.low.parameters()) / 1e6:.2f} M parameters", flush=True)
-    # Half-size pictures first: four times as many of them a second, and places mean the same.
     stages = [(size, share) for size, share in zip(args.sizes, args.shares, strict=True)]
     saved_at, ended = time.time(), 0.0
     for (size, share), batch in zip(stages, args.batches, strict=True):
@@ -132,7 +143,7 @@ def train(run: Run, workers: Workers, args: argparse.Namespace) -> None:
                 "txt_ids": text_ids,
                 "return_dict": False,
             }
-            predicted = velocity(model, run.low.changed(base), inputs)
+            predicted = predict(model, run.low.changed(base), inputs)
             if run.step == 0 and device.type == "cuda":
                 torch.cuda.synchronize()
                 print("first forward done", flush=True)
@@ -198,12 +209,18 @@ def main() -> None:
     )
     parser.add_argument("--start", type=Path, help="a side-car to go on from; its letters are kept")
     parser.add_argument("--seconds", type=float, required=True, help="of training, all calls together")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256], help="pixels, stage by stage")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.75], help="of the time, by stage")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256], help="pixels, stage by stage")
+    parser.add_argument("--shares", type=float, nargs="+", default=[1], help="of the time, by stage")
     parser.add_argument(
-        "--batches", type=int, nargs="+", help="default: 192 and 96 on a GPU, 16 and 8 on CPU"
+        "--batches", type=int, nargs="+", help="stage by stage; default: 96 on a GPU, 8 on CPU"
     )
-    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=torch.cuda.is_available(),
+        help="a minute first, then twice as fast; default: on a GPU",
+    )
+    parser.add_argument("--rate", type=float, default=1.2e-3)
     parser.add_argument("--letters", type=int, default=500, help="steps for the new words' letters")
     parser.add_argument("--count", type=int, help="scenes encoded at once; default 2048 on a GPU, 64 on CPU")
     parser.add_argument("--reuse", type=int, default=4, help="how often each of them is used")
@@ -214,7 +231,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16, help="of those pictures")
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
-    args.batches = args.batches or ([192, 96] if gpu else [16, 8])
+    args.batches = args.batches or [96 if gpu else 8] * len(args.sizes)
     args.count = args.count or (2048 if gpu else 64)
     workers = Workers(args.workers)
     args.out.mkdir(parents=True, exist_ok=True)

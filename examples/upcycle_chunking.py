@@ -1,18 +1,20 @@
-"""Upcycle the built-in diffusion model to few tokens: low-rank changes that make windows cost less quality.
+"""Upcycle the built-in diffusion model to few tokens: low-rank changes of it, and a decoder behind it, with which windows
+cost less quality.
 
     python examples/upcycle_chunking.py --out runs/upcycled --seconds 3600            # CPU or GPU, resumable
     accelerate launch examples/upcycle_chunking.py --out runs/upcycled --seconds 600
 
 As DC-DiT (arXiv:2603.06351) upcycles a pretrained transformer: distilled from the dense model, then flow matching
-(`--flow-share`), with the budget drawn anew for every batch, so that one checkpoint serves all of 25 to 100 %. What is
+(`--flow-share`), with the budget drawn anew for every walk, so that one checkpoint serves all of 25 to 70 %. What is
 different here: which tokens share a slot is told by windows (`accel.methods.windows`), and what is trained is the model
-at reduced tokens, not a router.
+at reduced tokens and the decoder (`accel.methods.decoder`), not a router.
 
-Distillation needs no pictures: captions are drawn, the frozen dense model walks the sampler's own steps with guidance,
-and at each step but the first the student, on the windows that the step before tells, is to predict what the dense
-model predicts. Its error is weighed per branch and as guidance adds the branches up. The student is the frozen model
-with changed weights; at dense steps the changes are off, so that those stay exact. What it is worth is measured at the
-end under accel's own hooks, on prompts of the test set.
+Distillation needs no pictures: captions are drawn, the student walks the sampler's own steps with guidance, and at each
+step but the first it is to predict, on the windows that the step before tells, what the frozen dense model predicts
+there. What it predicts goes the way it goes when it is used: means of windows as computed, deviations carried from the
+step before, the decoder's on top. The student is the frozen model with changed weights; at dense steps the changes are
+off, so that those stay exact. What it is worth is measured at the end under accel's own hooks, on prompts of the test
+set.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ import argparse
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from low_rank import LowRank, exact_times, parameters, safe_backends, velocity
+from low_rank import LowRank, exact_times, parameters, safe_backends, truncated, velocity
 from scenes_latents import Latents, Workers, draw_captions
 from scenes_scores import prompts_of, rows
 from scenes_text import encode
@@ -38,7 +41,7 @@ from train_scenes_diffusion import image_ids
 
 from accel.core import sidecar
 from accel.core.plan import TokenPlan
-from accel.methods import learned, windows
+from accel.methods import decoder, learned, windows
 from accel.pipelines import builtin
 from accel.pipelines.builtin import textured
 from accel.pipelines.builtin.architecture import TEXT_TOKENS, shift_for
@@ -46,7 +49,11 @@ from accel.pipelines.builtin.architecture import TEXT_TOKENS, shift_for
 LIMIT = 4_000_000  # bytes
 EVERY = 20  # seconds between checkpoints
 GUIDANCE = 3.0
-STEPS = (4, 4, 6, 8, 8, 12)  # of the walks; one is drawn for each
+KEPT_RANK = (
+    8  # of what was trained: 24 gain no more (12 prompts), and cost a fifth of a narrow layer's arithmetic
+)
+MOST = 0.5  # of the tokens; above, it is off: it costs more there than it gains
+STEPS = (4, 4, 4, 6, 8)  # of the walks; one is drawn for each
 
 
 def rank_of(path: str) -> int:
@@ -154,11 +161,24 @@ class Model:
         at = torch.linspace(1, 1 / steps, steps).tolist()
         return [shift / (shift + 1 / s - 1) for s in at] + [0.0]
 
-    def plan_of(self, x: Tensor, sigma: float, guided: Tensor, budget: float) -> TokenPlan | None:
+    def plan_of(self, picture: Tensor, budget: float) -> TokenPlan | None:
         counts = windows.counts(self.grid, budget, 16)  # few shapes, and aligned ones
         if counts.slots == counts.tokens:
             return None
-        return windows.plan(windows.variance(x - sigma * guided, self.grid), self.grid, counts)
+        return windows.plan(windows.variance(picture, self.grid), self.grid, counts)
+
+
+class Student(nn.Module):
+    """What is trained: changes of the model's layers, and the decoder behind it."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.low = LowRank(net, rank_of)
+        self.decoder = decoder.Decoder(16).to(next(net.parameters()).device)
+
+    def named(self) -> dict[str, Tensor]:
+        """The tensors by the names that side-cars give them."""
+        return self.low.named() | {decoder.PREFIX + name: p for name, p in self.decoder.named_parameters()}
 
 
 def guide(both: Tensor) -> Tensor:
@@ -167,9 +187,33 @@ def guide(both: Tensor) -> Tensor:
     return unconditional + GUIDANCE * (conditional - unconditional)
 
 
-def walks(model: Model, worlds: list[str], batch: int, seed: int, device: torch.device) -> Iterator[tuple]:
-    """The dense model's way through the sampler's steps, endlessly: (world, x (B, N, 16), sigma, text features of both
-    branches, the dense prediction (2B, N, 16), last guided prediction, its x and sigma)."""
+@dataclass
+class Step:
+    """A step of a walk, at which the student predicts.
+
+    Attributes:
+        world: of `Model.bases`.
+        x: (B, N, 16).
+        sigma: the noise's share of it.
+        features: of the texts, of both branches.
+        share: of the tokens that the student is to compute.
+        dense: what the dense model predicts there, (2B, N, 16).
+        last: the picture that the step before predicted.
+        predicted: what the walk goes on with, (B, N, 16); put here by whoever asked for the step.
+    """
+
+    world: str
+    x: Tensor
+    sigma: float
+    share: float
+    features: tuple[Tensor, Tensor]
+    dense: Tensor
+    last: Tensor
+    predicted: Tensor | None = None
+
+
+def walks(model: Model, worlds: list[str], batch: int, seed: int, device: torch.device) -> Iterator[Step]:
+    """The student's way through the sampler's steps, endlessly: of each walk all steps but the first, which is dense."""
     rng = np.random.default_rng([seed, 4])
     generator = torch.Generator(device).manual_seed(seed)
     tokens_of = model.grid[0] * model.grid[1]
@@ -183,33 +227,51 @@ def walks(model: Model, worlds: list[str], batch: int, seed: int, device: torch.
             )
         x = torch.randn(batch, tokens_of, 16, device=device, generator=generator)
         sigmas, last = model.sigmas(int(rng.choice(STEPS))), None
-        for sigma, following in itertools.pairwise(sigmas):
+        walk = zip(itertools.pairwise(sigmas), [1.0, *shares(rng, len(sigmas) - 2)], strict=True)
+        for (sigma, following), share in walk:
             with torch.no_grad():
                 time = torch.tensor(sigma, device=device)
                 dense = model.predict(base, torch.cat([x, x]), time, *features)
+            predicted = guide(dense)
             if last is not None:
-                yield world, x, time, features, dense, last
-            last = (guide(dense), x, sigma)
-            x = x + (following - sigma) * last[0]
+                step = Step(world, x, sigma, share, features, dense, last)
+                yield step
+                assert step.predicted is not None
+                predicted = step.predicted
+            last = x - sigma * predicted
+            x = x + (following - sigma) * predicted
 
 
-def distillation(model: Model, low: LowRank, state: tuple, budget: float) -> Tensor:
-    """Mean squared error of the student to the dense model: of each branch, of the guided sum, and of every slot's mean,
-    which is all that `carry` takes from a reduced step."""
-    world, x, time, features, dense, (guided, before, sigma) = state
-    plan = model.plan_of(before, sigma, guided, budget)
-    both = plan.repeat(2) if plan else None
-    student = model.predict(low.changed(model.bases[world]), torch.cat([x, x]), time, *features, both)
-    error = student - dense
-    added = guide(error)
-    loss = error.square().mean() + 0.25 * added.square().mean()
+def shares(rng: np.random.Generator, count: int) -> list[float]:
+    """Of the tokens, at the reduced steps of a walk: falling as `few-step` has them, or the same at all."""
+    if rng.random() < 0.3:
+        return [0.7] * (count // 2) + [0.4] * (count - count // 2)
+    return [0.25 * 2.4 ** float(rng.random())] * count
+
+
+def distillation(model: Model, student: Student, step: Step) -> Tensor:
+    """Mean squared error to the dense model: of what the sampler is given, of every slot's mean in it, which is all that
+    a reduced step computes, and of each branch. Leaves `step.predicted`."""
+    x, sigma, plan = step.x, step.sigma, model.plan_of(step.last, step.share)
+    time, true = torch.tensor(sigma, device=x.device), guide(step.dense)
+    weights = student.low.changed(model.bases[step.world])
+    both = model.predict(weights, torch.cat([x, x]), time, *step.features, plan.repeat(2) if plan else None)
+    loss = 0.1 * (both - step.dense).square().mean()
+    predicted = guide(both)
     if plan is not None:
-        loss = loss + 0.25 * plan.expand(plan.reduce(added)).square().mean()
-    return loss
+        now = step.last + plan.expand(plan.reduce(x - sigma * predicted - step.last))
+        carried = (x - now) / sigma
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+            change = student.decoder(step.last, now, carried, plan, sigma, model.grid)
+        predicted = carried + change.float()
+        loss = loss + 0.5 * plan.expand(plan.reduce(carried - true)).square().mean()
+    step.predicted = predicted.detach()
+    return loss + (predicted - true).square().mean()
 
 
 def flow_matching(model: Model, low: LowRank, world: str, data: Iterator, budget: float) -> Tensor:
-    """Error to the true velocity of rendered scenes, the windows told by the dense model's own prediction."""
+    """Error of the model alone to the true velocity of rendered scenes, the windows told by the dense model's own
+    prediction."""
     latents, tokens, pooled = next(data)
     sigma = float(torch.sigmoid(torch.randn(()) + shift_for(model.size)))
     time = torch.tensor(sigma, device=latents.device)
@@ -217,7 +279,7 @@ def flow_matching(model: Model, low: LowRank, world: str, data: Iterator, budget
     x = latents + sigma * (noise - latents)
     with torch.no_grad():
         dense = model.predict(model.bases[world], x, time, tokens, pooled)
-    plan = model.plan_of(x, sigma, dense, budget)
+    plan = model.plan_of(x - sigma * dense, budget)
     student = model.predict(low.changed(model.bases[world]), x, time, tokens, pooled, plan)
     return (student - (noise - latents)).square().mean()
 
@@ -226,15 +288,18 @@ class Run:
     """The state of a training run, and its files in `out`."""
 
     checkpoint, file, kind = "upcycle.pt", "chunking.safetensors", learned.KIND
+    metadata: Mapping[str, str] = {"most": str(MOST)}
+    kept_rank: int | None = KEPT_RANK
 
-    def __init__(self, out: Path, model: Model, low: LowRank, rate: float):
-        self.out, self.model, self.low, self.rate = out, model, low, rate
-        self.optimizer = torch.optim.AdamW(low.parameters(), rate, (0.9, 0.97), weight_decay=0.0)
-        self.average = [p.detach().clone() for p in low.parameters()]
+    def __init__(self, out: Path, model: Model, student: Student | LowRank, rate: float):
+        self.out, self.model, self.student, self.rate = out, model, student, rate
+        self.parameters = list(student.named().values())
+        self.optimizer = torch.optim.AdamW(self.parameters, rate, (0.9, 0.97), weight_decay=0.0)
+        self.average = [p.detach().clone() for p in self.parameters]
         self.step, self.seconds = 0, 0.0
         if (out / self.checkpoint).exists():
             saved = torch.load(out / self.checkpoint, weights_only=True)
-            low.load_state_dict(saved["low"])
+            student.load_state_dict(saved["student"])
             self.optimizer.load_state_dict(saved["optimizer"])
             for mean, value in zip(self.average, saved["average"], strict=True):
                 mean.copy_(value)
@@ -246,18 +311,19 @@ class Run:
             group["lr"] = self.rate * min(1, (self.step + 1) / 20) * (1.05 - min(1, progress))
         self.optimizer.zero_grad(set_to_none=True)
         accelerator.backward(loss)
-        for p in self.low.parameters():  # the changed weights are formed outside of a wrapped forward
-            if accelerator.num_processes > 1:
+        for p in self.parameters:  # the changed weights are formed outside of a wrapped forward
+            if accelerator.num_processes > 1 and p.grad is not None:
                 p.grad = accelerator.reduce(p.grad, "mean")
-        nn.utils.clip_grad_norm_(self.low.parameters(), 1.0, foreach=True)
+        for part in self.student.children():
+            nn.utils.clip_grad_norm_(part.parameters(), 1.0, foreach=True)
         self.optimizer.step()
         self.step += 1
         keep = min(0.99, self.step / (10 + self.step))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.low.parameters()], 1 - keep)
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - keep)
 
     def save(self) -> int:
         state = {
-            "low": self.low.state_dict(),
+            "student": self.student.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average,
             "step": self.step,
@@ -266,22 +332,31 @@ class Run:
         part = (self.out / self.checkpoint).with_suffix(".part")
         torch.save(state, part)
         part.replace(self.out / self.checkpoint)
-        named = dict(zip(self.low.named(), self.average, strict=True))
-        size = sidecar.write(self.out / self.file, self.kind, self.model.fits, named)
+        named = dict(zip(self.student.named(), self.average, strict=True))
+        if self.kept_rank:
+            named = truncated(named, self.kept_rank)
+        size = sidecar.write(
+            self.out / self.file, self.kind, self.model.fits, named, int8=True, **self.metadata
+        )
         assert size <= LIMIT, f"{size} bytes: lower the ranks"
         return size
 
 
-def load(low: LowRank, path: Path) -> None:
+@torch.no_grad()
+def load(student: Student, path: Path) -> None:
+    """Go on from an earlier side-car, with its decoder if it has one."""
     car = sidecar.read(path, learned.KIND)
     pairs = {
         f"{layer}.{part}": t for layer, ab in car.layers.items() for part, t in zip("AB", ab, strict=True)
     }
-    low.load(pairs | {f"{layer}.bias": bias for layer, bias in car.biases.items()})
+    student.low.load(pairs | {f"{layer}.bias": bias for layer, bias in car.biases.items()})
+    net = decoder.of(car)
+    if net is not None:
+        student.decoder.load_state_dict(net.state_dict())
 
 
 def train(run: Run, args: argparse.Namespace, accelerator: Accelerator, workers: Workers) -> None:
-    model, low, device = run.model, run.low, accelerator.device
+    model, student, device = run.model, run.student, accelerator.device
     seed = 1000 * accelerator.process_index + run.step
     states = walks(model, args.worlds, args.batch, seed, device)
     rng = np.random.default_rng([seed, 5])
@@ -289,15 +364,14 @@ def train(run: Run, args: argparse.Namespace, accelerator: Accelerator, workers:
     pictures: dict[str, Iterator] = {}
     saved_at, last, losses = time.time(), time.time(), []
     while run.seconds < args.seconds:
-        budget = 0.25 ** float(rng.random())
         if run.seconds < flow_from:
-            loss = distillation(model, low, next(states), budget)
+            loss = distillation(model, student, next(states))
         else:
             world = args.worlds[run.step % len(args.worlds)]
             if world not in pictures:
                 data = Latents(workers, model.pipes[world], world, seed, 8 * args.batch, 4)
                 pictures[world] = data.batches(args.size, args.batch)
-            loss = flow_matching(model, low, world, pictures[world], budget)
+            loss = flow_matching(model, student.low, world, pictures[world], 0.25 ** float(rng.random()))
         run.update(loss, run.seconds / args.seconds, accelerator)
         losses.append(loss.detach())
         if run.step % args.log == 0:
@@ -356,10 +430,10 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     model = Model(args.worlds, args.size, accelerator.device, args.textures, dtype)
-    low = LowRank(model.net, rank_of)
+    student = Student(model.net)
     if args.start:
-        load(low, args.start)
-    run = Run(args.out, model, low, args.rate)
+        load(student, args.start)
+    run = Run(args.out, model, student, args.rate)
     train(run, args, accelerator, workers)
     workers.close()
     if args.report and accelerator.is_main_process:

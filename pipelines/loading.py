@@ -13,7 +13,8 @@ from accel.errors import AccelError, ConfigError, WeightsError
 
 from . import folders, hub
 
-BUILTIN, BUILTIN_TURBO, BUILTIN_AR = "builtin", "builtin-turbo", "builtin-ar"
+BUILTIN, BUILTIN_AR = "builtin", "builtin-ar"
+BUILTIN_TURBO, BUILTIN_TEXTURED = "builtin-turbo", "builtin-textured"
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -23,8 +24,8 @@ def load_pipeline(model: str = BUILTIN, device: str | None = None, dtype: str | 
     weights are refused.
 
     Args:
-        model: "builtin", "builtin-turbo" (four steps), "builtin-ar", a folder or a hub id. What has a model_index.json is loaded by diffusers;
-            what has only a config.json (or is LlamaGen's), as an `AutoregressivePipeline`.
+        model: "builtin", "builtin-turbo" (four steps), "builtin-textured" (patterned grounds), "builtin-ar", a folder or a hub
+            id. What has a model_index.json is loaded by diffusers; what has only a config.json (or is LlamaGen's), as an `AutoregressivePipeline`.
         device: default: CUDA if there is one, else CPU.
         dtype: a key of `DTYPES`; default: bfloat16 on CUDA, float32 elsewhere.
 
@@ -36,12 +37,13 @@ def load_pipeline(model: str = BUILTIN, device: str | None = None, dtype: str | 
     device, torch_dtype = place(device, dtype)
     require_sound_stack()
     quiet_torchvision()
-    if model in (BUILTIN, BUILTIN_TURBO, BUILTIN_AR):
+    if model in (BUILTIN, BUILTIN_TURBO, BUILTIN_TEXTURED, BUILTIN_AR):
         from . import builtin
 
         if model == BUILTIN_AR:
             return builtin.load_autoregressive(device, torch_dtype)
-        return builtin.load_pipeline(device, torch_dtype, distilled=model == BUILTIN_TURBO)
+        world = "textured" if model == BUILTIN_TEXTURED else "flat"
+        return builtin.load_pipeline(device, torch_dtype, world, distilled=model == BUILTIN_TURBO)
     options = {} if Path(model).exists() else _on_hub(model)
     if not _is_diffusers(model, **options):
         return _autoregressive(model, torch_dtype, **options).to(device)

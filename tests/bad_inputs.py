@@ -358,8 +358,9 @@ def broken_json(r: random.Random) -> Case:
 
 def broken_weights(r: random.Random) -> Case:
     base = r.choice((FOLDER, AUTOREGRESSIVE_FOLDER))
-    # turbo.safetensors is no part of the folder's pipeline.
-    file = r.choice(sorted(f for f in base.rglob("*.safetensors") if f.name != "turbo.safetensors"))
+    # Beside the index are side-cars, which are no part of the folder's pipeline.
+    beside = base if base == FOLDER else None
+    file = r.choice(sorted(f for f in base.rglob("*.safetensors") if f.parent != beside))
     name = f"{MODEL}/{file.relative_to(base)}"
     if r.random() < 0.3:
         return Case("broken_weights", _use(r), {}, base, (name,))

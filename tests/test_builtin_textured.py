@@ -5,8 +5,11 @@ import warnings
 import pytest
 import torch
 
+from accel import generation
 from accel.core import sidecar
 from accel.errors import AccelWarning, ConfigError, WeightsError
+from accel.evaluation import scenes
+from accel.evaluation.geneval.scorer import score
 from accel.pipelines import builtin
 from accel.pipelines.builtin import textured
 
@@ -63,3 +66,32 @@ def test_other_weights_and_worlds_are_refused(pipes):
         textured.add_to(changed, file)  # a second time
     with pytest.raises(ConfigError, match="'flat' or 'textured', got 'striped'"):
         builtin.load_pipeline("cpu", world="striped")
+
+
+def test_the_side_car_that_ships_draws_patterns_and_shows_its_prompts():
+    lines = scenes.prompts("test", per_task=1, seed=11)
+    jobs = [generation.Job(line.prompt, 300 + index) for index, line in enumerate(lines)]
+
+    def drawn(model):
+        pipe = generation.load_pipeline(model, "cpu", "bfloat16")
+        return generation.run(pipe, jobs, generation.Settings(steps=8))
+
+    flat, patterned = drawn(generation.BUILTIN), drawn(generation.BUILTIN_TEXTURED)
+    found = scenes.detect(patterned)
+    right = [score(objects, line).correct for objects, line in zip(found, lines, strict=True)]
+    others = [
+        score(objects, line).correct for objects, line in zip(found, lines[1:] + lines[:1], strict=True)
+    ]
+    assert sum(right) >= 3
+    assert sum(others) <= 1  # the neighbour's prompt
+    rough, smooth = (roughness(images) for images in (patterned, flat))
+    assert (rough > 3 * smooth).sum() >= 3  # some of its grounds are plain gradients
+
+
+def roughness(images):
+    """(B,): how much neighbouring pixels of the grey ground differ, between object outlines left out."""
+    values = images.float()
+    grey = values.amax(1) - values.amin(1) < 0.15  # grounds are nearly grey, most shapes are not
+    step = (values.mean(1)[:, :, 1:] - values.mean(1)[:, :, :-1]).abs()
+    inside = grey[:, :, 1:] & grey[:, :, :-1] & (step < 0.1)
+    return (step * inside).sum((1, 2)) / inside.sum((1, 2))

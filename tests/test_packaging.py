@@ -52,6 +52,7 @@ def test_data_files_are_in_the_wheel(wheel_names):
         "transformer/diffusion_pytorch_model.safetensors",
         "tokenizer/tokenizer.json",
         "turbo.safetensors",
+        "textured.safetensors",
     ):
         assert f"accel/pipelines/builtin/scenes-flux/{part}" in names
     for part in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"):

@@ -45,6 +45,27 @@ def test_merged_is_low_rank_added(car):
     assert sidecar.read(path, "test").extra["letters.index"].tolist() == [3, 1]
 
 
+def test_in_int8_a_side_car_is_half_as_large_and_changes_the_same(tmp_path):
+    torch.manual_seed(2)
+    net = nn.Linear(256, 256)
+    mark = [sidecar.fingerprint(net)]
+    scale = torch.logspace(-3, 0, 16)[:, None]  # rows of very different size
+    tensors = {"A": torch.randn(16, 256) * scale, "B": torch.randn(256, 16), "bias": torch.randn(256)}
+    tensors = {f"layer.{name}": tensor for name, tensor in tensors.items()}
+    files = [tmp_path / f"{name}.safetensors" for name in ("wide", "narrow")]
+    wide, narrow = (
+        sidecar.write(file, "test", mark, tensors, int8=int8)
+        for file, int8 in zip(files, (False, True), strict=True)
+    )
+    assert narrow < 0.6 * wide
+    found = [sidecar.read(file, "test") for file in files]
+    assert not found[1].extra  # the units are no tensors of their own
+    (a, b), (c, d) = (car.layers["layer"] for car in found)
+    assert c.dtype == d.dtype == torch.float32
+    assert (d @ c - b @ a).norm() < 0.01 * (b @ a).norm()
+    assert (c[0] - tensors["layer.A"][0]).norm() < 0.01 * tensors["layer.A"][0].norm()  # the smallest row too
+
+
 def test_precision_and_device_do_not_change_what_a_model_is():
     stored = Net().bfloat16()  # built-in weights are stored so
     mark = sidecar.fingerprint(stored)
@@ -72,6 +93,9 @@ def test_other_models_and_other_files_are_refused(car, tmp_path):
     sidecar.write(tmp_path / "w.safetensors", "test", mark, {"first.A": tensors["first.A"]})
     with pytest.raises(WeightsError, match=r"first\.A without first\.B"):
         sidecar.read(tmp_path / "w.safetensors", "test")
+    sidecar.write(tmp_path / "u.safetensors", "test", mark, {"first.A.unit": torch.ones(2, 1)})
+    with pytest.raises(WeightsError, match=r"first\.A\.unit without first\.A"):
+        sidecar.read(tmp_path / "u.safetensors", "test")
     wrong = {"second.A": tensors["first.A"], "second.B": tensors["first.B"]}
     sidecar.write(tmp_path / "v.safetensors", "test", mark, wrong)
     with pytest.raises(WeightsError, match="second is no 8x6 linear layer of this Net"):

@@ -141,6 +141,12 @@ def few_step(
         int | None, typer.Option(min=1, max=16_384, help="Height and width; default: the pipeline's.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=c.MAX_SEED, help="Base seed.")] = 0,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            help="Side-car of the model upcycled to few tokens: rows `upcycled-...`. Default: the built-in model's own, for it."
+        ),
+    ] = None,
     lpips: c.Lpips = None,
     device: c.Device = None,
     dtype: c.Dtype = None,
@@ -154,11 +160,14 @@ def few_step(
     from accel.evaluation.bench.compare import compare
     from accel.evaluation.bench.peers import few_step as settings_for
     from accel.evaluation.scorers import lpips_scorer
-    from accel.generation import Settings, is_autoregressive
+    from accel.generation import BUILTIN, BUILTIN_TEXTURED, Settings, is_autoregressive
+    from accel.pipelines.builtin import UPCYCLED
 
     scorers = [lpips_scorer(lpips)] if lpips else []  # before anything is made: the file may be missing
     wanted, counts = _pattern(only), c.wholes(steps, "--steps", "4,6,8")
-    chosen = {n: [c for c in settings_for(n) if wanted.search(c.name)] for n in counts}
+    if adapter is None and model in (BUILTIN, BUILTIN_TEXTURED):
+        adapter = UPCYCLED
+    chosen = {n: [c for c in settings_for(n, adapter) if wanted.search(c.name)] for n in counts}
     if not all(chosen.values()):
         raise ConfigError(f"--only {only!r} matches none of the settings")
     square = None if size is None else (size, size)

@@ -35,7 +35,8 @@ MAX_IMAGES = 100_000
 
 #: What --model takes.
 MODELS = (
-    "builtin, builtin-turbo (four steps), builtin-ar (autoregressive), a folder of either kind, or a hub id."
+    "builtin, builtin-turbo (four steps), builtin-textured (patterned grounds), builtin-ar (autoregressive), "
+    "a folder of either kind, or a hub id."
 )
 
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, mps or cpu. Default: CUDA if there is one.")]

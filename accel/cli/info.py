@@ -37,6 +37,7 @@ def _builtin() -> dict[str, str]:
     for name, folder, index, script in (
         ("builtin", builtin.FOLDER, "model_index.json", "train_scenes_diffusion.py"),
         ("builtin-turbo", builtin.FOLDER, "turbo.safetensors", "distill_few_steps.py"),
+        ("builtin-textured", builtin.FOLDER, "textured.safetensors", "train_scenes_textured.py"),
         ("builtin-ar", builtin.AUTOREGRESSIVE_FOLDER, "config.json", "train_scenes_ar.py"),
     ):
         missing = f"missing: train it with examples/{script}"
@@ -116,7 +117,7 @@ def _show_models(as_json: bool) -> None:
 
 def _show_all(as_json: bool) -> None:
     from accel import backends, configs, kernels
-    from accel.pipelines import registry
+    from accel.pipelines import builtin, registry
     from accel.pipelines.autoregressive import registry as autoregressive
 
     running, why = kernels.status()
@@ -130,7 +131,9 @@ def _show_all(as_json: bool) -> None:
             "presets_by_method": presets,
             "builtin": built_in["builtin"],
             "builtin_turbo": built_in["builtin-turbo"],
+            "builtin_textured": built_in["builtin-textured"],
             "builtin_ar": built_in["builtin-ar"],
+            "builtin_upcycled": str(builtin.UPCYCLED),
             "denoisers": registry.known(),
             "autoregressive_models": autoregressive.known(),
             "weighted_attention": _weighing(),
@@ -145,6 +148,7 @@ def _show_all(as_json: bool) -> None:
     console.print(table)
     lines = [f"presets, {method}: {', '.join(names)}" for method, names in presets.items()]
     lines += [f"model {name}: {where}" for name, where in built_in.items()]
+    lines.append(f"adapter= of builtin and builtin-textured for few tokens: {builtin.UPCYCLED}")
     forms = ", ".join(name if why == "works" else f"no {name} ({why})" for name, why in _weighing().items())
     lines.append(
         f"attention in which windows weigh as their tokens: {forms}; the fastest is found at the first call"

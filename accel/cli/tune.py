@@ -77,7 +77,7 @@ def tune(
     others = tuple(c.wholes(also, "--also", "28,50")) if also else ()
     files = [out, out.with_suffix(".json"), *(result.other_file(out, other) for other in others)]
     c.check_out(out.parent, files, force)
-    if prompts is None and model not in (g.BUILTIN, g.BUILTIN_TURBO):
+    if prompts is None and model not in (g.BUILTIN, g.BUILTIN_TURBO, g.BUILTIN_TEXTURED):
         raise ConfigError("--prompts FILE is missing: at least 4 prompts of the kind you use, one a line")
     texts = suites.scenes(seed=seed).prompts if prompts is None else suites.prompt_file(prompts).prompts
     texts = suites.take(texts, 24)

@@ -102,6 +102,10 @@ class TokenPlan:
         classes = (*self.classes, (1, references)) if self.classes else ()
         return replace(self, dst=dst, owner=owner, size=size, classes=classes, segments=None)
 
+    def of_images(self, count: int) -> TokenPlan:
+        """The rows of the first images: those of one of guidance's branches."""
+        return self if self.dst.shape[0] <= count else self._each(lambda table: table[:count])
+
     def clone(self) -> TokenPlan:
         return self._each(Tensor.clone)
 

@@ -2,7 +2,7 @@
 
 A linear layer's weight W becomes W + B A (LoRA, Hu et al. 2021, arXiv:2106.09685, with its scale inside B). The file's
 tensors are `PATH.A` (r, in) and `PATH.B` (out, r) for layers by their path, and `PATH.bias` (out,) for what is added to
-a bias. Its metadata name its `kind` and the fingerprints of the models that it fits.
+a bias; A and B in bfloat16, or in int8 with the value of a unit in each row, `PATH.A.unit` (r, 1). Its metadata name its `kind` and the fingerprints of the models that it fits.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from accel.errors import WeightsError
 
 #: How many values of each parameter a fingerprint reads.
 _READ = 16
+#: Ends the name of the units of a tensor in int8.
+_UNIT = ".unit"
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class SideCar:
         layers: path of a linear layer -> (A (r, in), B (out, r)), float32.
         biases: path of a linear layer -> what is added to its bias, float32.
         extra: the file's other tensors, by name.
+        metadata: what else it says of itself, by name.
     """
 
     path: Path
@@ -40,6 +43,7 @@ class SideCar:
     layers: Mapping[str, tuple[Tensor, Tensor]]
     biases: Mapping[str, Tensor]
     extra: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
 
     def check(self, model: nn.Module) -> None:
         """
@@ -106,6 +110,11 @@ def read(path: str | Path, kind: str) -> SideCar:
     if metadata.get("kind") != kind:
         raise WeightsError(f"{path}: not a side-car for {kind} (it says {metadata.get('kind')!r})")
     layers, biases = {}, {}
+    for name in [n for n in tensors if n.endswith(_UNIT)]:
+        rounded = name.removesuffix(_UNIT)
+        if rounded not in tensors:
+            raise WeightsError(f"{path}: {name} without {rounded}. Download or make it again")
+        tensors[rounded] = tensors[rounded].float() * tensors.pop(name)
     for name in [n for n in tensors if n.endswith(".A")]:
         layer = name.removesuffix(".A")
         if f"{layer}.B" not in tensors:
@@ -113,11 +122,24 @@ def read(path: str | Path, kind: str) -> SideCar:
         layers[layer] = (tensors.pop(name).float(), tensors.pop(f"{layer}.B").float())
     for name in [n for n in tensors if n.endswith(".bias")]:
         biases[name.removesuffix(".bias")] = tensors.pop(name).float()
-    return SideCar(path, kind, frozenset(metadata.get("fits", "").split()), layers, biases, tensors)
+    fits = frozenset(metadata.get("fits", "").split())
+    return SideCar(path, kind, fits, layers, biases, tensors, metadata)
 
 
-def write(path: Path, kind: str, fits: list[str], tensors: Mapping[str, Tensor], **metadata: str) -> int:
-    """Write a side-car at once (never half a file), in bfloat16; returns its size in bytes."""
+def write(
+    path: Path,
+    kind: str,
+    fits: list[str],
+    tensors: Mapping[str, Tensor],
+    *,
+    int8: bool = False,
+    **metadata: str,
+) -> int:
+    """Write a side-car at once (never half a file), in bfloat16; returns its size in bytes.
+
+    Args:
+        int8: the layers' A and B in int8, row by row: half the size, or twice the rank.
+    """
     from safetensors.torch import save_file
 
     part = path.with_suffix(".part")
@@ -125,6 +147,11 @@ def write(path: Path, kind: str, fits: list[str], tensors: Mapping[str, Tensor],
         name: (t.detach().to("cpu", torch.bfloat16) if t.is_floating_point() else t.cpu()).contiguous()
         for name, t in tensors.items()
     }
+    if int8:
+        for name in [n for n in saved if n.endswith((".A", ".B"))]:
+            exact = tensors[name].detach().float().cpu()
+            unit = exact.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+            saved[name], saved[name + _UNIT] = (exact / unit).round().to(torch.int8).contiguous(), unit
     save_file(saved, part, {"kind": kind, "fits": " ".join(fits), **metadata})
     part.replace(path)
     return path.stat().st_size

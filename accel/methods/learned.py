@@ -1,7 +1,7 @@
 """What dynamic chunking can learn: changes of the model at reduced tokens, and a router; each a safetensors side-car.
 
 The model's own changes (`Adapter`) are what pays: low-rank additions to its linear layers, on at reduced steps only, so
-that dense steps stay exact; `examples/upcycle_chunking.py` trains them. The router is DC-DiT's (arXiv:2603.06351,
+that dense steps stay exact, and a decoder behind it; `examples/upcycle_chunking.py` trains both. The router is DC-DiT's (arXiv:2603.06351,
 section 3): light convolutions, a score per token in either of its two forms, and convolutions behind the tokens that
 come back.
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from accel.core import sidecar
 from accel.core.sidecar import SideCar
 from accel.errors import UnsupportedError, WeightsError
+from accel.methods import decoder
 
 KIND = "chunking"
 ROUTER_KIND = "chunking router"
@@ -30,19 +31,29 @@ _A, _B, _BIAS = "accel_low_rank_A", "accel_low_rank_B", "accel_low_rank_bias"
 
 
 class Adapter:
-    """A side-car's low-rank changes of a denoiser, on while `active()` says so.
+    """A side-car's low-rank changes of a denoiser, on in calls that compute few enough of the tokens.
 
     Args:
         path: of the safetensors file.
-        active: whether the running call is one on reduced tokens; a plain flag, asked in every changed layer.
+        share: of the tokens that the running call computes; 1: all. A plain number, asked for in every changed layer.
+
+    Attributes:
+        decoding: its decoder, at work between steps; None: it has none.
 
     Raises:
         WeightsError: the file is missing, corrupt, or no side-car for chunking.
     """
 
-    def __init__(self, path: str | Path, active: Callable[[], bool]) -> None:
+    def __init__(self, path: str | Path, share: Callable[[], float]) -> None:
         self.car: SideCar = sidecar.read(path, KIND)
-        self.active = active
+        self.share = share
+        self._most = float(self.car.metadata.get("most", 1))
+        net = decoder.of(self.car)
+        self.decoding = None if net is None else decoder.Decoding(net)
+
+    def takes(self, share: float) -> bool:
+        """Whether it is on where this share of the tokens is computed."""
+        return share < 1 and share <= self._most
 
     def attach(self, denoiser: nn.Module, stack: ExitStack) -> None:
         """Hook the changed layers; the undo actions go onto `stack`.
@@ -69,7 +80,7 @@ class Adapter:
             stack.callback(layer.register_forward_hook(self._change).remove)
 
     def _change(self, layer: Any, args: tuple, output: Tensor) -> Tensor | None:
-        if not self.active():
+        if not self.takes(self.share()):
             return None
         low = F.linear(args[0], getattr(layer, _A))
         return output + F.linear(low, getattr(layer, _B), getattr(layer, _BIAS))

@@ -162,8 +162,12 @@ def _interpolate(budget: float) -> float:
     raise AssertionError(budget)
 
 
-def picture(run: Run) -> Tensor:
-    """The picture that the last step's (guided) prediction shows, as the model's tokens: (B, N, c), float32.
+def picture(run: Run, step: int) -> Tensor:
+    """The picture that the (guided) prediction of the last step to reach the scheduler shows, as the model's tokens:
+    (B, N, c), float32.
+
+    Args:
+        step: which that is.
 
     Raises:
         UnsupportedError: it cannot be told from what the scheduler is given.
@@ -172,7 +176,7 @@ def picture(run: Run) -> Tensor:
     output, sample = clock.model_output, clock.sample
     x0 = None
     if run.grid is not None and isinstance(output, Tensor) and isinstance(sample, Tensor):
-        x0 = clean(scheduler, output.float(), sample.float(), clock.times[clock.step - 1])
+        x0 = clean(scheduler, output.float(), sample.float(), clock.times[step])
     assert adapter.tokens is not None
     x0_BNc = None if x0 is None or run.grid is None else adapter.tokens.of(run.target.denoiser, x0, run.grid)
     if x0_BNc is None or run.grid is None or x0_BNc.shape[1] != run.grid[0] * run.grid[1]:

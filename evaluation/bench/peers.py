@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -321,10 +322,12 @@ def _few() -> dict[str, Any]:
     }
 
 
-def few_step(steps: int) -> list[Configuration]:
+def few_step(steps: int, adapter: Path | None = None) -> list[Configuration]:
     """For `accel bench few-step`: today's ways with 4 to 8 steps, and windows of several budgets, alone and with forecast steps
-    in one schedule."""
+    in one schedule; and those again with an `adapter`, the side-car of an upcycled model, if there is one."""
     settings = {**_few(), **_composed(steps)}
+    if adapter is not None:
+        settings |= _upcycled(settings, str(adapter))
     wanted = ("fbc-0.1", "fbc-0.2", "dbcache-0.16", "dbcache-0.32", "dbcache-0.32-taylor1")
     caches = [peer for peer in theirs(steps) if peer.name in wanted]
     ours = [Configuration(name, config) for name, config in settings.items()]
@@ -358,6 +361,15 @@ def _composed(steps: int) -> dict[str, Any]:
     for name, cycle in _SCHEDULES.get(steps, {}).items():
         found[name] = _windows(*cycle, order=1)
     return found
+
+
+def _upcycled(settings: dict[str, Any], adapter: str) -> dict[str, Any]:
+    found = {"upcycled-20": _windows(0.2), "upcycled-28": _windows(0.28)}
+    for name, config in settings.items():
+        in_windows = isinstance(config, TokenMergingConfig) and config.windows
+        if in_windows and min(config.budgets) < 1 and config.unmerge == "carry":
+            found[f"upcycled-{name.removeprefix('windows-').removeprefix('mixed-')}"] = config
+    return {name: replace(config, adapter=adapter) for name, config in found.items()}
 
 
 def _published() -> dict[str, DynamicChunkingConfig]:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent / "scenes-flux"
 AUTOREGRESSIVE_FOLDER = Path(__file__).parent / "scenes-janus"
+#: For `adapter=`: what the model, of either world, has learnt to do with few tokens.
+UPCYCLED = FOLDER / "chunking.safetensors"
 
 
 def load_pipeline(
@@ -25,8 +27,7 @@ def load_pipeline(
         device: default: CUDA if there is one, else CPU.
         dtype: default: bfloat16 on CUDA, float32 on CPU.
         world: "flat", or "textured": the same model changed by a side-car, so that the same prompts get patterned
-            grounds and shapes, and three more words mean something: small, tiny and thin. Its side-car is not shipped:
-            examples/train_scenes_textured.py makes it.
+            grounds and shapes, and three more words mean something: small, tiny and thin.
         distilled: the same model changed by another side-car, so that it draws in four steps of one call, without
             guidance (`ScenesTurboPipeline`); of the flat world alone.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -156,6 +157,18 @@ def test_magcache_is_calibrated_once_on_the_model_itself():
     assert state_of(pipe)[:2] == before[:2]
 
 
+def test_with_a_side_car_windows_are_compared_upcycled_too():
+    settings = {s.name: s.method for s in peers.few_step(4, Path("car.safetensors"))}
+    for name, other in (
+        ("upcycled-few-step", "few-step"),
+        ("upcycled-50", "windows-50"),
+        ("upcycled-33-33-0", "mixed-33-33-0"),
+    ):
+        assert settings[name] == replace(settings[other], adapter="car.safetensors")
+    assert not any("matching" in name or "copy" in name for name in settings if name.startswith("upcycled"))
+    assert {"upcycled-20", "upcycled-few-step-fast"} <= set(settings)
+
+
 @pytest.mark.parametrize("steps", [4, 6, 8])
 def test_few_steps_are_compared_with_what_people_use_and_one_schedule_for_both(steps):
     settings = peers.few_step(steps)
@@ -172,6 +185,7 @@ def test_few_steps_are_compared_with_what_people_use_and_one_schedule_for_both(s
         "cosine-50",
         "predictability-50",
     } <= set(names)
+    assert not any(name.startswith("upcycled") for name in names)
     left_out = [s for s in settings if re.fullmatch(r"forecast(-\d)+", s.name)]
     assert len(left_out) >= 2
     for setting in left_out:

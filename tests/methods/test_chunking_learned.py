@@ -156,14 +156,14 @@ def test_the_adapter_is_on_when_active_and_leaves_nothing(car):
     merged = Net()
     sidecar.read(car, learned.KIND).merge(merged)
     stack = ExitStack()
-    learned.Adapter(car, lambda: on).attach(net, stack)
+    learned.Adapter(car, lambda: 0.5 if on else 1.0).attach(net, stack)
     assert torch.equal(net(x), plain)  # off: to the last bit
     on = True
     assert torch.allclose(net(x), merged(x), atol=1e-5)
     assert not torch.allclose(net(x), plain, atol=1e-2)
     assert list(net.state_dict()) == state
     with pytest.raises(UnsupportedError, match=r"block\.0 already has a side-car's changes"):
-        learned.Adapter(car, lambda: on).attach(net, ExitStack())
+        learned.Adapter(car, lambda: 0.5 if on else 1.0).attach(net, ExitStack())
     stack.close()
     assert torch.equal(net(x), plain)
     assert dict(net.named_buffers()) == modules
@@ -175,11 +175,11 @@ def test_a_copy_made_meanwhile_can_have_an_adapter_of_its_own(car):
     plain = net(x)
     with ExitStack() as stack:
         copies_plain(net, stack)
-        learned.Adapter(car, lambda: True).attach(net, stack)
+        learned.Adapter(car, lambda: 0.5).attach(net, stack)
         changed, copied = net(x), copy.deepcopy(net)
         assert torch.equal(copied(x), plain)
         with ExitStack() as own:
-            learned.Adapter(car, lambda: True).attach(copied, own)
+            learned.Adapter(car, lambda: 0.5).attach(copied, own)
             assert torch.equal(copied(x), changed)
         assert torch.equal(copied(x), plain)
         assert not dict(copied.named_buffers())
@@ -190,5 +190,5 @@ def test_an_adapter_of_another_model_is_refused(car):
     other = Net()
     other.out.weight.data += 1
     with pytest.raises(WeightsError, match="trained for another model"):
-        learned.Adapter(car, lambda: True).attach(other, ExitStack())
+        learned.Adapter(car, lambda: 0.5).attach(other, ExitStack())
     assert not any(m._forward_hooks for m in other.modules())

@@ -22,6 +22,7 @@ from accel.core.target import Target
 from accel.core.weighted_attention import weighed
 from accel.errors import UnsupportedError
 from accel.methods import windows
+from accel.methods.learned import Adapter
 from accel.stats import Stats, StepStats
 
 from .config import DynamicChunkingConfig
@@ -54,6 +55,9 @@ class DynamicChunking(StepMethod):
             )
         self.bias = config.in_windows and "key bias" in target.adapter.has(target.denoiser)
         self.router = self._router()
+        self.adapter = None if config.adapter is None else Adapter(config.adapter, self._share)
+        carries = config.in_windows and config.dechunk == "carry"
+        self.decoding = self.adapter.decoding if self.adapter is not None and carries else None
         cuts = [first + (last - first) * i // count for i in range(count + 1)]
         factors = config.depth or (1.0,)
         self.parts = [
@@ -73,10 +77,8 @@ class DynamicChunking(StepMethod):
         return load(self.config.router, self.target.denoiser)
 
     def attach(self, stack: ExitStack) -> None:
-        if self.config.adapter is not None:
-            from accel.methods.learned import Adapter
-
-            Adapter(self.config.adapter, self._reduces).attach(self.target.alone("adapter"), stack)
+        if self.adapter is not None:
+            self.adapter.attach(self.target.alone("adapter"), stack)
         for part in self.parts:
             for module in self.target.modules:
                 part.span.attach(module, [self.sites[i] for i in part.blocks], stack, bias=self.bias)
@@ -86,12 +88,17 @@ class DynamicChunking(StepMethod):
         """The running call is one on fewer tokens."""
         return self.run.serves() and not self.run.phase.dense and self.run.grid is not None
 
+    def _share(self) -> float:
+        return self.run.phase.budget if self._reduces() else 1.0
+
     # Between steps (see StepMethod).
 
     def forget(self) -> None:
         self.history: History | None = None
         self.forecasts: list[Tensor] = []
         self.noise: str | None = None
+        if self.decoding is not None:
+            self.decoding.last_BNc = None
         for part in self.parts:
             part.forget()
 
@@ -110,11 +117,22 @@ class DynamicChunking(StepMethod):
             part.plans = {}
         if run.phase.dense:
             return
-        if not self.router.needs_tokens:
-            self._score(self.router(windows.picture(run), None, _known(run.grid)))
+        if self.decoding is not None or not self.router.needs_tokens:
+            picture_BNc = windows.picture(run, run.clock.step - 1)
+            if self.decoding is not None:
+                self.decoding.last_BNc = picture_BNc
+            if not self.router.needs_tokens:
+                self._score(self.router(picture_BNc, None, _known(run.grid)))
         if self.history is not None and self.config.dechunk == "carry":
             self.forecasts = self.history.forecasts(run.time)
             run.correct = self._carry
+
+    def stepping(self, run: Run) -> None:
+        plan = self.parts[-1].plan_of(0)
+        if self.decoding is None or run.correct is None or plan is None or run.changed:
+            return
+        if self.adapter is not None and self.adapter.takes(run.phase.budget):
+            self.decoding.step(run, plan)
 
     def noisy(self, run: Run, reason: str) -> None:
         """Deviations of an older step hold old noise: chunks' results are copied."""

@@ -102,6 +102,8 @@ class TokenMerging(StepMethod):
         self.run = Run(target, config.full_schedule, self, stats, span=config.scope == "span")
         guided = not config.windows and config.matching.protect > 0 and config.matching.importance != "detail"
         self.run.keep_outputs = self.carries or guided
+        self.adapter = None if config.adapter is None else Adapter(config.adapter, self._share)
+        self.decoding = None if self.adapter is None else self.adapter.decoding
         # Written in place, at the same address in every run: what is captured in a CUDA graph reads it there.
         self.score: Tensor | None = None
         self.forget()
@@ -118,13 +120,16 @@ class TokenMerging(StepMethod):
                 sites = [self.sites[i] for i in blocks]
                 for module in self.target.modules:
                     span.attach(module, sites, stack, bias=self.bias)
-        if self.config.adapter is not None:
-            Adapter(self.config.adapter, self.merges_now).attach(self.target.alone("adapter"), stack)
+        if self.adapter is not None:
+            self.adapter.attach(self.target.alone("adapter"), stack)
         self.run.attach(stack)
 
     def merges_now(self) -> bool:
         """Whether the running call is one on merged tokens."""
         return self.run.serves() and not self.run.phase.dense and self.run.grid is not None
+
+    def _share(self) -> float:
+        return self.run.phase.budget if self.merges_now() else 1.0
 
     # Between steps (see StepMethod).
 
@@ -134,6 +139,8 @@ class TokenMerging(StepMethod):
         if device.type == "meta":  # sequential offloading: `build` takes it along
             device = torch.device("cpu")
         self.state = _State(torch.zeros((), dtype=torch.int64, device=device))
+        if self.decoding is not None:
+            self.decoding.last_BNc = None
         for group in self.groups:
             group.forget()
 
@@ -164,6 +171,13 @@ class TokenMerging(StepMethod):
                 group.stale or refresh or (0 < run.phase.budget < 1 and group.budget != run.phase.budget)
             )
             group.built = False
+
+    def stepping(self, run: Run) -> None:
+        plan = self.groups[-1].plan
+        if self.decoding is None or run.correct is None or plan is None or run.changed:
+            return
+        if self.adapter is not None and self.adapter.takes(run.phase.budget):
+            self.decoding.step(run, plan)
 
     def noisy(self, run: Run, reason: str) -> None:
         """What tokens deviated by at an older step holds old noise: with fresh noise they get their group's
@@ -288,7 +302,10 @@ class TokenMerging(StepMethod):
         """How much the picture that the last step predicted varies around each token: (images, N), or of all images
         the most where they share a plan."""
         assert run.grid is not None
-        score_BN = windows.variance(windows.picture(run), run.grid)
+        picture_BNc = windows.picture(run, run.clock.step - 1)
+        if self.decoding is not None:
+            self.decoding.last_BNc = picture_BNc
+        score_BN = windows.variance(picture_BNc, run.grid)
         score_GN = score_BN.amax(0, keepdim=True) if self.tokens.shared_plan else score_BN
         self.score = put_into(self.score, score_GN)
 
