@@ -57,7 +57,7 @@ def rank_of(path: str) -> int:
 
 class Run(_Run):
     checkpoint, file, kind = "distill.pt", turbo.FILE.name, KIND
-    metadata, kept_rank = {}, None
+    metadata, kept_rank, int8 = {}, None, False
 
     def start(self, file: Path) -> None:
         """Begin with the changes of a side-car. Errors: see `sidecar.read`."""

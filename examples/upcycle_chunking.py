@@ -5,7 +5,7 @@ cost less quality.
     accelerate launch examples/upcycle_chunking.py --out runs/upcycled --seconds 600
 
 As DC-DiT (arXiv:2603.06351) upcycles a pretrained transformer: distilled from the dense model, then flow matching
-(`--flow-share`), with the budget drawn anew for every walk, so that one checkpoint serves all of 25 to 70 %. What is
+(`--flow-share`), with the budget drawn anew for every walk, so that one checkpoint serves all of 25 to 50 %. What is
 different here: which tokens share a slot is told by windows (`accel.methods.windows`), and what is trained is the model
 at reduced tokens and the decoder (`accel.methods.decoder`), not a router.
 
@@ -290,6 +290,7 @@ class Run:
     checkpoint, file, kind = "upcycle.pt", "chunking.safetensors", learned.KIND
     metadata: Mapping[str, str] = {"most": str(MOST)}
     kept_rank: int | None = KEPT_RANK
+    int8 = True
 
     def __init__(self, out: Path, model: Model, student: Student | LowRank, rate: float):
         self.out, self.model, self.student, self.rate = out, model, student, rate
@@ -336,7 +337,7 @@ class Run:
         if self.kept_rank:
             named = truncated(named, self.kept_rank)
         size = sidecar.write(
-            self.out / self.file, self.kind, self.model.fits, named, int8=True, **self.metadata
+            self.out / self.file, self.kind, self.model.fits, named, int8=self.int8, **self.metadata
         )
         assert size <= LIMIT, f"{size} bytes: lower the ranks"
         return size

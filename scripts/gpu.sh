@@ -68,7 +68,7 @@ part model "${MODEL_SECONDS:-170}" "$python" -m accel bench model --arch "$arch"
 if [[ -n $tiny ]]; then stages=(--sizes 64 --shares 1 --seconds 1 --report 0); else stages=(--seconds "$((${DISTILL_SECONDS:-600} - 180))"); fi
 part distill "${DISTILL_SECONDS:-600}" "$python" "$root/examples/distill_few_steps.py" --out distill "${stages[@]}"
 
-part upcycle "${UPCYCLE_SECONDS:-300}" "$python" "$root/examples/upcycle_chunking.py" --out upcycle --worlds flat \
+part upcycle "${UPCYCLE_SECONDS:-300}" "$python" "$root/examples/upcycle_chunking.py" --out upcycle \
   --seconds "$((${UPCYCLE_SECONDS:-300} - 120))" ${TINY:+--seconds 1 --size 64 --log 1 --report 0}
 
 if [[ -n $tiny ]]; then call=(--limit 2 --batch 2 --size 64 --steps 10 --only '^fast$'); else call=(--limit 24 --batch 24 --size 256 --steps 24,50,28); fi

@@ -53,6 +53,7 @@ def test_data_files_are_in_the_wheel(wheel_names):
         "tokenizer/tokenizer.json",
         "turbo.safetensors",
         "textured.safetensors",
+        "chunking.safetensors",
     ):
         assert f"accel/pipelines/builtin/scenes-flux/{part}" in names
     for part in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"):

@@ -39,8 +39,16 @@ def test_merged_is_low_rank_added(car):
     plain = Net()
     sidecar.read(path, "test").merge(net)
     a, b, bias = (tensors[f"first.{k}"].float() for k in ("A", "B", "bias"))
-    expected = plain.second(plain.first(x) + x @ a.T @ b.T + bias)
-    assert torch.allclose(net(x), expected, atol=1e-5)
+    weight, offset = (
+        sum_.bfloat16().float() for sum_ in (plain.first.weight + b @ a, plain.first.bias + bias)
+    )  # in every precision, so that the model is known by the next side-car
+    assert torch.allclose(net(x), plain.second(x @ weight.T + offset), atol=1e-5)
+    half, twin = Net().bfloat16().half(), Net().bfloat16().float()
+    base = sidecar.fingerprint(half)
+    sidecar.write(path, "test", [base], tensors)
+    sidecar.read(path, "test").merge(twin)
+    sidecar.read(path, "test").merge(half)
+    assert sidecar.fingerprint(half) == sidecar.fingerprint(twin) != base
     assert not torch.allclose(net(x), plain(x), atol=1e-2)
     assert sidecar.read(path, "test").extra["letters.index"].tolist() == [3, 1]
 
@@ -93,6 +101,15 @@ def test_other_models_and_other_files_are_refused(car, tmp_path):
     sidecar.write(tmp_path / "w.safetensors", "test", mark, {"first.A": tensors["first.A"]})
     with pytest.raises(WeightsError, match=r"first\.A without first\.B"):
         sidecar.read(tmp_path / "w.safetensors", "test")
+    whole = {"first.A": torch.ones(2, 6, dtype=torch.int8), "first.B": torch.ones(8, 2, dtype=torch.int8)}
+    units = {"first.A.unit": torch.ones(2), "first.B.unit": torch.ones(8, 1)}
+    for more, said in (
+        ({}, "whole numbers without their unit"),
+        (units, "first.A.unit is not one number a row"),
+    ):
+        sidecar.write(tmp_path / "t.safetensors", "test", mark, whole | more)
+        with pytest.raises(WeightsError, match=said):
+            sidecar.read(tmp_path / "t.safetensors", "test")
     sidecar.write(tmp_path / "u.safetensors", "test", mark, {"first.A.unit": torch.ones(2, 1)})
     with pytest.raises(WeightsError, match=r"first\.A\.unit without first\.A"):
         sidecar.read(tmp_path / "u.safetensors", "test")

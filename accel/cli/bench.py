@@ -156,17 +156,21 @@ def few_step(
     One comparison for each number of steps, as `accel bench peers` makes it, and who is fastest at each distance from the
     plain pictures: OUT/4-steps/report/report.md and so on.
     """
+    from accel.core import sidecar
     from accel.evaluation import suites
     from accel.evaluation.bench.compare import compare
     from accel.evaluation.bench.peers import few_step as settings_for
     from accel.evaluation.scorers import lpips_scorer
     from accel.generation import BUILTIN, BUILTIN_TEXTURED, Settings, is_autoregressive
+    from accel.methods import learned
     from accel.pipelines.builtin import UPCYCLED
 
     scorers = [lpips_scorer(lpips)] if lpips else []  # before anything is made: the file may be missing
     wanted, counts = _pattern(only), c.wholes(steps, "--steps", "4,6,8")
     if adapter is None and model in (BUILTIN, BUILTIN_TEXTURED):
         adapter = UPCYCLED
+    if adapter is not None:
+        sidecar.read(adapter, learned.KIND)  # before anything is made, too
     chosen = {n: [c for c in settings_for(n, adapter) if wanted.search(c.name)] for n in counts}
     if not all(chosen.values()):
         raise ConfigError(f"--only {only!r} matches none of the settings")

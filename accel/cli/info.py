@@ -42,6 +42,8 @@ def _builtin() -> dict[str, str]:
     ):
         missing = f"missing: train it with examples/{script}"
         found[name] = str(folder) if (folder / index).is_file() else missing
+    script = "missing: train it with examples/upcycle_chunking.py"
+    found["upcycled"] = str(builtin.UPCYCLED) if builtin.UPCYCLED.is_file() else script
     return found
 
 
@@ -117,7 +119,7 @@ def _show_models(as_json: bool) -> None:
 
 def _show_all(as_json: bool) -> None:
     from accel import backends, configs, kernels
-    from accel.pipelines import builtin, registry
+    from accel.pipelines import registry
     from accel.pipelines.autoregressive import registry as autoregressive
 
     running, why = kernels.status()
@@ -133,7 +135,7 @@ def _show_all(as_json: bool) -> None:
             "builtin_turbo": built_in["builtin-turbo"],
             "builtin_textured": built_in["builtin-textured"],
             "builtin_ar": built_in["builtin-ar"],
-            "builtin_upcycled": str(builtin.UPCYCLED),
+            "builtin_upcycled": built_in["upcycled"],
             "denoisers": registry.known(),
             "autoregressive_models": autoregressive.known(),
             "weighted_attention": _weighing(),
@@ -147,8 +149,8 @@ def _show_all(as_json: bool) -> None:
         table.add_row(probe.name, active, probe.version or "–", Text(visible(probe.detail)))
     console.print(table)
     lines = [f"presets, {method}: {', '.join(names)}" for method, names in presets.items()]
-    lines += [f"model {name}: {where}" for name, where in built_in.items()]
-    lines.append(f"adapter= of builtin and builtin-textured for few tokens: {builtin.UPCYCLED}")
+    lines += [f"model {name}: {where}" for name, where in built_in.items() if name != "upcycled"]
+    lines.append(f"adapter= of builtin and builtin-textured for few tokens: {built_in['upcycled']}")
     forms = ", ".join(name if why == "works" else f"no {name} ({why})" for name, why in _weighing().items())
     lines.append(
         f"attention in which windows weigh as their tokens: {forms}; the fastest is found at the first call"

@@ -34,7 +34,7 @@ class SideCar:
         layers: path of a linear layer -> (A (r, in), B (out, r)), float32.
         biases: path of a linear layer -> what is added to its bias, float32.
         extra: the file's other tensors, by name.
-        metadata: what else it says of itself, by name.
+        metadata: all that it says of itself, by name.
     """
 
     path: Path
@@ -64,15 +64,22 @@ class SideCar:
                 )
 
     def merge(self, model: nn.Module) -> None:
-        """Add the changes to the model's own weights, for good. See `check` for errors."""
+        """Add the changes to the model's own weights, for good. See `check` for errors.
+
+        The sums are rounded to bfloat16 whatever the model's precision, so that its fingerprint, by which further
+        side-cars know it, is the same in all.
+        """
         self.check(model)
         with torch.no_grad():
             for path, (a, b) in self.layers.items():
                 weight = model.get_parameter(f"{path}.weight")
-                weight.copy_(weight.float() + (b @ a).to(weight.device))
+                change = (
+                    b.double() @ a.double()
+                ).float()  # nor does it depend on what a CPU makes of float32
+                weight.copy_((weight.float() + change.to(weight.device)).bfloat16())
             for path, added in self.biases.items():
                 bias = model.get_parameter(f"{path}.bias")
-                bias.copy_(bias.float() + added.to(bias.device))
+                bias.copy_((bias.float() + added.to(bias.device)).bfloat16())
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -114,12 +121,20 @@ def read(path: str | Path, kind: str) -> SideCar:
         rounded = name.removesuffix(_UNIT)
         if rounded not in tensors:
             raise WeightsError(f"{path}: {name} without {rounded}. Download or make it again")
-        tensors[rounded] = tensors[rounded].float() * tensors.pop(name)
+        unit = tensors.pop(name)
+        if unit.shape != (len(tensors[rounded]), 1):
+            raise WeightsError(f"{path}: {name} is not one number a row. Download or make it again")
+        tensors[rounded] = tensors[rounded].float() * unit
     for name in [n for n in tensors if n.endswith(".A")]:
         layer = name.removesuffix(".A")
         if f"{layer}.B" not in tensors:
             raise WeightsError(f"{path}: {name} without {layer}.B. Download or make it again")
-        layers[layer] = (tensors.pop(name).float(), tensors.pop(f"{layer}.B").float())
+        a, b = tensors.pop(name), tensors.pop(f"{layer}.B")
+        if not (a.is_floating_point() and b.is_floating_point()):
+            raise WeightsError(
+                f"{path}: {layer} is in whole numbers without their unit. Download or make it again"
+            )
+        layers[layer] = (a.float(), b.float())
     for name in [n for n in tensors if n.endswith(".bias")]:
         biases[name.removesuffix(".bias")] = tensors.pop(name).float()
     fits = frozenset(metadata.get("fits", "").split())

@@ -27,6 +27,8 @@ from accel.methods import windows
 #: Its tensors' names in a side-car begin so.
 PREFIX = "decoder."
 
+NOTHING_CARRIED = "the side-car's decoder is off: it adds to deviations that are carried, and none are"
+
 
 class Decoder(nn.Module):
     """What to add to a carried prediction; nothing, as it starts.
@@ -98,8 +100,13 @@ class Decoding:
     @torch.no_grad()
     def step(self, run: Run, plan: TokenPlan) -> None:
         """The scheduler is about to step with a carried prediction: add to it, and to what each call of the step put
-        out, from which the next steps carry on. Guidance adds branches up with weights that sum to one, so that what
-        is added to each is added to their sum."""
+        out, from which the next steps carry on. The scheduler is taken to get the calls' outputs, or guidance's sum of
+        them with weights that add up to one, as on FLUX: what is added to each is then added to their sum. Pipelines that
+        turn the sign or rescale what they hand on would need this known; a decoder is trained for one model.
+
+        Raises:
+            WeightsError: it is for predictions of another number of channels.
+        """
         clock, grid, denoiser = run.clock, run.grid, run.target.denoiser
         assert run.target.adapter.tokens is not None
         assert grid is not None
@@ -110,6 +117,11 @@ class Decoding:
             torch.bfloat16 if carried_BNc.is_cuda or carried_BNc.dtype == torch.bfloat16 else torch.float32
         )
         net = self.net.to(carried_BNc.device, dtype)
+        if net.exit.out_channels != carried_BNc.shape[2]:
+            raise WeightsError(
+                f"the side-car's decoder is for {net.exit.out_channels} channels a token, and this model predicts "
+                f"{carried_BNc.shape[2]}. Use the side-car of this model, or none"
+            )
         inputs = (t.to(dtype) for t in (self.last_BNc, now_BNc, carried_BNc))
         noise = 1 / (1 + math.exp(run.time))
         change_BNc = net(*inputs, plan.of_images(len(carried_BNc)), noise, grid)
@@ -129,7 +141,8 @@ def of(car: SideCar) -> Decoder | None:
     Raises:
         WeightsError: not all of its weights are there.
     """
-    tensors = dict(car.extra) | {f"{name}.bias": bias for name, bias in car.biases.items()}
+    biases = {f"{name}.bias": bias for name, bias in car.biases.items() if name not in car.layers}
+    tensors = dict(car.extra) | biases
     tensors = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
     if not tensors:
         return None

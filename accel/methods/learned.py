@@ -1,4 +1,4 @@
-"""What dynamic chunking can learn: changes of the model at reduced tokens, and a router; each a safetensors side-car.
+"""What can be learnt for few tokens: changes of the model at reduced tokens, and a router; each a safetensors side-car.
 
 The model's own changes (`Adapter`) are what pays: low-rank additions to its linear layers, on at reduced steps only, so
 that dense steps stay exact, and a decoder behind it; `examples/upcycle_chunking.py` trains both. The router is DC-DiT's (arXiv:2603.06351,
@@ -10,7 +10,7 @@ Shapes: B batch, N = H*W tokens, C channels, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -37,23 +37,36 @@ class Adapter:
         path: of the safetensors file.
         share: of the tokens that the running call computes; 1: all. A plain number, asked for in every changed layer.
 
+        budgets: the shares of all steps.
+
     Attributes:
+        most: the share of the tokens above which it is off, which the file says.
         decoding: its decoder, at work between steps; None: it has none.
 
     Raises:
         WeightsError: the file is missing, corrupt, or no side-car for chunking.
+        UnsupportedError: it would never be on.
     """
 
-    def __init__(self, path: str | Path, share: Callable[[], float]) -> None:
+    def __init__(self, path: str | Path, share: Callable[[], float], budgets: Sequence[float] = ()) -> None:
         self.car: SideCar = sidecar.read(path, KIND)
         self.share = share
-        self._most = float(self.car.metadata.get("most", 1))
+        try:
+            self.most = float(self.car.metadata.get("most", 1))
+        except ValueError as error:
+            raise WeightsError(f"{path}: most={self.car.metadata['most']!r} is no number") from error
         net = decoder.of(self.car)
         self.decoding = None if net is None else decoder.Decoding(net)
+        reduced = [budget for budget in budgets if 0 < budget < 1]
+        if reduced and not any(self.takes(budget) for budget in reduced):
+            raise UnsupportedError(
+                f"adapter={str(path)!r} is of use where at most {self.most:.0%} of the tokens are computed, and these settings "
+                f"compute {min(reduced):.0%} at least. Compute fewer, or leave the adapter out"
+            )
 
     def takes(self, share: float) -> bool:
         """Whether it is on where this share of the tokens is computed."""
-        return share < 1 and share <= self._most
+        return 0 < share < 1 and share <= self.most
 
     def attach(self, denoiser: nn.Module, stack: ExitStack) -> None:
         """Hook the changed layers; the undo actions go onto `stack`.

@@ -367,7 +367,7 @@ def _upcycled(settings: dict[str, Any], adapter: str) -> dict[str, Any]:
     found = {"upcycled-20": _windows(0.2), "upcycled-28": _windows(0.28)}
     for name, config in settings.items():
         in_windows = isinstance(config, TokenMergingConfig) and config.windows
-        if in_windows and min(config.budgets) < 1 and config.unmerge == "carry":
+        if in_windows and any(0 < b < 1 for b in config.budgets) and config.unmerge == "carry":
             found[f"upcycled-{name.removeprefix('windows-').removeprefix('mixed-')}"] = config
     return {name: replace(config, adapter=adapter) for name, config in found.items()}
 

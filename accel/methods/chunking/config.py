@@ -24,8 +24,9 @@ class DynamicChunkingConfig(Scheduled):
     Attributes:
         router: what scores the tokens. "windows": the local variance of the picture that the last step predicted. "cosine" and
             "predictability": DC-DiT's two routers as they are before training, from the tokens themselves (measured to rank
-            noise, for comparison). A path: a learned one (.safetensors, `examples/upcycle_chunking.py`).
-        adapter: path of low-rank changes of the model, trained at reduced tokens (.safetensors); on at reduced steps only.
+            noise, for comparison). A path: a learned one (.safetensors, as `accel.methods.learned.save` writes it).
+        adapter: side-car (safetensors) of the model upcycled for windows, on at reduced steps only; see
+            examples/upcycle_chunking.py. None: the model as it is.
         chunks: "windows" computes the mean of whole 2x2 and 4x4 cells of low scores, at their centre and with their weight in
             attention; "tokens" the tokens of highest scores (DC-DiT), whose result the nearest other tokens take over.
             None: windows for the windows router and for learned ones.
@@ -84,6 +85,9 @@ class DynamicChunkingConfig(Scheduled):
                 "a .safetensors file" if name == "adapter" else f"{', '.join(ROUTERS)} or a .safetensors file"
             )
             check(known or path, name, what, value)
+        trained = self.in_windows and not self.depth and self.unconditional is None
+        what = "None but with windows, and one plan for all blocks and calls: so it was trained"
+        check(trained or self.adapter is None, "adapter", what, self.adapter)
         valid = self.dechunk != "gaussian" or not self.in_windows
         check(valid, "dechunk", 'not "gaussian" with windows', self.dechunk)
 

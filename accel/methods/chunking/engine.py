@@ -21,7 +21,8 @@ from accel.core.span import Span
 from accel.core.target import Target
 from accel.core.weighted_attention import weighed
 from accel.errors import UnsupportedError
-from accel.methods import windows
+from accel.methods import decoder, windows
+from accel.methods.decoder import Decoding
 from accel.methods.learned import Adapter
 from accel.stats import Stats, StepStats
 
@@ -55,9 +56,10 @@ class DynamicChunking(StepMethod):
             )
         self.bias = config.in_windows and "key bias" in target.adapter.has(target.denoiser)
         self.router = self._router()
-        self.adapter = None if config.adapter is None else Adapter(config.adapter, self._share)
-        carries = config.in_windows and config.dechunk == "carry"
-        self.decoding = self.adapter.decoding if self.adapter is not None and carries else None
+        budgets = config.full_schedule.budgets
+        self.adapter = None if config.adapter is None else Adapter(config.adapter, self._share, budgets)
+        self.decoding = None if self.adapter is None else self.adapter.decoding
+        self.carries = config.dechunk == "carry"
         cuts = [first + (last - first) * i // count for i in range(count + 1)]
         factors = config.depth or (1.0,)
         self.parts = [
@@ -112,35 +114,45 @@ class DynamicChunking(StepMethod):
             self.maps = []
             if self.config.in_windows and not self.bias:
                 run.stats.notes.append(windows.NO_BIAS)
+            if self.decoding is not None and not self.carries:
+                run.stats.notes.append(decoder.NOTHING_CARRIED)
         run.correct, self.forecasts = None, []
         for part in self.parts:
             part.plans = {}
         if run.phase.dense:
             return
-        if self.decoding is not None or not self.router.needs_tokens:
-            picture_BNc = windows.picture(run, run.clock.step - 1)
-            if self.decoding is not None:
-                self.decoding.last_BNc = picture_BNc
-            if not self.router.needs_tokens:
-                self._score(self.router(picture_BNc, None, _known(run.grid)))
-        if self.history is not None and self.config.dechunk == "carry":
+        if self.history is not None and self.carries:
             self.forecasts = self.history.forecasts(run.time)
             run.correct = self._carry
+        decoding = self._decoding(run)
+        if decoding is not None or not self.router.needs_tokens:
+            picture_BNc = windows.picture(run, run.clock.step - 1)
+            if decoding is not None:
+                decoding.last_BNc = picture_BNc
+            if not self.router.needs_tokens:
+                self._score(self.router(picture_BNc, None, _known(run.grid)))
 
     def stepping(self, run: Run) -> None:
-        plan = self.parts[-1].plan_of(0)
-        if self.decoding is None or run.correct is None or plan is None or run.changed:
+        plan, decoding = self.parts[-1].plan_of(0), self._decoding(run)
+        if decoding is None or plan is None or run.changed:
             return
-        if self.adapter is not None and self.adapter.takes(run.phase.budget):
-            self.decoding.step(run, plan)
+        if all(other.computed for other in run.alongside()):  # else it is another handle's forecast
+            decoding.step(run, plan)
+
+    def _decoding(self, run: Run) -> Decoding | None:
+        """The decoder, at steps at which it has something to add to."""
+        takes = self.adapter is not None and self.adapter.takes(run.phase.budget)
+        return self.decoding if takes and run.correct is not None else None
 
     def noisy(self, run: Run, reason: str) -> None:
         """Deviations of an older step hold old noise: chunks' results are copied."""
-        if self.config.dechunk == "carry" and self.noise is None:
+        if self.carries and self.noise is None:
             self.history, self.noise = None, reason
             run.stats.notes.append(
                 f"dechunk='carry' became 'copy': {type(self.target.scheduler).__name__} {reason}"
             )
+            if self.decoding is not None:
+                run.stats.notes.append(decoder.NOTHING_CARRIED)
 
     def check_grid(self, grid: tuple[int, int]) -> None:
         if self.run.references:
@@ -173,7 +185,7 @@ class DynamicChunking(StepMethod):
 
     def _learn(self, run: Run) -> None:
         """Keep what the step predicted, for the deviations of the steps after it."""
-        if self.config.dechunk != "carry" or self.noise is not None:
+        if not self.carries or self.noise is not None:
             return
         if self.history is None or run.changed:
             self.history = History(0)

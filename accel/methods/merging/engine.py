@@ -30,7 +30,8 @@ from accel.core.weighted_attention import weighed
 from accel.errors import AccelWarning, UnsupportedError
 from accel.kernels.detail import detail
 from accel.kernels.match import match
-from accel.methods import importance, windows
+from accel.methods import decoder, importance, windows
+from accel.methods.decoder import Decoding
 from accel.methods.learned import Adapter
 from accel.stats import Stats, StepStats
 
@@ -102,7 +103,9 @@ class TokenMerging(StepMethod):
         self.run = Run(target, config.full_schedule, self, stats, span=config.scope == "span")
         guided = not config.windows and config.matching.protect > 0 and config.matching.importance != "detail"
         self.run.keep_outputs = self.carries or guided
-        self.adapter = None if config.adapter is None else Adapter(config.adapter, self._share)
+        self.adapter = (
+            None if config.adapter is None else Adapter(config.adapter, self._share, config.budgets)
+        )
         self.decoding = None if self.adapter is None else self.adapter.decoding
         # Written in place, at the same address in every run: what is captured in a CUDA graph reads it there.
         self.score: Tensor | None = None
@@ -148,6 +151,8 @@ class TokenMerging(StepMethod):
         self.state.weighed = weighed()
         if run.clock.step == 0 and self.config.windows and not self.bias:
             run.stats.notes.append(windows.NO_BIAS)
+        if run.clock.step == 0 and self.decoding is not None and self.unmerge == "copy":
+            run.stats.notes.append(decoder.NOTHING_CARRIED)
         if run.clock.step == 0 and (self.config.order > 0 or 0 in self.config.budgets):
             run.check_sampler()
         run.correct, self.state.forecasts = None, []
@@ -173,11 +178,16 @@ class TokenMerging(StepMethod):
             group.built = False
 
     def stepping(self, run: Run) -> None:
-        plan = self.groups[-1].plan
-        if self.decoding is None or run.correct is None or plan is None or run.changed:
+        plan, decoding = self.groups[-1].plan, self._decoding(run)
+        if decoding is None or plan is None or run.changed:
             return
-        if self.adapter is not None and self.adapter.takes(run.phase.budget):
-            self.decoding.step(run, plan)
+        if all(other.computed for other in run.alongside()):  # else it is another handle's forecast
+            decoding.step(run, plan)
+
+    def _decoding(self, run: Run) -> Decoding | None:
+        """The decoder, at steps at which it has something to add to."""
+        takes = self.adapter is not None and self.adapter.takes(run.phase.budget)
+        return self.decoding if takes and run.correct is not None else None
 
     def noisy(self, run: Run, reason: str) -> None:
         """What tokens deviated by at an older step holds old noise: with fresh noise they get their group's
@@ -189,6 +199,8 @@ class TokenMerging(StepMethod):
             run.stats.notes.append(
                 f"unmerge='carry' became 'copy': {type(self.target.scheduler).__name__} {reason}"
             )
+            if self.decoding is not None:
+                run.stats.notes.append(decoder.NOTHING_CARRIED)
 
     def entering(self, run: Run) -> None:
         if self.bias and run.clock.step == 0:
@@ -303,8 +315,9 @@ class TokenMerging(StepMethod):
         the most where they share a plan."""
         assert run.grid is not None
         picture_BNc = windows.picture(run, run.clock.step - 1)
-        if self.decoding is not None:
-            self.decoding.last_BNc = picture_BNc
+        decoding = self._decoding(run)
+        if decoding is not None:
+            decoding.last_BNc = picture_BNc
         score_BN = windows.variance(picture_BNc, run.grid)
         score_GN = score_BN.amax(0, keepdim=True) if self.tokens.shared_plan else score_BN
         self.score = put_into(self.score, score_GN)
