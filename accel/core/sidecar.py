@@ -2,7 +2,8 @@
 
 A linear layer's weight W becomes W + B A (LoRA, Hu et al. 2021, arXiv:2106.09685, with its scale inside B). The file's
 tensors are `PATH.A` (r, in) and `PATH.B` (out, r) for layers by their path, and `PATH.bias` (out,) for what is added to
-a bias; A and B in bfloat16, or in int8 with the value of a unit in each row, `PATH.A.unit` (r, 1). Its metadata name its `kind` and the fingerprints of the models that it fits.
+a bias; A and B in bfloat16, or in int8 with the value of a unit in each row, `PATH.A.unit` (r, 1). Its metadata name its
+`kind` and the fingerprints of the models that it fits.
 """
 
 from __future__ import annotations
@@ -73,9 +74,7 @@ class SideCar:
         with torch.no_grad():
             for path, (a, b) in self.layers.items():
                 weight = model.get_parameter(f"{path}.weight")
-                change = (
-                    b.double() @ a.double()
-                ).float()  # nor does it depend on what a CPU makes of float32
+                change = (b.double() @ a.double()).float()  # whatever a machine makes of float32
                 weight.copy_((weight.float() + change.to(weight.device)).bfloat16())
             for path, added in self.biases.items():
                 bias = model.get_parameter(f"{path}.bias")

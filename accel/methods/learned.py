@@ -1,8 +1,8 @@
 """What can be learnt for few tokens: changes of the model at reduced tokens, and a router; each a safetensors side-car.
 
 The model's own changes (`Adapter`) are what pays: low-rank additions to its linear layers, on at reduced steps only, so
-that dense steps stay exact, and a decoder behind it; `examples/upcycle_chunking.py` trains both. The router is DC-DiT's (arXiv:2603.06351,
-section 3): light convolutions, a score per token in either of its two forms, and convolutions behind the tokens that
+that dense steps stay exact, and a decoder behind it; `examples/upcycle_chunking.py` trains both. The router is DC-DiT's
+(arXiv:2603.06351, section 3): light convolutions, a score per token in either of its two forms, and convolutions behind the tokens that
 come back.
 
 Shapes: B batch, N = H*W tokens, C channels, r rank.

@@ -348,6 +348,7 @@ def _composed(steps: int) -> dict[str, Any]:
         "matching-33": replace(matched, ratio=0.67),
         "few-step-fast": configs.load("few-step-fast"),
         "windows-25": _windows(0.25),
+        "windows-30": _windows(0.3),
         "windows-50": _windows(0.5),
         "windows-40-70": _windows(0.4, late=0.7),
         "windows-50-copy": _windows(0.5, unmerge="copy"),
