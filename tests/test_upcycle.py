@@ -283,13 +283,6 @@ def test_a_side_car_is_on_at_reduced_steps_only(trainer, model, tmp_path):
     adapted = latents(accel.TokenMergingConfig(ratio=0.6, adapter=file, **settings))
     assert torch.equal(adapted[0], plain[0])
     assert relative(adapted[1], windows[1]) > 1e-3
-    # A file can say at which share of the tokens it is of use.
-    sidecar.write(Path(file), learned.KIND, model.fits, low.named(), most="0.3")
-    above = latents(accel.TokenMergingConfig(ratio=0.6, adapter=file, **settings))
-    assert all(torch.equal(a, b) for a, b in zip(above, windows, strict=True))
-    few = {"ratio": 0.75, **settings}
-    below = latents(accel.TokenMergingConfig(adapter=file, **few))
-    assert relative(below[1], latents(accel.TokenMergingConfig(**few))[1]) > 1e-3
     assert all(torch.equal(a, b) for a, b in zip(latents(), plain, strict=True))
     with pytest.raises(ConfigError, match=r'adapter must be None with groups="matching"'):
         accel.TokenMergingConfig(adapter=file)
