@@ -49,9 +49,8 @@ from accel.pipelines.builtin.architecture import TEXT_TOKENS, shift_for
 LIMIT = 4_000_000  # bytes
 EVERY = 20  # seconds between checkpoints
 GUIDANCE = 3.0
-KEPT_RANK = (
-    8  # of what was trained: 24 gain no more (12 prompts), and cost a fifth of a narrow layer's arithmetic
-)
+# Of what was trained: all of it gains no more (12 prompts), and costs a fifth of a narrow layer's arithmetic.
+KEPT_RANK = 8
 MOST = 0.5  # of the tokens; above, it is off: it costs more there than it gains
 STEPS = (4, 4, 4, 6, 8)  # of the walks; one is drawn for each
 

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accel.core import sidecar
+from accel.core.plan import TokenPlan
+from accel.core.run import Run
 from accel.core.sidecar import SideCar
 from accel.errors import UnsupportedError, WeightsError
 from accel.methods import decoder
@@ -36,7 +38,6 @@ class Adapter:
     Args:
         path: of the safetensors file.
         share: of the tokens that the running call computes; 1: all. A plain number, asked for in every changed layer.
-
         budgets: the shares of all steps.
 
     Attributes:
@@ -67,6 +68,18 @@ class Adapter:
     def takes(self, share: float) -> bool:
         """Whether it is on where this share of the tokens is computed."""
         return 0 < share < 1 and share <= self.most
+
+    def decodes(self, run: Run) -> decoder.Decoding | None:
+        """The decoder, at steps at which it has something to add to."""
+        return self.decoding if self.takes(run.phase.budget) and run.correct is not None else None
+
+    def stepping(self, run: Run, plan: TokenPlan | None) -> None:
+        """The scheduler is about to step with a prediction on this plan: the decoder's turn."""
+        decoding = self.decodes(run)
+        if decoding is None or plan is None or run.changed:
+            return
+        if all(other.computed for other in run.alongside()):  # else it is another handle's forecast
+            decoding.step(run, plan)
 
     def attach(self, denoiser: nn.Module, stack: ExitStack) -> None:
         """Hook the changed layers; the undo actions go onto `stack`.

@@ -22,7 +22,6 @@ from accel.core.target import Target
 from accel.core.weighted_attention import weighed
 from accel.errors import UnsupportedError
 from accel.methods import decoder, windows
-from accel.methods.decoder import Decoding
 from accel.methods.learned import Adapter
 from accel.stats import Stats, StepStats
 
@@ -124,7 +123,7 @@ class DynamicChunking(StepMethod):
         if self.history is not None and self.carries:
             self.forecasts = self.history.forecasts(run.time)
             run.correct = self._carry
-        decoding = self._decoding(run)
+        decoding = None if self.adapter is None else self.adapter.decodes(run)
         if decoding is not None or not self.router.needs_tokens:
             picture_BNc = windows.picture(run, run.clock.step - 1)
             if decoding is not None:
@@ -133,16 +132,8 @@ class DynamicChunking(StepMethod):
                 self._score(self.router(picture_BNc, None, _known(run.grid)))
 
     def stepping(self, run: Run) -> None:
-        plan, decoding = self.parts[-1].plan_of(0), self._decoding(run)
-        if decoding is None or plan is None or run.changed:
-            return
-        if all(other.computed for other in run.alongside()):  # else it is another handle's forecast
-            decoding.step(run, plan)
-
-    def _decoding(self, run: Run) -> Decoding | None:
-        """The decoder, at steps at which it has something to add to."""
-        takes = self.adapter is not None and self.adapter.takes(run.phase.budget)
-        return self.decoding if takes and run.correct is not None else None
+        if self.adapter is not None:
+            self.adapter.stepping(run, self.parts[-1].plan_of(0))
 
     def noisy(self, run: Run, reason: str) -> None:
         """Deviations of an older step hold old noise: chunks' results are copied."""

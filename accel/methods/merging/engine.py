@@ -31,7 +31,6 @@ from accel.errors import AccelWarning, UnsupportedError
 from accel.kernels.detail import detail
 from accel.kernels.match import match
 from accel.methods import decoder, importance, windows
-from accel.methods.decoder import Decoding
 from accel.methods.learned import Adapter
 from accel.stats import Stats, StepStats
 
@@ -178,16 +177,8 @@ class TokenMerging(StepMethod):
             group.built = False
 
     def stepping(self, run: Run) -> None:
-        plan, decoding = self.groups[-1].plan, self._decoding(run)
-        if decoding is None or plan is None or run.changed:
-            return
-        if all(other.computed for other in run.alongside()):  # else it is another handle's forecast
-            decoding.step(run, plan)
-
-    def _decoding(self, run: Run) -> Decoding | None:
-        """The decoder, at steps at which it has something to add to."""
-        takes = self.adapter is not None and self.adapter.takes(run.phase.budget)
-        return self.decoding if takes and run.correct is not None else None
+        if self.adapter is not None:
+            self.adapter.stepping(run, self.groups[-1].plan)
 
     def noisy(self, run: Run, reason: str) -> None:
         """What tokens deviated by at an older step holds old noise: with fresh noise they get their group's
@@ -315,9 +306,8 @@ class TokenMerging(StepMethod):
         the most where they share a plan."""
         assert run.grid is not None
         picture_BNc = windows.picture(run, run.clock.step - 1)
-        decoding = self._decoding(run)
-        if decoding is not None:
-            decoding.last_BNc = picture_BNc
+        if self.decoding is not None:
+            self.decoding.last_BNc = picture_BNc
         score_BN = windows.variance(picture_BNc, run.grid)
         score_GN = score_BN.amax(0, keepdim=True) if self.tokens.shared_plan else score_BN
         self.score = put_into(self.score, score_GN)
